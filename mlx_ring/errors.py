@@ -1,0 +1,57 @@
+"""Every error that a run can end with, each with its exit status.
+
+    MlxRingError
+    ├── ConfigError       2   a wrong configuration, command line or environment
+    ├── DataError         2   a data set that is absent, damaged or does not fit the model
+    ├── ClusterError      3   launch failed, a peer was lost, ranks do not agree
+    ├── TrainingError     4   non-finite loss, replicas differ
+    ├── CheckpointError   5   no usable checkpoint where one was asked for
+    └── Interrupted     130   a second signal asked to leave at once
+
+A message is one line: what failed, where, both values, the remedy.
+"""
+
+EXIT_COMPLETED = 0
+EXIT_STOPPED = 75  # stopped on request, state saved
+
+
+class MlxRingError(Exception):
+    """Base of all errors that end a run; `exit_status` is the process's exit status."""
+
+    exit_status = 1
+
+
+class ConfigError(MlxRingError):
+    """The configuration, the command line or the environment is wrong."""
+
+    exit_status = 2
+
+
+class DataError(MlxRingError):
+    """A data set is absent, damaged, or does not fit the model."""
+
+    exit_status = 2
+
+
+class ClusterError(MlxRingError):
+    """The ranks could not be joined, do not agree, or one was lost."""
+
+    exit_status = 3
+
+
+class TrainingError(MlxRingError):
+    """Training cannot go on: non-finite gradients, or replicas that differ."""
+
+    exit_status = 4
+
+
+class CheckpointError(MlxRingError):
+    """A checkpoint that was asked for cannot be used, or none can be written."""
+
+    exit_status = 5
+
+
+class Interrupted(MlxRingError):
+    """A second signal asked to leave at once."""
+
+    exit_status = 130
