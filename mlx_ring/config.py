@@ -210,6 +210,7 @@ class TokensData(BundledData):
 @dataclass(kw_only=True)
 class TextData(TokensData):
     pattern: str  # which files of a folder are read (a glob, ** for any depth)
+    exclude: list[str]  # globs of files left out
     tokenizer: Tokenizer  # bytes: 256 tokens; bpe: trained once on this text
     vocabulary_size: int  # of the bpe tokenizer
 
