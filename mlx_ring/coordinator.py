@@ -1,0 +1,357 @@
+"""Drives one run: restore; for each step of the trainer record it, ask the authority what is due, and do that."""
+
+import contextlib
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_ring import __version__, checkpoint_format, memory_manager
+from mlx_ring import checkpoint_manager as checkpoints
+from mlx_ring.checkpoint_manager import CheckpointManager, Saved
+from mlx_ring.communicator import Communicator
+from mlx_ring.config import RunConfig, refuse_changes, to_yaml
+from mlx_ring.errors import (
+    EXIT_COMPLETED,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    MlxRingError,
+    agreed,
+)
+from mlx_ring.evaluator import Evaluation
+from mlx_ring.metrics_tracker import MetricsTracker
+from mlx_ring.run_builder import Found, Run, build
+from mlx_ring.run_directory import RunDirectory
+from mlx_ring.run_status import RunStatus
+from mlx_ring.stop_signal import StopSignal
+from mlx_ring.trainer import StepResult
+
+log = logging.getLogger(__name__)
+STATUS_SECONDS = 1.0  # status.json is renewed at most this often while training
+
+
+@dataclass
+class Interval:
+    """The steps between two rows of metrics: times and rates are means over them."""
+
+    results: list[StepResult] = field(default_factory=list[StepResult])
+    tokens_before: int = 0
+
+    def row(self, config: RunConfig, world_size: int) -> dict[str, Any]:
+        """One `train` row, and the start of the next interval."""
+        last, count = self.results[-1], len(self.results)
+
+        def mean(name: str) -> float:
+            return sum(getattr(result, name) for result in self.results) / count
+
+        step_seconds = mean("step_seconds")
+        tokens = (last.tokens - self.tokens_before) / count
+        self.results, self.tokens_before = [], last.tokens
+        return {
+            "step": last.step,
+            "samples": last.samples,
+            "tokens": last.tokens,
+            "loss": last.loss,
+            "learning_rate": last.learning_rate,
+            "gradient_norm": last.gradient_norm,
+            "step_seconds": step_seconds,
+            "compute_seconds": mean("compute_seconds"),
+            "communication_seconds": mean("communication_seconds"),
+            "data_seconds": mean("data_seconds"),
+            "samples_per_second": config.trainer.global_batch_size / step_seconds,
+            "tokens_per_second": tokens / step_seconds,
+            "peak_memory_bytes": memory_manager.peak_bytes(),
+            "world_size": world_size,
+            "wire_bytes": last.wire_bytes,
+            "wall_time": time.time(),
+        }
+
+
+class Coordinator:
+    """One run on one rank. Rank 0 keeps the record: status, metrics, checkpoints."""
+
+    def __init__(self, config: RunConfig, communicator: Communicator, run_directory: Path) -> None:
+        self._config, self._communicator = config, communicator
+        self._directory = RunDirectory(run_directory)
+        self._leads = communicator.rank == 0
+        self.job = communicator.broadcast_object(os.urandom(8).hex())
+        self._found: Found | None = None
+        self._status: RunStatus | None = None
+        self._metrics: MetricsTracker | None = None
+        self._checkpoints: CheckpointManager | None = None
+        self._failures, self._status_time = 0, 0.0
+
+    def run(self) -> int:
+        """Train, or evaluate, to the end. Collective: every rank must call. Returns the exit status.
+
+        Raises: MlxRingError for everything that ends a run early.
+        """
+        self._check_ranks()
+        self._open()
+        if self._already_completed():
+            return EXIT_COMPLETED
+        self._start_status()
+        run = build(self._config, self._communicator, self._found)
+        if self._config.evaluation.only:
+            return self._evaluate_only(run)
+        self._begin(run)
+        signals = StopSignal(lambda: setattr(run.authority, "stop_requested", True), self._leave_at_once)
+        try:
+            return self._train(run)
+        finally:
+            signals.close()
+
+    def _train(self, run: Run) -> int:
+        interval = Interval(tokens_before=run.trainer.progress.tokens)
+        stopped = run.trainer.progress.step < self._config.trainer.steps
+        for result in run.trainer.steps():
+            self._record(result, interval)
+            plan = run.authority.decide(result.step, result.flags)
+            evaluation = self._evaluate(run, result.step) if plan.evaluate and not result.skipped else None
+            if plan.save and (plan.stop or not result.skipped):
+                self._save(run, result.step, evaluation)
+            stopped = plan.stop and result.step < self._config.trainer.steps
+            if stopped:
+                break
+        return self._finish(run, stopped)
+
+    # Opening
+
+    def _check_ranks(self) -> None:
+        asked, world_size = self._config.cluster.ranks, self._communicator.world_size
+        if asked is not None and asked != world_size:
+            raise agreed(
+                ConfigError(
+                    f"cluster.ranks={asked}, but {world_size} {'rank was' if world_size == 1 else 'ranks were'} launched; "
+                    f"launch {asked} (mlx.launch -n {asked} train.py …), or leave cluster.ranks=null"
+                )
+            )
+        micro_batches = self._config.trainer.num_micro_batches
+        if world_size > micro_batches:
+            raise agreed(
+                ConfigError(
+                    f"{world_size} ranks cannot share {micro_batches} micro-batches "
+                    f"(trainer.global_batch_size={self._config.trainer.global_batch_size}, micro_batch_size="
+                    f"{self._config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch or the ranks"
+                )
+            )
+
+    def _open(self) -> None:
+        """Lock the directory and find the checkpoint to continue from."""
+        error: MlxRingError | None = None
+        try:
+            if self._leads:
+                self._directory.open()
+                self._found = self._find_checkpoint()
+            self._directory.log_to_file(self._communicator.rank)
+        except MlxRingError as caught:
+            error = caught
+        self._communicator.agree_on_error(error)
+        log.info(
+            "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, mx.__version__,
+            self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
+            ", ".join(self._communicator.hosts),
+        )  # fmt: skip
+
+    def _find_checkpoint(self) -> Found | None:
+        settings, own = self._config.checkpoint, self._directory.path
+        if settings.resume == "never":
+            aside = self._directory.set_record_aside()
+            if aside is not None:
+                log.warning("the earlier run's record was moved to %s", aside)
+            return None
+        if settings.resume == "auto":
+            if not checkpoint_format.scan(own / "checkpoints"):
+                if self._config.evaluation.only and settings.initialize_from is None:
+                    raise CheckpointError(
+                        f"evaluation.only=true found no checkpoint in {own}; give run.dir=RUN or checkpoint.resume=PATH"
+                    )
+                return None
+            found = Found(*checkpoints.find(own))
+        else:
+            found = Found(*checkpoints.find(Path(settings.resume).expanduser()))
+        if not self._config.evaluation.only:
+            refuse_changes(found.manifest.get("config", {}), self._config.record)
+        return found
+
+    def _already_completed(self) -> bool:
+        """A run that has reached its last step is left as it is."""
+        done = (
+            self._found is not None
+            and self._found.manifest["step"] >= self._config.trainer.steps
+            and self._config.checkpoint.resume == "auto"
+            and not self._config.evaluation.only
+        )
+        done = self._communicator.broadcast_object(done)
+        if done and self._leads and self._found is not None:
+            print(f"{self._directory.path} has completed its {self._found.manifest['step']} steps already")
+        return done
+
+    def _start_status(self) -> None:
+        """From here on status.json speaks of this process group."""
+        if not self._leads or self._config.evaluation.only:
+            return
+        self._status = RunStatus(
+            self._directory.path,
+            job=self.job,
+            world_size=self._communicator.world_size,
+            backend=self._communicator.backend,
+            device=str(mx.default_device()),
+            hosts=self._communicator.hosts,
+        )
+        self._status.update("starting")
+
+    def _begin(self, run: Run) -> None:
+        """Open the record of a run that will train."""
+        if not self._leads:
+            return
+        assert self._status is not None
+        config, path, progress = self._config, self._directory.path, run.trainer.progress
+        self._checkpoints = CheckpointManager(
+            path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        )
+        self._directory.write_config(to_yaml({**config.record, "run": {"dir": str(path)}}))
+        self._checkpoints.set_aside(progress.step)
+        self._metrics = MetricsTracker(
+            path,
+            total_steps=config.trainer.steps,
+            restored_step=progress.step,
+            console=config.metrics.console,
+            tensorboard=config.metrics.tensorboard,
+            hyperparameters=_hyperparameters(config),
+            title=f"{config.model.name} on {config.data.name}, {self._communicator.world_size} rank(s)",
+        )
+        self._metrics.message(f"run directory {path}")
+        digest = None
+        if self._found is not None:
+            digest = self._found.manifest.get("parameters_sha256")
+            for problem in self._found.problems:
+                self._event("checkpoint_damaged", progress.step, f"fell back to {self._found.path.name}: {problem}")
+            before = self._found.manifest.get("world_size")
+            self._event("resumed", progress.step, f"from {self._found.path} ({before} ranks then)")
+        self._status.update("running", step=progress.step, parameters_sha256=digest)
+
+    # What is due
+
+    def _record(self, result: StepResult, interval: Interval) -> None:
+        if not self._leads:
+            return
+        assert self._metrics is not None and self._status is not None and self._checkpoints is not None
+        for saved in self._checkpoints.poll():
+            self._saved(saved)
+        if result.skipped:
+            message = f"non-finite loss {result.loss} or gradient norm {result.gradient_norm}: no update"
+            self._event("nonfinite_skipped", result.step, message)
+            return
+        interval.results.append(result)
+        every = self._config.metrics.log_every_steps
+        if result.step == 1 or result.step % every == 0 or result.step == self._config.trainer.steps:
+            self._metrics.record("train", interval.row(self._config, self._communicator.world_size))
+            if time.monotonic() - self._status_time >= STATUS_SECONDS:
+                self._status_time = time.monotonic()
+                self._status.update(step=result.step)
+
+    def _evaluate(self, run: Run, step: int) -> Evaluation:
+        evaluation = run.evaluator.evaluate()
+        if self._metrics is not None:
+            self._metrics.record("evaluation", {"step": step, **evaluation.row()})
+        return evaluation
+
+    def _save(self, run: Run, step: int, evaluation: Evaluation | None) -> None:
+        if self._checkpoints is None:
+            return
+        facts = {
+            "progress": asdict(run.trainer.progress),
+            "world_size": self._communicator.world_size,
+            "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
+            "data_sha256": run.data.dataset.digest,
+            "evaluation": None if evaluation is None else evaluation.row(),
+            "versions": {"mlx_ring": __version__, "mlx": mx.__version__},
+            "config": self._config.record,
+        }
+        for saved in self._checkpoints.save(step, run.files(), facts):
+            self._saved(saved)
+
+    def _saved(self, saved: Saved) -> None:
+        """Record a save that ended; give up after too many failed ones."""
+        assert self._metrics is not None and self._status is not None
+        if saved.error is None:
+            self._failures = 0
+            path = saved.path.relative_to(self._directory.path)
+            row = {"step": saved.step, "path": str(path), "bytes": saved.bytes}
+            times = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
+            self._metrics.record("checkpoint", {**row, **times})
+            self._status.update(step=saved.step, parameters_sha256=saved.parameters_sha256)
+            return
+        self._failures += 1
+        limit = self._config.checkpoint.max_failures
+        self._event("checkpoint_failed", saved.step, f"{saved.error} ({self._failures} of {limit} in a row)")
+        if self._failures >= limit:
+            raise CheckpointError(f"{self._failures} checkpoints in a row could not be written: {saved.error}")
+
+    def _event(self, event: str, step: int, message: str) -> None:
+        if self._metrics is not None:
+            self._metrics.record("event", {"event": event, "step": step, "message": message})
+        log.warning("%s at step %d: %s", event, step, message)
+
+    # The end
+
+    def _finish(self, run: Run, stopped: bool) -> int:
+        """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
+        error: MlxRingError | None = None
+        run.trainer.close()
+        if self._checkpoints is not None and self._metrics is not None and self._status is not None:
+            try:
+                for saved in self._checkpoints.wait():
+                    if saved.error is not None:
+                        raise CheckpointError(f"the last checkpoint could not be written: {saved.error}")
+                    self._saved(saved)
+            except MlxRingError as caught:
+                error = caught
+        self._communicator.agree_on_error(error)
+        if self._metrics is not None and self._status is not None:
+            step = run.trainer.progress.step
+            message = "stopped on request; the same command continues" if stopped else None
+            self._status.update("stopped" if stopped else "completed", step=step, message=message)
+            self._metrics.close(succeeded=not stopped)
+        return EXIT_STOPPED if stopped else EXIT_COMPLETED
+
+    def _evaluate_only(self, run: Run) -> int:
+        """Evaluate the weights found; the record of a run that is there stays as it is."""
+        evaluation = run.evaluator.evaluate()
+        run.trainer.close()
+        if self._leads:
+            source = self._found.path if self._found else self._config.checkpoint.initialize_from
+            figures = "  ".join(f"{name} {value:.6g}" for name, value in evaluation.row().items())
+            print(f"evaluation of {source}: {figures}")
+        return EXIT_COMPLETED
+
+    def fail(self, message: str) -> None:
+        """Leave a true record behind, with no collective: what is being written is finished, the status says why."""
+        if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
+            with contextlib.suppress(OSError):  # the directory itself may be what failed
+                self._start_status()
+        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+        if self._metrics is not None:
+            self._metrics.close(succeeded=False)
+
+    def _leave_at_once(self) -> None:
+        RunStatus.mark_failed(self._directory.path, job=self.job, message="interrupted by a second signal")
+        os._exit(130)
+
+
+def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
+    """The scalar values of the configuration that describe the experiment."""
+    groups = ("model", "data", "optimizer", "schedule", "trainer", "seed", "strategy", "communicator")
+    return {
+        key: value
+        for key, value in config.flat().items()
+        if key.split(".")[0] in groups and isinstance(value, bool | int | float | str)
+    }

@@ -1,0 +1,64 @@
+"""A byte-level BPE tokenizer, trained on the text that it is to encode."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mlx_ring.data.documents import Document, read_lines
+from mlx_ring.errors import ConfigError
+
+TRAINING_BYTES = 1 << 28  # of text that a tokenizer is trained on, at most: it bounds memory and time
+ENCODED_TOGETHER = 64  # blocks that the encoder shares among its threads
+END_OF_TEXT = "<|end_of_text|>"
+
+
+def train_bpe(documents: list[Document], vocabulary_size: int) -> Any:
+    """A `tokenizers.Tokenizer` of at most `vocabulary_size` tokens, the end of a text among them.
+
+    Raises: ConfigError when the package tokenizers is missing; DataError like `read_text`.
+    """
+    try:
+        from tokenizers import Tokenizer as BPETokenizer
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ConfigError(
+            "data.tokenizer=bpe needs the package tokenizers; pip install 'mlx-ring[text]', or set "
+            "data.tokenizer=bytes"
+        ) from error
+    tokenizer: Any = BPETokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The separator's own spelling inside a text is encoded like any other text.
+    tokenizer.encode_special_tokens = True
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    every = 1 + sum(document.size_bytes for document in documents) // TRAINING_BYTES
+    pieces = (text for document in documents for text in read_lines(document))
+    tokenizer.train_from_iterator((text for index, text in enumerate(pieces) if index % every == 0), trainer)
+    return tokenizer
+
+
+def encode_bpe(tokenizer: Any, documents: list[Document]) -> Iterator[np.ndarray]:
+    """The tokens of the documents, uint32, block by block, with the end-of-text token between documents."""
+    separator = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.uint32)
+    pending: list[str] = []
+
+    def encoded() -> Iterator[np.ndarray]:
+        for encoding in tokenizer.encode_batch_fast(pending, add_special_tokens=False):
+            yield np.array(encoding.ids, np.uint32)
+        pending.clear()
+
+    for index, document in enumerate(documents):
+        if index:
+            yield from encoded()
+            yield separator
+        for text in read_lines(document):
+            pending.append(text)
+            if len(pending) == ENCODED_TOGETHER:
+                yield from encoded()
+    yield from encoded()

@@ -1,0 +1,105 @@
+"""The files of a text: which they are, what they held when they were found, and their text block by block."""
+
+import codecs
+import glob
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_ring.config import TextData
+from mlx_ring.errors import DataError
+
+BLOCK_BYTES = 1 << 16  # of text read at once
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file of text, and the hash of what it held when it was found."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+def find_documents(config: TextData) -> list[Document]:
+    """The files of text, in the order of their paths relative to `data.path`, without empty and hidden ones.
+
+    Raises: DataError naming the path and the pattern when there are none.
+    """
+    root = Path(config.path).expanduser()
+    if root.is_dir():
+        left_out = {path for pattern in config.exclude for path in _matches(root, pattern)}
+        names = sorted(_matches(root, config.pattern) - left_out, key=lambda name: Path(name).parts)
+        # A link to a parent folder leads to every file again and again; each counts once, by its first name.
+        first_names = {(root / name).resolve(): root / name for name in reversed(names)}
+        paths = list(reversed(first_names.values()))
+    elif root.is_file():
+        paths = [root]
+    else:
+        raise DataError(f"data.path={root} does not exist; give a text file or a folder of them")
+    documents: list[Document] = []
+    for path in paths:
+        if path.is_file() and (size_bytes := path.stat().st_size):
+            try:
+                with path.open("rb") as file:
+                    documents.append(
+                        Document(path, size_bytes, hashlib.file_digest(file, "sha256").hexdigest())
+                    )
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not documents:
+        what = f"no text in files that match data.pattern={config.pattern}" if root.is_dir() else "no text"
+        raise DataError(f"data.path={root} holds {what}; give a text file, or a folder and a fitting pattern")
+    return documents
+
+
+def read_text(document: Document) -> Iterator[str]:
+    """The document in blocks of about 64 KiB.
+
+    Raises: DataError naming the file and the line of a byte that is NUL or not UTF-8, or the file when it
+    changed after it was found.
+    """
+    decoder, sha256, line = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 1
+    with document.path.open("rb") as file:
+        more = True
+        while more:
+            block = file.read(BLOCK_BYTES)
+            sha256.update(block)
+            more = bool(block)
+            try:
+                text = decoder.decode(block, final=not more)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                byte = error.object[error.start]
+                raise DataError(
+                    f"{document.path}, line {line}: byte 0x{byte:02x} is not UTF-8 ({error.reason}); "
+                    "convert the file, or leave it out with data.exclude"
+                ) from error
+            if (nul := text.find("\0")) >= 0:
+                line += text.count("\n", 0, nul)
+                raise DataError(
+                    f"{document.path}, line {line}: a NUL byte, so not a text; leave it out with data.exclude"
+                )
+            line += text.count("\n")
+            yield text
+    if sha256.hexdigest() != document.sha256:
+        raise DataError(f"{document.path} changed while it was read; start again when it is complete")
+
+
+def read_lines(document: Document) -> Iterator[str]:
+    """Blocks cut at line ends where there are any, so that the cuts break few words."""
+    rest = ""
+    for text in read_text(document):
+        rest += text
+        cut = rest.rfind("\n") + 1 or (len(rest) if len(rest) > BLOCK_BYTES else 0)
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _matches(root: Path, pattern: str) -> set[str]:
+    # Path.glob gives a trailing ** another meaning before Python 3.13: folders only.
+    return set(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207

@@ -1,0 +1,107 @@
+"""This rank's share of each successive global batch, prepared ahead by one thread."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from mlx_ring.data.dataset import Split
+from mlx_ring.data.sampler import sample_order
+from mlx_ring.errors import DataError
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One rank's share of a global batch.
+
+    `first_sample` is the global position of the whole batch's first sample. `micro_batches` holds, of each
+    micro-batch of this rank, its index in the global batch, its inputs and its targets (see `Split.batch`).
+    """
+
+    first_sample: int
+    micro_batches: list[tuple[int, np.ndarray, np.ndarray]]
+
+
+class Loader(Iterator[GlobalBatch]):
+    """Draws global batches without end, in the sampler's order; its whole state is the integer `next_sample`.
+
+    The arrays are NumPy's and are made in one thread; an error there is raised in the consumer, again at each
+    attempt, so that no batch is ever passed over. Iteration ends once the loader is closed.
+
+    Args:
+        split: the samples.
+        seed: of the order.
+        global_batch_size: samples of a batch, over all ranks; a whole number of micro-batches.
+        micro_batch_size: samples of a micro-batch.
+        micro_batches: those of the global batch that this rank computes.
+        next_sample: the global position to start at.
+        prefetch: global batches prepared ahead.
+
+    Raises: DataError when the split is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        micro_batches: range,
+        next_sample: int,
+        prefetch: int,
+    ) -> None:
+        if len(split) < global_batch_size:
+            raise DataError(
+                f"the data set holds {len(split)} training samples, fewer than one global batch of "
+                f"{global_batch_size}; lower trainer.global_batch_size or give more data"
+            )
+        self._split = split
+        self._seed = seed
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches = micro_batches
+        self._next_sample = next_sample
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
+        self._ahead: deque[Future[GlobalBatch]] = deque()
+        for batch in range(prefetch):
+            self._prepare(next_sample + batch * global_batch_size)
+
+    @property
+    def next_sample(self) -> int:
+        """The global position after the last batch taken."""
+        return self._next_sample
+
+    def __next__(self) -> GlobalBatch:
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead[0].result()
+        self._ahead.popleft()
+        self._next_sample += self._global_batch_size
+        self._prepare(self._next_sample + len(self._ahead) * self._global_batch_size)
+        return batch
+
+    def close(self) -> None:
+        """Join the thread and drop what it prepared; more than once is fine."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _prepare(self, first_sample: int) -> None:
+        self._ahead.append(self._thread.submit(self._share, first_sample))
+
+    def _share(self, first_sample: int) -> GlobalBatch:
+        start = first_sample + self._micro_batches.start * self._micro_batch_size
+        count = len(self._micro_batches) * self._micro_batch_size
+        order = sample_order(self._seed, start, count, len(self._split))
+        rows = order.reshape(len(self._micro_batches), self._micro_batch_size)
+        shares = zip(self._micro_batches, rows, strict=True)
+        return GlobalBatch(first_sample, [(index, *self._split.batch(indices)) for index, indices in shares])

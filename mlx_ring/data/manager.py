@@ -1,0 +1,112 @@
+"""The data of one rank: found or made on its host, or received from rank 0, then opened and dealt."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.data.loader import Loader
+from mlx_ring.data.sampler import deal
+from mlx_ring.data.sources import Dataset, open_dataset, prepare
+from mlx_ring.errors import ConfigError, DataError, MlxRingError
+
+CHUNK_BYTES = 32 * 2**20
+
+
+class DataManager:
+    """Opens a data set on every rank; builds the loader of this rank's share."""
+
+    def __init__(
+        self, config: Any, communicator: Communicator, *, kind: str, seed: int, model_maximum: int | None
+    ) -> None:
+        """Collective: every rank must call.
+
+        Raises: DataError or ConfigError, the same on every rank, for data that is absent, damaged or does not fit.
+        """
+        self._config, self._communicator = config, communicator
+        self._kind, self._seed = kind, seed
+        self._sequence_length = _sequence_length(config, model_maximum)
+        dataset, error = self._open_own()
+        if getattr(config, "distribute", False) and communicator.world_size > 1:
+            communicator.agree_on_error(error if communicator.rank == 0 else None)
+            dataset, error = self._receive_missing(dataset)
+        communicator.agree_on_error(error)
+        assert dataset is not None
+        self.dataset = dataset
+
+    def loader(self, *, global_batch_size: int, micro_batch_size: int, next_sample: int) -> Loader:
+        """This rank's share of every global batch from `next_sample` on."""
+        shares = deal(global_batch_size // micro_batch_size, self._communicator.world_size)
+        return Loader(
+            self.dataset.train,
+            seed=self._seed,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            micro_batches=shares[self._communicator.rank],
+            next_sample=next_sample,
+            prefetch=self._config.prefetch,
+        )
+
+    def _open(self, files: dict[str, Path]) -> Dataset:
+        return open_dataset(
+            self._config, kind=self._kind, seed=self._seed, sequence_length=self._sequence_length, files=files
+        )
+
+    def _open_own(self) -> tuple[Dataset | None, MlxRingError | None]:
+        try:
+            self._files = prepare(self._config)
+            return self._open(self._files), None
+        except (ConfigError, DataError) as error:
+            self._files = {}
+            return None, error
+
+    def _receive_missing(self, dataset: Dataset | None) -> tuple[Dataset | None, MlxRingError | None]:
+        """Send rank 0's files to every rank that holds other data or none."""
+        communicator = self._communicator
+        digest = communicator.broadcast_object(dataset.digest if dataset and communicator.rank == 0 else None)
+        names = communicator.broadcast_object({name: path.name for name, path in self._files.items()})
+        folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
+        files = {name: folder / filename for name, filename in names.items()}
+        lacks = (dataset is None or dataset.digest != digest) and not all(path.exists() for path in files.values())
+        if any(communicator.gather_objects(lacks)):
+            for name, path in files.items():
+                self._send(name, path if lacks else None)
+        if dataset is not None and dataset.digest == digest:
+            return dataset, None
+        try:
+            return self._open(files), None
+        except (ConfigError, DataError) as error:
+            return None, error
+
+    def _send(self, name: str, target: Path | None) -> None:
+        """Rank 0 reads one of its files and everybody hears it; those with a `target` write it, whole or not at all."""
+        communicator = self._communicator
+        source = self._files[name].open("rb") if communicator.rank == 0 else None
+        temporary = None
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(target.parent).free < CHUNK_BYTES:
+                target = None  # opening will fail on this rank, with the reason
+        if target is not None:
+            temporary = target.with_name(f".{target.name}-{communicator.rank}")
+            temporary.unlink(missing_ok=True)
+        while chunk := communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""):
+            if temporary is not None:
+                with temporary.open("ab") as file:
+                    file.write(chunk)
+        if temporary is not None and target is not None:
+            temporary.touch()
+            temporary.replace(target)
+        if source is not None:
+            source.close()
+
+
+def _sequence_length(config: Any, model_maximum: int | None) -> int | None:
+    """Tokens of a sample: the configuration's, else the model's maximum."""
+    asked = getattr(config, "sequence_length", None)
+    if asked is not None and model_maximum is not None and asked > model_maximum:
+        raise ConfigError(
+            f"data.sequence_length={asked} is above the model's maximum of {model_maximum} positions; lower it, or raise "
+            "model.max_sequence_length"
+        )
+    return asked or model_maximum

@@ -1,0 +1,65 @@
+"""The order of samples: a pure function of (seed, global position), in constant memory.
+
+Positions count samples from the start of the run: position p is drawn in epoch p // dataset_size. Every epoch
+is another permutation, made by a keyed Feistel network. The network permutes a power of four; what falls
+outside the data set goes through it again until it falls inside (cycle walking).
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from mlx_ring.errors import ConfigError
+
+ROUNDS = 6
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread uint64 values over all 64 bits (the finalizer of SplitMix64); equal on every machine."""
+    values = values * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """The images of `positions`, each in [0, size), under the permutation of range(size) chosen by `keys`."""
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+
+    def network(values: np.ndarray) -> np.ndarray:
+        left, right = values >> shift, values & mask
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) & mask)
+        return (left << shift) | right
+
+    images = network(positions.astype(np.uint64))
+    while (outside := np.flatnonzero(images >= size)).size:
+        images[outside] = network(images[outside])
+    return images.astype(np.int64)
+
+
+def sample_order(seed: int, first: int, count: int, dataset_size: int) -> np.ndarray:
+    """The indices, int64 (count,), of the samples at the global positions first to first + count − 1."""
+    epochs, positions = np.divmod(np.arange(first, first + count, dtype=np.int64), dataset_size)
+    indices = np.empty(count, np.int64)
+    for epoch in np.unique(epochs):
+        # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
+        keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
+        drawn = epochs == epoch
+        indices[drawn] = permute(positions[drawn], dataset_size, keys)
+    return indices
+
+
+def deal(num_micro_batches: int, world_size: int) -> list[range]:
+    """The micro-batches of a global batch that each rank computes: contiguous, as even as can be.
+
+    Raises: ConfigError when there are more ranks than micro-batches.
+    """
+    if world_size > num_micro_batches:
+        raise ConfigError(
+            f"a global batch of {num_micro_batches} micro-batches cannot be dealt to {world_size} ranks; "
+            "raise trainer.global_batch_size, lower trainer.micro_batch_size, or start fewer ranks"
+        )
+    bounds = [rank * num_micro_batches // world_size for rank in range(world_size + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]

@@ -1,0 +1,65 @@
+"""The models, by name. Each holds its blocks in `layers`, and nothing that depends on the batch."""
+
+import mlx.nn as nn
+
+from mlx_ring.config import CNNModel, CustomModel, MLPModel, TransformerModel
+from mlx_ring.errors import ConfigError
+from mlx_ring.models.cnn import CNN
+from mlx_ring.models.custom import build_custom
+from mlx_ring.models.mlp import MLP
+from mlx_ring.models.transformer import Transformer
+
+ModelConfig = MLPModel | CNNModel | TransformerModel | CustomModel
+
+
+def build_model(
+    config: ModelConfig, *, kind: str, input_shape: tuple[int, ...], num_classes: int
+) -> nn.Module:
+    """Build a model for the data, its weights drawn from mx.random's current state and not yet evaluated.
+
+    Args:
+        config: the `model` group.
+        kind: what the data gives, `classifier` (samples with a class) or `language` (token sequences).
+        input_shape: shape of one sample, (features,), (height, width, channels) or (tokens,).
+        num_classes: classes, or tokens of the vocabulary.
+
+    Returns: a classifier, float32 samples (B, *input_shape) → logits (B, num_classes), or a language model, integer
+    tokens (B, T) → logits (B, T, num_classes).
+    Raises: ConfigError if the model does not fit the data, or a custom one cannot be built.
+    """
+    reads = _reads(config)
+    if reads != kind:
+        raise ConfigError(
+            f"model={config.name} is a {reads} model but the data is for a {kind} model; "
+            "choose another model or data"
+        )
+    match config:
+        case MLPModel():
+            return MLP(config, input_shape, num_classes)
+        case CNNModel():
+            return CNN(config, input_shape, num_classes)
+        case TransformerModel():
+            _check_sequence_length(config, input_shape)
+            return Transformer(config, num_classes)
+        case CustomModel():
+            return build_custom(config, input_shape, num_classes)
+
+
+def _reads(config: ModelConfig) -> str:
+    match config:
+        case CustomModel():
+            return config.kind.name
+        case TransformerModel():
+            return "language"
+        case _:
+            return "classifier"
+
+
+def _check_sequence_length(config: TransformerModel, input_shape: tuple[int, ...]) -> None:
+    positions = config.max_sequence_length
+    assert positions
+    if input_shape and input_shape[0] > positions:
+        raise ConfigError(
+            f"the data's sequences have {input_shape[0]} tokens, more than "
+            f"model.max_sequence_length={positions}; set data.sequence_length={positions} or less"
+        )

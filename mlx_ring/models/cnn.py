@@ -1,0 +1,62 @@
+"""A convolutional network for small images."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_ring.config import CNNModel
+from mlx_ring.errors import ConfigError
+from mlx_ring.models.dropout import draw_key, dropout, split_key
+from mlx_ring.models.mlp import HiddenLayer
+
+
+class Stage(nn.Module):
+    """3 x 3 convolution, ReLU, 2 x 2 max-pooling, dropout."""
+
+    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+        self.pool = nn.MaxPool2d(kernel_size=2)
+        self.dropout = dropout
+
+    def __call__(self, x: mx.array, key: mx.array | None) -> mx.array:
+        """(B, H, W, inputs) → (B, H // 2, W // 2, outputs)"""
+        height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+        # Pooling first: ReLU commutes with the maximum, and then works on a quarter of the elements. An odd
+        # last row or column is left out, which keeps the pooling a reshape.
+        x = self.pool(self.convolution(x)[:, :height, :width])
+        return dropout(nn.relu(x), self.dropout, key)
+
+
+class CNN(nn.Module):
+    """Stages that each halve the image, a hidden layer and a linear head.
+
+    Raises: ConfigError if `input_shape` is not that of an image with channels, or too small for the stages.
+    """
+
+    def __init__(self, config: CNNModel, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        if len(input_shape) != 3:
+            raise ConfigError(
+                f"model=cnn needs images of shape (height, width, channels); the data gives {input_shape}: "
+                "choose model=mlp"
+            )
+        height, width, channels = input_shape
+        halvings = len(config.channels)
+        if min(height, width) < 2**halvings:
+            raise ConfigError(
+                f"model.channels={config.channels} halves the image {halvings} times, for which the data's "
+                f"{input_shape} is too small: give fewer stages or choose model=mlp"
+            )
+        widths = [channels, *config.channels]
+        stages = [Stage(widths[i], widths[i + 1], config.dropout) for i in range(halvings)]
+        flat = (height >> halvings) * (width >> halvings) * widths[-1]
+        self.layers: list[nn.Module] = [*stages, HiddenLayer(flat, config.hidden_size, config.dropout)]
+        self.head = nn.Linear(config.hidden_size, num_classes)
+        self.dropout = config.dropout
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Images (B, height, width, channels) → logits (B, num_classes)."""
+        key = draw_key() if self.training and self.dropout > 0 else None
+        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
+            x = layer(x, layer_key)
+        return self.head(x)

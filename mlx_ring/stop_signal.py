@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM: the first asks for an orderly stop, the second leaves at once.
+
+A Python signal handler does not run while the main thread waits in a collective, so the signals' numbers are read
+from a pipe by a thread of its own.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+
+class StopSignal:
+    """Calls `on_first` at the first signal and `on_second` at the second, from another thread."""
+
+    def __init__(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        self._wakeup = signal.set_wakeup_fd(self._writer)
+        self._thread = threading.Thread(target=self._watch, args=(on_first, on_second), daemon=True)
+        self._thread.start()
+
+    def _watch(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
+        stops = 0
+        while number := os.read(self._reader, 1):
+            if number[0] in self._handlers:
+                stops += 1
+                (on_first if stops == 1 else on_second)()
+        os.close(self._reader)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+        self._thread.join()

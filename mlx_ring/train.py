@@ -1,0 +1,172 @@
+"""The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of whatever ends the run."""
+
+import faulthandler
+import logging
+import os
+import re
+import socket
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mlx_ring.config import RunConfig, explain, nearest_key
+from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+
+if TYPE_CHECKING:
+    from mlx_ring.communicator import Communicator
+    from mlx_ring.coordinator import Coordinator
+
+CONF = Path(__file__).parent / "conf"  # in the wheel
+if not CONF.exists():
+    CONF = Path(__file__).parent.parent / "conf"  # in a checkout
+LOOKS_ONLY = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
+log = logging.getLogger(__name__)
+
+
+class Process:
+    """This process: its place among the ranks, its group once joined, the run it drives."""
+
+    def __init__(self) -> None:
+        self.environment = RankEnvironment(rank=0, world_size=1, backend="single")
+        self.communicator: Communicator | None = None
+        self.coordinator: Coordinator | None = None
+        self.status = 0
+        self._run_id = ""
+
+    def join(self, root: DictConfig) -> "Communicator":
+        """The group, joined at the first call: Hydra needs a directory that all ranks agree on before anything runs."""
+        if self.communicator is None:
+            from mlx_ring.communicator import Communicator, refuse_public_addresses
+
+            self.environment.check_backend("communicator.backend", str(root.communicator.backend))
+            self.environment.check_backend("cluster.backend", str(root.cluster.backend))
+            if not root.cluster.allow_public_addresses:
+                refuse_public_addresses(self.environment)
+            self.communicator = Communicator(self.environment)
+        return self.communicator
+
+    def run_id(self, *, _root_: DictConfig) -> str:
+        """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster."""
+        if _looks_only():
+            return "<time>"
+        if not self._run_id:
+            stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+            suffix = os.urandom(2).hex()  # two runs may start in one second
+            self._run_id = self.join(_root_).broadcast_object(f"{stamp}_{suffix}")
+        return self._run_id
+
+    def main(self) -> int:
+        """Everything from the environment to the end of the run. Returns the exit status."""
+        self.environment = RankEnvironment.read()
+        use_bundled_open_mpi()
+        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
+            raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
+        rank = self.environment.rank
+        OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
+        OmegaConf.register_new_resolver("mlx_ring.output_subdir", lambda: None if rank else ".hydra")
+        OmegaConf.register_new_resolver("mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"))
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
+        start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+        start(self.train)()
+        return self.status
+
+    def train(self, composed: DictConfig) -> None:
+        """Hydra's task: one run."""
+        try:
+            from mlx_ring.coordinator import Coordinator
+
+            config = RunConfig.parse(composed)
+            communicator = self.join(composed)
+            communicator.bucket_bytes = config.communicator.bucket_bytes
+            communicator.overlap = config.communicator.overlap
+            directory = Path(HydraConfig.get().runtime.output_dir)
+            self.coordinator = Coordinator(config, communicator, directory)
+            self.status = self.coordinator.run()
+        except BaseException as error:
+            self.leave(error)
+
+    def leave(self, error: BaseException) -> NoReturn:
+        """Say what happened, leave a true record, and end this rank before it can meet another collective."""
+        error = _understood(error, before_run=self.coordinator is None)
+        known = isinstance(error, MlxRingError)
+        status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
+        message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
+        if self.coordinator is not None:
+            self.coordinator.fail(message)
+        several = self.environment.world_size > 1
+        if not (known and error.agreed and self.environment.rank):
+            where = f"rank {self.environment.rank} on {socket.gethostname()}: " if several else ""
+            log.error("%s", message, exc_info=error)
+            if not known:
+                sys.excepthook(type(error), error, error.__traceback__)
+            print(f"error: {'' if message.startswith(where) else where}{message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        if not several or self.communicator is None:
+            raise SystemExit(status)
+        if self.environment.backend == "mpi" and not (known and error.agreed):
+            _abort_mpi(status)
+        os._exit(status)
+
+
+def _looks_only() -> bool:
+    return any(argument.partition("=")[0] in LOOKS_ONLY for argument in sys.argv[1:])
+
+
+def _understood(error: BaseException, *, before_run: bool) -> BaseException:
+    """One of our own errors, where Hydra or OmegaConf wrapped or raised it."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, HydraException):
+        return _hydra_error(error)
+    if isinstance(error, OSError) and before_run and error.filename:  # Hydra makes the run's directory
+        return ConfigError(f"run.dir {error.filename} cannot be written: {error.strerror}; choose another")
+    return error
+
+
+def _hydra_error(error: HydraException) -> ConfigError:
+    text = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
+    if found := re.search(r"Could not override '([^']+)'", text):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            hint = nearest_key(found[1], compose("config"))
+        return ConfigError(f"unknown configuration key {found[1]}; {hint}")
+    return ConfigError(text)
+
+
+def _abort_mpi(status: int) -> None:
+    """End the whole job: a rank that merely leaves would make the others wait in MPI for ever."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except ImportError:
+        return
+    MPI.COMM_WORLD.Abort(status)
+
+
+def main() -> NoReturn:
+    """The installed command `train.py`."""
+    faulthandler.enable()
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger().addHandler(logging.NullHandler())  # the run adds a file; the console is the tracker's
+    process = Process()
+    try:
+        status = process.main()
+    except Exception as error:  # noqa: BLE001 - whatever it is, this rank must end, and say why
+        process.leave(error)
+    raise SystemExit(status)

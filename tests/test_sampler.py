@@ -1,0 +1,98 @@
+"""The order of samples, and how micro-batches are dealt to ranks."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_ring.data.sampler import deal, sample_order
+from mlx_ring.errors import ConfigError
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@settings(deadline=None)
+@given(seed=SEEDS, size=st.integers(1, 5000), epoch=st.integers(0, 10**9))
+def test_every_epoch_is_a_permutation(seed: int, size: int, epoch: int) -> None:
+    order = sample_order(seed, epoch * size, size, size)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(size))
+
+
+@settings(deadline=None)
+@given(seed=SEEDS, size=st.integers(1, 2**62), first=st.integers(0, 2**62), count=st.integers(0, 300))
+def test_any_part_equals_the_positions_one_by_one(seed: int, size: int, first: int, count: int) -> None:
+    order = sample_order(seed, first, count, size)
+    assert order.shape == (count,)
+    assert ((order >= 0) & (order < size)).all()
+    for position in {0, count // 2, count - 1} if count else set():
+        assert sample_order(seed, first + position, 1, size)[0] == order[position]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [
+        sample_order(seed, epoch * 1000, 1000, 1000) for seed in (0, 1, 2**32 - 1) for epoch in range(3)
+    ]
+    agreements = [np.mean(a == b) for i, a in enumerate(orders) for b in orders[:i]]
+    assert max(agreements) < 0.01
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7, 10, 64, 100])
+def test_every_sample_is_equally_likely_at_every_position(size: int) -> None:
+    epochs = 3000
+    orders = sample_order(7, 0, epochs * size, size).reshape(epochs, size)
+    for position in (0, size - 1):
+        observed = np.bincount(orders[:, position], minlength=size)
+        chi_squared = np.sum((observed - epochs / size) ** 2) / (epochs / size)
+        degrees = size - 1
+        assert chi_squared < degrees + 5 * np.sqrt(2 * degrees)
+
+
+def test_neighbours_are_scattered() -> None:
+    order = sample_order(3, 0, 100_000, 100_000)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.02
+
+
+def test_the_order_is_fixed_for_all_versions() -> None:
+    """A checkpoint stores a position only: another order would silently train on other samples."""
+    assert sample_order(1337, 25, 10, 10).tolist() == [2, 1, 7, 3, 6, 2, 8, 1, 3, 6]
+
+
+def test_a_cold_start_is_fast_anywhere() -> None:
+    def seconds(first: int) -> float:
+        start = time.perf_counter()
+        sample_order(0, first, 512, 10**10 + 1)
+        return time.perf_counter() - start
+
+    assert min(seconds(3 * 10**10 + offset) for offset in range(5)) < 0.020
+
+
+@pytest.mark.parametrize(
+    ("num_micro_batches", "world_size", "sizes"),
+    [
+        (1, 1, [1]),
+        (12, 1, [12]),
+        (12, 3, [4, 4, 4]),
+        (12, 5, [2, 2, 3, 2, 3]),
+        (7, 4, [1, 2, 2, 2]),
+        (4, 4, [1, 1, 1, 1]),
+    ],
+)
+def test_micro_batches_are_dealt_evenly(num_micro_batches: int, world_size: int, sizes: list[int]) -> None:
+    assert [len(share) for share in deal(num_micro_batches, world_size)] == sizes
+
+
+@given(num_micro_batches=st.integers(1, 300), data=st.data())
+def test_every_micro_batch_is_dealt_once(num_micro_batches: int, data: st.DataObject) -> None:
+    shares = deal(num_micro_batches, data.draw(st.integers(1, num_micro_batches)))
+    assert [index for share in shares for index in share] == list(range(num_micro_batches))
+    sizes = [len(share) for share in shares]
+    assert 1 <= min(sizes) and max(sizes) - min(sizes) <= 1
+
+
+def test_more_ranks_than_micro_batches_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"4 micro-batches.* 5 ranks.*trainer\.global_batch_size"):
+        deal(4, 5)
