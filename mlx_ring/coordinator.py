@@ -51,8 +51,7 @@ class Interval:
 
         step_seconds = mean("step_seconds")
         tokens = (last.tokens - self.tokens_before) / count
-        self.results, self.tokens_before = [], last.tokens
-        return {
+        row = {
             "step": last.step,
             "samples": last.samples,
             "tokens": last.tokens,
@@ -70,6 +69,8 @@ class Interval:
             "wire_bytes": last.wire_bytes,
             "wall_time": time.time(),
         }
+        self.results, self.tokens_before = [], last.tokens
+        return row
 
 
 class Coordinator:
@@ -297,7 +298,7 @@ class Coordinator:
     def _event(self, event: str, step: int, message: str) -> None:
         if self._metrics is not None:
             self._metrics.record("event", {"event": event, "step": step, "message": message})
-        log.warning("%s at step %d: %s", event, step, message)
+        log.info("%s at step %d: %s", event, step, message)
 
     # The end
 

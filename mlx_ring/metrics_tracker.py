@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedWriter, TextIOWrapper
 from pathlib import Path
@@ -34,7 +34,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-Value: TypeAlias = "float | int | str | bool | list[Value] | dict[str, Value] | None"
+Value: TypeAlias = "float | int | str | bool | Sequence[Value] | Mapping[str, Value] | None"
 Row: TypeAlias = Mapping[str, Value]
 
 KINDS = ("train", "evaluation", "checkpoint", "event")
@@ -67,7 +67,7 @@ class MetricsTracker:
         self._tensorboard = _TensorBoard(run_directory / "tensorboard") if tensorboard else None
         self._to_tensorboard(lambda board: board.open(restored_step, hyperparameters))
 
-    def record(self, kind: str, row: dict[str, Value]) -> None:
+    def record(self, kind: str, row: Row) -> None:
         """Write one row: `kind` is train, evaluation, checkpoint or event; the fields are the contract's,
         `step` among them. Times are seconds, sizes bytes. NaN and infinities become null in metrics.jsonl.
 
@@ -110,7 +110,7 @@ class MetricsTracker:
             write(board)
         except OSError as error:
             self._tensorboard = None
-            board.abandon()
+            board.close_file()
             message = f"warning: TensorBoard is switched off, metrics.jsonl goes on: {error}"
             self.record("event", {"event": "tensorboard_off", "step": self._step, "message": message})
 
@@ -173,9 +173,9 @@ class _JSONLines:
 
 def _finite(value: Value) -> Value:
     """JSON knows no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -229,7 +229,7 @@ class _TensorBoard:
 
     def close(self, succeeded: bool) -> None:
         """The status has a file of its own: servers keep the first they meet, so a resume removes it."""
-        self.abandon()
+        self.close_file()
         end = SessionEndInfo(
             status=STATUS_SUCCESS if succeeded else STATUS_FAILURE, end_time_secs=time.time()
         )
@@ -238,9 +238,9 @@ class _TensorBoard:
         summary.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=content, tensor=metadata.NULL_TENSOR)
         self._open_file("end")
         self._add(0, summary=summary)
-        self.abandon()
+        self.close_file()
 
-    def abandon(self) -> None:
+    def close_file(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()

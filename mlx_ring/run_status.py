@@ -34,6 +34,8 @@ class RunStatus:
         self._directory = run_directory
         self._job = job
         with _locked(run_directory):
+            for torn in run_directory.glob(f".{FILE_NAME}.*"):
+                torn.unlink()  # left by a killed writer
             before = RunStatus.read(run_directory) or {}
             status: dict[str, Any] = {
                 "state": "starting",
@@ -67,7 +69,7 @@ class RunStatus:
             self._status |= {key: value for key, value in given.items() if value is not None}
             on_disk = RunStatus.read(self._directory)
             if on_disk and on_disk.get("job") == self._job and on_disk.get("state") == "failed":
-                self._status |= {"state": "failed", "message": on_disk["message"]}
+                self._status |= {"state": "failed", "message": on_disk.get("message", "")}
             _replace(self._directory, self._status)
 
     @staticmethod

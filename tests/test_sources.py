@@ -180,14 +180,14 @@ def tokens_config(path: Path, held_out_fraction: float = 0.25) -> TokensData:
     )
 
 
-def write_tokens(path: Path, tokens: np.ndarray, **changes: Any) -> Path:
-    path.write_bytes(tokens.tobytes())
+def write_tokens(path: Path, array: np.ndarray, **changes: Any) -> Path:
+    path.write_bytes(array.tobytes())
     side_car = {
         "format_version": 1,
-        "dtype": tokens.dtype.name,
+        "dtype": array.dtype.name,
         "vocabulary_size": 1000,
-        "tokens": len(tokens),
-        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "tokens": len(array),
+        "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
     } | changes
     kept = {key: value for key, value in side_car.items() if value is not None}
     path.with_suffix(".json").write_text(json.dumps(kept))
@@ -268,7 +268,7 @@ def test_too_few_tokens_are_refused_with_counts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"9 tokens to train on \(a window takes 10\) and 3 held out"):
         open_config(tokens_config(path), kind="language", sequence_length=9)
     assert len(open_config(tokens_config(path), kind="language", sequence_length=8).train) == 1
-    with pytest.raises(DataError, match="11 tokens to train on.* and 1 held out"):
+    with pytest.raises(DataError, match=r"11 tokens to train on.* and 1 held out"):
         open_config(tokens_config(path, 0.1), kind="language", sequence_length=4)
 
 
@@ -298,8 +298,8 @@ config = TokensData(name="tokens", prefetch=4, path=sys.argv[1], sequence_length
                     distribute=False, cache_dir="unused")
 before = psutil.Process().memory_info().rss
 dataset = open_dataset(config, kind="language", seed=0, sequence_length=1024, files=prepare(config))
-options = dict(seed=0, global_batch_size=32, micro_batch_size=32, micro_batches=range(1), next_sample=0, prefetch=4)
-with Loader(dataset.train, **options) as loader:
+sizes = dict(global_batch_size=32, micro_batch_size=32, micro_batches=range(1))
+with Loader(dataset.train, seed=0, next_sample=0, prefetch=4, **sizes) as loader:
     tokens = sum(batch.micro_batches[0][1].size for batch in islice(loader, 50))
 print(tokens, len(dataset.train), psutil.Process().memory_info().rss - before)
 """

@@ -41,14 +41,15 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 
 def sample_order(seed: int, first: int, count: int, dataset_size: int) -> np.ndarray:
     """The indices, int64 (count,), of the samples at the global positions first to first + count − 1."""
-    epochs, positions = np.divmod(np.arange(first, first + count, dtype=np.int64), dataset_size)
-    indices = np.empty(count, np.int64)
-    for epoch in np.unique(epochs):
+    parts = [np.empty(0, np.int64)]
+    while count:
+        epoch, position = divmod(first, dataset_size)
+        in_epoch = min(count, dataset_size - position)
         # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
-        keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
-        drawn = epochs == epoch
-        indices[drawn] = permute(positions[drawn], dataset_size, keys)
-    return indices
+        keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+        parts.append(permute(np.arange(position, position + in_epoch), dataset_size, keys))
+        first, count = first + in_epoch, count - in_epoch
+    return np.concatenate(parts)
 
 
 def deal(num_micro_batches: int, world_size: int) -> list[range]:
