@@ -83,9 +83,9 @@ class Process:
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run."""
         try:
-            from mlx_ring.coordinator import Coordinator
-
             config = RunConfig.parse(composed)
+            from mlx_ring.coordinator import Coordinator  # loads MLX: not before the configuration is right
+
             communicator = self.join(composed)
             communicator.bucket_bytes = config.communicator.bucket_bytes
             communicator.overlap = config.communicator.overlap
@@ -136,7 +136,7 @@ def _understood(error: BaseException, *, before_run: bool) -> BaseException:
 
 
 def _hydra_error(error: HydraException) -> ConfigError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split() or str(error.__cause__).split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")

@@ -1,17 +1,18 @@
 """The order of samples: a pure function of (seed, global position), in constant memory.
 
 Positions count samples from the start of the run: position p is drawn in epoch p // dataset_size. Every epoch
-is another permutation, made by a keyed Feistel network. The network permutes a power of four; what falls
-outside the data set goes through it again until it falls inside (cycle walking).
+is another permutation, made by a keyed Feistel network over a rectangle of about the data set's size; what falls
+outside the data set goes through the network again until it falls inside (cycle walking).
 """
 
+import math
 from itertools import pairwise
 
 import numpy as np
 
 from mlx_ring.errors import ConfigError
 
-ROUNDS = 6
+ROUNDS = 8  # of the network, each with a key of its own
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -24,14 +25,17 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """The images of `positions`, each in [0, size), under the permutation of range(size) chosen by `keys`."""
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    # A rectangle of rows × columns that holds `size` cells and hardly more, so that few values walk on.
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
 
     def network(values: np.ndarray) -> np.ndarray:
-        left, right = values >> shift, values & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        return (left << shift) | right
+        row, column = np.divmod(values, np.uint64(columns))
+        for row_key, column_key in keys.reshape(-1, 2):
+            # Two bits less than 64, so that the sum does not wrap round: it must stay one-to-one.
+            row = (row + (mix(column ^ row_key) >> np.uint64(2))) % np.uint64(rows)
+            column = (column + (mix(row ^ column_key) >> np.uint64(2))) % np.uint64(columns)
+        return row * np.uint64(columns) + column
 
     images = network(positions.astype(np.uint64))
     while (outside := np.flatnonzero(images >= size)).size:
