@@ -173,9 +173,10 @@ class Coordinator:
                         f"evaluation.only=true found no checkpoint in {own}; give run.dir=RUN or checkpoint.resume=PATH"
                     )
                 return None
-            found = Found(*checkpoints.find(own))
+            path, manifest, problems = checkpoints.find(own)
         else:
-            found = Found(*checkpoints.find(Path(settings.resume).expanduser()))
+            path, manifest, problems = checkpoints.find(Path(settings.resume).expanduser())
+        found = Found(path=path, manifest=manifest, problems=problems)
         if not self._config.evaluation.only:
             refuse_changes(found.manifest.get("config", {}), self._config.record)
         return found

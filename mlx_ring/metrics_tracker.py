@@ -282,24 +282,27 @@ class _Console:
             self.line(_line(kind, row))
         elif self._live is None:
             self.line("  ".join([f"step {self._step}/{self._total_steps}", *self._figures]))
-        if self._live is not None:
-            self._live.update(self._view(), refresh=True)
+        live = self._live
+        if live is not None:
+            self._show(lambda: live.update(self._view(), refresh=True))
 
     def line(self, text: str) -> None:
-        text = " ".join(text.splitlines())
-        if self._live is not None:
-            self._live.console.print(Text(text), soft_wrap=True)
+        text, live = " ".join(text.splitlines()), self._live
+        if live is not None:
+            self._show(lambda: live.console.print(Text(text), soft_wrap=True))
         else:
-            self._print(text)
+            self._show(lambda: print(text, flush=True))
 
-    def _print(self, text: str) -> None:
+    def _show(self, write: Callable[[], None]) -> None:
         if self._gone:
             return
         try:
-            print(text, flush=True)
-        except OSError:  # nobody reads any more: train on, and let the interpreter's last flush succeed
+            write()
+        except OSError:  # nobody looks any more: train on, and let the interpreter's last flush succeed
             self._gone = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
     def _view(self) -> RenderableType:
         progress = Table.grid(padding=(0, 1), expand=True)
@@ -311,7 +314,8 @@ class _Console:
 
     def close(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            self._show(self._live.stop)
+            self._live.stop()  # also where the terminal has gone: it gives the standard streams back
 
 
 def _step(row: Row) -> int:

@@ -113,17 +113,18 @@ def test_a_row_of_an_unknown_kind_is_refused(tmp_path):
     tracker.close(False)
 
 
+@pytest.mark.parametrize("torn", [b'{"kind": "train", "step": 1', b'{"kind": "train", "step": 1}', b"\0\0\n"])
 @pytest.mark.parametrize(
     ("restored_step", "kept"), [(0, []), (2, [1, 2, 2, 1]), (3, [1, 2, 2, 3, 1]), (9, [1, 2, 2, 3, 1])]
 )
-def test_a_resume_cuts_later_rows_and_the_torn_line(tmp_path, restored_step, kept):
+def test_a_resume_cuts_later_rows_and_the_torn_line(tmp_path, restored_step, kept, torn):
     tracker = open_tracker(tmp_path)
     for kind, step in (("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("checkpoint", 1)):
         tracker.record(kind, {"step": step})
     tracker.close(False)
     path = tmp_path / "metrics.jsonl"
     with path.open("ab") as file:
-        file.write(b'{"kind": "train", "step": 1')
+        file.write(torn)
     assert [row["step"] for row in read_rows(path)] == [1, 2, 2, 3, 1]
 
     resumed = open_tracker(tmp_path, restored_step=restored_step)
@@ -376,6 +377,22 @@ def test_a_reader_that_went_away_does_not_end_the_run(tmp_path):
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
 
 
+def test_a_terminal_that_went_away_does_not_end_the_run(tmp_path):
+    terminal, process_side = pty.openpty()
+    program = WHOLE_RUN.replace("\ntracker.record", "\nsys.stdin.read()\ntracker.record", 1)
+    environment = os.environ | {"TERM": "xterm"}
+    pipe = subprocess.PIPE
+    with start(program, tmp_path, stdin=pipe, stdout=process_side, stderr=pipe, env=environment) as process:
+        os.close(process_side)
+        received = b""
+        while b"waiting for the first step" not in received:
+            received += os.read(terminal, 65536)
+        os.close(terminal)
+        _, errors = process.communicate(timeout=60)
+    assert (errors, process.returncode) == (b"", 0)
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 5
+
+
 def test_a_character_that_the_console_lacks_does_not_end_the_run(tmp_path):
     program = WHOLE_RUN.replace("a\\nline", "\\udcff \\u2026")
     assert program != WHOLE_RUN
@@ -421,7 +438,9 @@ def test_a_terminal_shows_a_live_view(tmp_path):
     assert "\x1b[1A" in received  # drawn over, not below
     for line in PLAIN_LINES[2:4] + PLAIN_LINES[5:]:
         assert line in visible(received)
-    assert received.rfind("\x1b[?25h") > received.rfind("\x1b[?25l")  # the cursor is back
+    assert received.index("\x1b[?25h") < received.index(
+        "loss"
+    )  # nor would a killed run take the cursor along
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(12, 6), (1, 1), (0, 0)])

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, global position), in constant memory.
 
 Positions count samples from the start of the run: position p is drawn in epoch p // dataset_size. Every epoch
-is another permutation, made by a keyed Feistel network over a rectangle of about the data set's size; what falls
-outside the data set goes through the network again until it falls inside (cycle walking).
+is another permutation, made by a keyed Feistel network over a rectangle of about the data set's size; what
+falls outside the data set goes through the network again until it falls inside (cycle walking).
 """
 
 import math
