@@ -53,7 +53,7 @@ def parameters_sha256(parameters: HostArrays) -> str:
     digest = hashlib.sha256()
     for path in sorted(parameters):
         digest.update(path.encode() + b"\0")
-        digest.update(parameters[path].content.reshape(-1).view(np.uint8))
+        digest.update(parameters[path].content.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

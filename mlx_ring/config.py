@@ -7,7 +7,7 @@ knows OmegaConf: the rest of the program sees plain dataclasses.
 import difflib
 import math
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class CustomModel:
     name: str
     import_path: str  # package.module:name of a callable(arguments…, data_spec=DataSpec) -> nn.Module
     kind: Kind  # what the model reads: feature or image samples, or token sequences
-    arguments: dict[str, Any]  # keyword arguments of that callable
+    arguments: dict[str, Any] | None  # keyword arguments of that callable
 
     def __post_init__(self) -> None:
         _import_path("model.import_path", self.import_path)
@@ -249,7 +249,7 @@ class SyntheticData(BundledData):
 @dataclass(kw_only=True)
 class CustomData(BundledData):
     import_path: str  # package.module:name of a callable(arguments…) -> mlx_ring.data.sources.Dataset
-    arguments: dict[str, Any]
+    arguments: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -482,8 +482,8 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every value by its dotted key, but for what may differ between hosts. Secrets are not among them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "record"}
-        plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
+        plain = asdict(self)
+        del plain["record"]
         return {
             key: value.name if isinstance(value, Enum) else value
             for key, value in flatten(plain).items()

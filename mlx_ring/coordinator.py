@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_ring import __version__, checkpoint_format, memory_manager
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring.checkpoint_manager import CheckpointManager, Saved
-from mlx_ring.communicator import Communicator
+from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig, refuse_changes, to_yaml
 from mlx_ring.errors import (
     EXIT_COMPLETED,
@@ -154,7 +154,7 @@ class Coordinator:
             error = caught
         self._communicator.agree_on_error(error)
         log.info(
-            "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, mx.__version__,
+            "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
             ", ".join(self._communicator.hosts),
         )  # fmt: skip
@@ -273,7 +273,7 @@ class Coordinator:
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
             "evaluation": None if evaluation is None else evaluation.row(),
-            "versions": {"mlx_ring": __version__, "mlx": mx.__version__},
+            "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
             "config": self._config.record,
         }
         for saved in self._checkpoints.save(step, run.files(), facts):

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,7 +71,7 @@ class Evaluator:
         for first in range(self._communicator.rank * self._micro_batch_size, samples, step):
             indices = np.arange(first, min(first + self._micro_batch_size, samples))
             inputs, targets = self._dataset.held_out.batch(indices)
-            sums = self._compiled(mx.array(inputs), mx.array(targets))
+            sums: Any = self._compiled(mx.array(inputs), mx.array(targets))
             mx.eval(sums)
             losses.append(sums[0].item())
             counted += sums[1].item()

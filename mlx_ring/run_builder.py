@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 import mlx_ring
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring import memory_manager
-from mlx_ring.communicator import Communicator
+from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.data.manager import DataManager
 from mlx_ring.errors import ConfigError, MlxRingError
@@ -170,7 +170,7 @@ def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str,
         "host": socket.gethostname(),
         "mlx_ring": mlx_ring.__version__,
         "source": _source_sha256(),
-        "mlx": mx.__version__,
+        "mlx": MLX_VERSION,
         "config": config.flat(),
         "data": data.dataset.digest,
         "parameters": sha256_of(parameter_shapes(dict(tree_flatten(model.parameters())))),

@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from mlx_ring.communicator import Communicator
     from mlx_ring.coordinator import Coordinator
 
-CONF = Path(__file__).parent / "conf"  # in the wheel
-if not CONF.exists():
-    CONF = Path(__file__).parent.parent / "conf"  # in a checkout
+PACKAGE = Path(__file__).parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.exists())  # wheel, checkout
 LOOKS_ONLY = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
 log = logging.getLogger(__name__)
 

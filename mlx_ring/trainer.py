@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -87,11 +87,11 @@ class Trainer:
         self._seed, self._total_steps, self._global_batch_size = seed, total_steps, global_batch_size
         self._max_skipped_batches, self._counts_tokens = max_skipped_batches, counts_tokens
         self._skipped_in_a_row = 0
-        captured = [model.state, mx.random.state]
-        self._first, self._next = (
-            mx.compile(function, inputs=captured, outputs=[mx.random.state]) if compile else function
-            for function in (self._first_micro_batch, self._next_micro_batch)
-        )
+        functions: list[Callable[..., tuple[Any, ...]]] = [self._first_micro_batch, self._next_micro_batch]
+        if compile:
+            captured = [model.state, mx.random.state]
+            functions = [mx.compile(each, inputs=captured, outputs=[mx.random.state]) for each in functions]
+        self._first, self._next = functions
 
     def steps(self) -> Iterator[StepResult]:
         """Train up to the total number of steps.
@@ -138,21 +138,21 @@ class Trainer:
             progress.skipped += 1
             self._skipped_in_a_row += 1
         if self._counts_tokens:
-            progress.tokens += int(applied.targets.item())
+            progress.tokens += int(_number(applied.targets))
         return StepResult(
             step=progress.step,
             skipped=not finite,
             samples=progress.next_sample,
             tokens=progress.tokens,
-            loss=float(applied.loss.item()),
-            learning_rate=float(learning_rate.item()),
-            gradient_norm=float(applied.gradient_norm.item()),
+            loss=_number(applied.loss),
+            learning_rate=_number(learning_rate),
+            gradient_norm=_number(applied.gradient_norm),
             step_seconds=step_seconds,
             compute_seconds=step_seconds - data_seconds - communication_seconds,
             communication_seconds=communication_seconds,
             data_seconds=data_seconds,
             wire_bytes=self._communicator.sent_bytes - sent,
-            flags=applied.flags.tolist(),
+            flags=cast("list[float]", applied.flags.tolist()),
         )
 
     def _own_gradients(self, batch: GlobalBatch) -> tuple[dict[str, mx.array], mx.array, mx.array]:
@@ -185,3 +185,7 @@ class Trainer:
         (loss, count), gradients = mx.value_and_grad(sums)(parameters)
         self._model.update(parameters)  # the master weights, not the cast ones
         return loss, count, dict(tree_flatten(gradients))
+
+
+def _number(array: mx.array) -> float:
+    return float(array.item())  # pyright: ignore[reportArgumentType] - never complex here

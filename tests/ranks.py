@@ -55,6 +55,7 @@ class Ranks:
         for rank in self.members:
             if rank.process.poll() is None:
                 rank.process.kill()
+            if rank.process.stdout and not rank.process.stdout.closed:
                 rank.stdout, rank.stderr = rank.process.communicate()
 
     def ok(self) -> "Ranks":

@@ -92,11 +92,12 @@ def _open_custom(config: CustomData, kind: str) -> Dataset:
         ) from error
     if not callable(build):
         raise ConfigError(f"{key} is a {type(build).__name__}; it must be a callable that returns a Dataset")
+    arguments = config.arguments or {}
     try:
-        inspect.signature(build).bind(**config.arguments)
+        inspect.signature(build).bind(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} does not take data.arguments={config.arguments}: {error}") from error
-    dataset: Any = build(**config.arguments)
+        raise ConfigError(f"{key} does not take data.arguments={arguments}: {error}") from error
+    dataset: Any = build(**arguments)
     if not isinstance(dataset, Dataset):
         raise ConfigError(
             f"{key} returned a {type(dataset).__name__}; it must return a mlx_ring.data.sources.Dataset"

@@ -40,7 +40,7 @@ def build_custom(config: CustomModel, input_shape: tuple[int, ...], num_classes:
     Raises: ConfigError if the arguments do not fit, or what comes back is not an nn.Module.
     """
     build = import_callable("model.import_path", config.import_path)
-    arguments = {"input_shape": input_shape, "num_classes": num_classes, **config.arguments}
+    arguments = {"input_shape": input_shape, "num_classes": num_classes, **(config.arguments or {})}
     try:
         inspect.signature(build).bind(**arguments)
     except TypeError as error:

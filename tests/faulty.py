@@ -1,0 +1,42 @@
+"""A custom data set that goes wrong where a test wants it to. Used as `data.import_path=faulty:build`."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from mlx_ring.data.sources import Dataset, DataSpec
+
+
+class Samples:
+    """32 easy samples; the fault happens when this rank's loader reaches the batch that starts at `at_call`."""
+
+    def __init__(self, fault: str, rank: int, at_call: int, repeats: int) -> None:
+        self.fault, self.at_call, self.repeats, self.calls = fault, at_call, repeats, 0
+        self.mine = int(os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == rank
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.calls += 1
+        inputs = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)[indices]
+        due = self.mine and self.at_call <= self.calls < self.at_call + self.repeats
+        if due and self.fault == "not_finite":
+            inputs = inputs * np.nan
+        elif due and self.fault == "raise":
+            raise RuntimeError("the disk caught fire")
+        elif due and self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif due and self.fault == "tell":
+            Path("reached").touch()
+        return inputs, (indices % 3).astype(np.int32)
+
+
+def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1) -> Dataset:
+    spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
+    calm = Samples("", rank, 0, 0)
+    return Dataset(spec=spec, digest="0" * 64, train=Samples(fault, rank, at_call, repeats), held_out=calm)
+
+

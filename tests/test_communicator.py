@@ -1,0 +1,42 @@
+"""One shared body of checks (communicator_checks.py), run by real groups of each backend; and the bucket plan."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, mpirun, start
+
+from mlx_ring.communicator import plan_buckets
+
+CHECKS = [sys.executable, str(Path(__file__).parent / "communicator_checks.py")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ring(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ranks = start([], tmp_path, world_size=world_size, program=CHECKS).wait().ok()
+    for number, rank in enumerate(ranks.members):
+        assert f"rank {number} of {world_size}" in rank.stdout and "all checks passed" in rank.stdout
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_mpi(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ranks = mpirun(world_size, [], tmp_path, CHECKS).ok()
+    assert ranks.members[0].stdout.count("over mpi: all checks passed") == world_size
+
+
+@pytest.mark.parametrize(
+    ("arrays", "bucket_bytes", "expected"),
+    [
+        ([], 100, []),
+        ([("a", "f4", 10)], 100, [["a"]]),
+        ([("a", "f4", 60), ("b", "f4", 60), ("c", "f4", 10)], 100, [["c", "b", "a"]]),
+        ([("a", "f4", 60), ("b", "f4", 60), ("c", "f4", 60)], 100, [["c", "b"], ["a"]]),
+        ([("a", "f4", 500), ("b", "f4", 1)], 100, [["b", "a"]]),
+        ([("a", "f4", 10), ("b", "f2", 10), ("c", "f4", 10)], 100, [["c", "a"], ["b"]]),
+        ([("a", "f4", 100), ("b", "f2", 100), ("c", "f4", 100)], 100, [["c"], ["b"], ["a"]]),
+    ],
+)
+def test_plan_buckets(arrays: list[tuple[str, str, int]], bucket_bytes: int, expected: list[list[str]]) -> None:
+    assert plan_buckets(arrays, bucket_bytes) == expected

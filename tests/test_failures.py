@@ -1,0 +1,131 @@
+"""What a run does when a rank dies, a batch is not finite, a signal comes, or the disk is full."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
+
+FAULTY = [*SMALL, "run.dir=run", "data=custom", "data.import_path=faulty:build", "trainer.steps=400", "data.prefetch=1"]
+
+
+@pytest.fixture(autouse=True)
+def faulty_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+
+
+def faulty(folder: Path, world_size: int, **arguments: object) -> Ranks:
+    given = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+    return start([*FAULTY, f"data.arguments={{{given}}}"], folder, world_size=world_size)
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_lost_rank_ends_all(tmp_path: Path, fault: str, world_size: int) -> None:
+    ranks = faulty(tmp_path, world_size, fault=fault, rank=1, at_call=20).wait(60)
+    assert ranks.statuses[1] == (1 if fault == "raise" else -signal.SIGKILL), ranks.report()
+    others = [rank for number, rank in enumerate(ranks.members) if number != 1]
+    assert all(rank.status == 3 for rank in others), ranks.report()
+    assert all("lost a peer" in rank.stderr and "Traceback" not in rank.stderr for rank in others), ranks.report()
+    final = status(tmp_path)
+    assert final["state"] == "failed"
+    if fault == "raise":  # the rank that failed could still write: its own words are the verdict
+        assert "the disk caught fire" in str(final["message"])
+        assert "the disk caught fire" in (tmp_path / "run/logs/rank_1.log").read_text()
+    else:
+        assert "lost a peer" in str(final["message"])
+
+
+def test_a_failed_rank_0_leaves_a_true_status(tmp_path: Path) -> None:
+    ranks = faulty(tmp_path, 2, fault="kill", rank=0, at_call=20).wait(60)
+    assert ranks.statuses == [-signal.SIGKILL, 3], ranks.report()
+    assert status(tmp_path)["state"] == "failed"
+
+
+def test_an_exception_under_mpi_ends_the_job(tmp_path: Path) -> None:
+    ranks = mpirun(2, [*FAULTY, "data.arguments={fault: raise, rank: 1, at_call: 20}"], tmp_path)
+    assert ranks.statuses != [0], ranks.report()
+    assert "the disk caught fire" in ranks.report()
+    assert status(tmp_path)["state"] == "failed" and "the disk caught fire" in str(status(tmp_path)["message"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_non_finite_batch_is_skipped_everywhere(tmp_path: Path, world_size: int) -> None:
+    """Only rank 1 sees the NaN; all ranks skip, and the next batches train on."""
+    rank = world_size - 1
+    given = f"data.arguments={{fault: not_finite, rank: {rank}, at_call: 10}}"
+    start([*FAULTY, given, "trainer.steps=8"], tmp_path, world_size=world_size).wait().ok()
+    skipped = rows(tmp_path, "event")
+    assert [row["event"] for row in skipped] == ["nonfinite_skipped"]
+    train = rows(tmp_path, "train")
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert train[-1]["samples"] == 9 * 32  # one global batch was consumed without an update
+    assert all(isinstance(row["loss"], float) for row in train)
+    manifest = json.loads((tmp_path / "run/checkpoints/step_00000008/manifest.json").read_text())
+    assert manifest["progress"]["skipped"] == 1
+
+
+def test_too_many_non_finite_batches_stop_the_run(tmp_path: Path) -> None:
+    ranks = faulty(tmp_path, 2, fault="not_finite", rank=1, at_call=10, repeats=10_000).wait()
+    assert ranks.statuses == [4, 4], ranks.report()
+    assert len(ranks.errors) == 1 and "trainer.max_skipped_batches=10" in ranks.errors[0], ranks.report()
+    assert status(tmp_path)["state"] == "failed"
+    assert len(rows(tmp_path, "event")) == 10
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
+    """The signal reaches one rank alone; all stop at the same step, and the run can be continued."""
+    command = [*FAULTY, "data.arguments={fault: tell, rank: 0, at_call: 40}", "trainer.steps=100000"]
+    ranks = start(command, tmp_path, world_size=world_size)
+    wait_for(tmp_path / "reached", ranks)
+    ranks.members[-1].process.send_signal(number)
+    ranks.wait()
+    assert ranks.statuses == [75] * world_size, ranks.report()
+    final = status(tmp_path)
+    assert final["state"] == "stopped"
+    step = final["step"]
+    assert (tmp_path / f"run/checkpoints/step_{step:08d}/manifest.json").exists()
+    calm = ["data.arguments={fault: tell, rank: 0, at_call: 40}", f"trainer.steps={step + 3}"]
+    start([*FAULTY, *calm], tmp_path, world_size=world_size).wait().ok()
+    assert rows(tmp_path, "train")[-1]["step"] == step + 3
+
+
+def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists():
+        assert time.monotonic() < deadline and ranks.members[0].process.poll() is None, ranks.report()
+        time.sleep(0.01)
+
+
+def test_a_full_disk_costs_no_run_at_once(tmp_path: Path) -> None:
+    """A checkpoint that cannot be written is an event; too many in a row end the run with status 5."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    program = [sys.executable, "-c", NO_SPACE]
+    every = "checkpoint.every_steps=1"
+    ranks = start([*SMALL, "run.dir=run", every], tmp_path, program=program).wait()
+    assert ranks.statuses == [5], ranks.report()
+    failed = [row for row in rows(tmp_path, "event") if row["event"] == "checkpoint_failed"]
+    assert len(failed) == 3 and "free" in str(failed[0]["message"])
+    assert status(tmp_path)["state"] == "failed"
+    assert "could not be written" in ranks.errors[0]
+
+
+NO_SPACE = """
+import shutil, sys
+from collections import namedtuple
+shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+from mlx_ring.train import main
+main()
+"""
+
+
+def test_a_program_that_dies_before_the_first_step_says_so(tmp_path: Path) -> None:
+    ranks = start([*SMALL, "run.dir=run", "model.hidden_sizes=[0]"], tmp_path, world_size=2).wait()
+    assert ranks.statuses == [2, 2], ranks.report()
+
