@@ -23,7 +23,7 @@ from omegaconf.errors import (
 
 from mlx_ring.errors import ConfigError, MlxRingError
 
-SECRET_KEY = re.compile(r"token(?!iz|s$)|secret|password|passwd|credential|(^|_)key$", re.IGNORECASE)
+SECRET_KEY = re.compile(r"token(?!iz|s$)|secret|passw|passphrase|credential|key$", re.IGNORECASE)
 
 # What a resumed run may change; data.path may move as long as the data's digest stays.
 RESUMABLE = (
@@ -501,12 +501,14 @@ class RunConfig:
         for key in composed:
             if str(key) not in known:
                 raise ConfigError(f"unknown configuration key {key}; {_nearest(str(key), known)}")
+        if missing := sorted(known - {str(key) for key in composed}):
+            raise ConfigError(f"{missing[0]} is missing from the configuration; it cannot be left out")
         try:
             values = {key: _section(composed, key) for key in known - {"seed"}}
             seed = composed["seed"]
         except OmegaConfBaseException as error:
             raise explain(error) from error
-        _require(isinstance(seed, int) and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
+        _require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
         config = RunConfig(seed=seed, record=record(composed), **values)
         if config.schedule.warmup_steps >= config.trainer.steps:
             rule = f"below trainer.steps={config.trainer.steps}"
@@ -550,8 +552,13 @@ def _refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+    """What was meant: a similar name in the same group, the same name in another, or a similar whole; else the choice."""
+    group, _, name = key.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group}
+    meant = [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
+    meant += [other for other in sorted(known) if other.endswith(f".{name}")]
+    meant += difflib.get_close_matches(key, known, n=1) if not siblings else []
+    return f"did you mean {meant[0]}?" if meant else f"known: {', '.join(siblings.values() or sorted(known))}"
 
 
 def _all_keys(node: Any, path: str = "") -> set[str]:
@@ -618,7 +625,7 @@ def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises: ConfigError for the first field that a resumed run may not change, with both values."""
     before, after = flatten(saved), flatten(now)
-    for key in sorted({*before, *after}):
+    for key in sorted({*before, *after}, key=lambda key: (not key.endswith(".name"), key)):  # another model first
         if key.startswith(RESUMABLE) or before.get(key) == after.get(key):
             continue
         raise ConfigError(

@@ -25,6 +25,7 @@ from mlx_ring.errors import (
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.metrics_tracker import MetricsTracker
+from mlx_ring.parameter_authority import Plan
 from mlx_ring.run_builder import Found, Run, build
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
@@ -85,6 +86,7 @@ class Coordinator:
         self._status: RunStatus | None = None
         self._metrics: MetricsTracker | None = None
         self._checkpoints: CheckpointManager | None = None
+        self._interval = Interval()
         self._failures, self._status_time = 0, 0.0
 
     def run(self) -> int:
@@ -92,34 +94,46 @@ class Coordinator:
 
         Raises: MlxRingError for everything that ends a run early.
         """
-        self._check_ranks()
-        self._open()
-        if self._already_completed():
+        run = self.prepare()
+        if run is None:
             return EXIT_COMPLETED
-        self._start_status()
-        run = build(self._config, self._communicator, self._found)
         if self._config.evaluation.only:
             return self._evaluate_only(run)
-        self._begin(run)
         signals = StopSignal(lambda: setattr(run.authority, "stop_requested", True), self._leave_at_once)
+        stopped = False
         try:
-            return self._train(run)
+            for result in run.trainer.steps():
+                self.record(result)
+                plan = run.authority.decide(result.step, result.flags)
+                stopped = self.follow(plan, run, result)
+                if plan.stop:
+                    break
+            return self._finish(run, stopped)
         finally:
             signals.close()
 
-    def _train(self, run: Run) -> int:
-        interval = Interval(tokens_before=run.trainer.progress.tokens)
-        stopped = run.trainer.progress.step < self._config.trainer.steps
-        for result in run.trainer.steps():
-            self._record(result, interval)
-            plan = run.authority.decide(result.step, result.flags)
-            evaluation = self._evaluate(run, result.step) if plan.evaluate and not result.skipped else None
-            if plan.save and (plan.stop or not result.skipped):
+    def prepare(self) -> Run | None:
+        """Open the directory, build, agree, restore; None where the run has completed already.
+
+        Collective: every rank must call.
+        """
+        self._check_ranks()
+        self._open()
+        if self._already_completed():
+            return None
+        self._start_status()
+        run = build(self._config, self._communicator, self._found)
+        if not self._config.evaluation.only:
+            self._begin(run)
+        return run
+
+    def follow(self, plan: Plan, run: Run, result: StepResult) -> bool:
+        """Do what is due after a step. Returns whether the run stops before its end. Collective."""
+        if not result.skipped or plan.stop:
+            evaluation = self._evaluate(run, result.step) if plan.evaluate else None
+            if plan.save:
                 self._save(run, result.step, evaluation)
-            stopped = plan.stop and result.step < self._config.trainer.steps
-            if stopped:
-                break
-        return self._finish(run, stopped)
+        return plan.stop and result.step < self._config.trainer.steps
 
     # Opening
 
@@ -213,6 +227,7 @@ class Coordinator:
         if not self._leads:
             return
         assert self._status is not None
+        self._interval.tokens_before = run.trainer.progress.tokens
         config, path, progress = self._config, self._directory.path, run.trainer.progress
         self._checkpoints = CheckpointManager(
             path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -240,7 +255,8 @@ class Coordinator:
 
     # What is due
 
-    def _record(self, result: StepResult, interval: Interval) -> None:
+    def record(self, result: StepResult) -> None:
+        """Note a step: a row once an interval is full, an event for a batch without an update."""
         if not self._leads:
             return
         assert self._metrics is not None and self._status is not None and self._checkpoints is not None
@@ -250,10 +266,10 @@ class Coordinator:
             message = f"non-finite loss {result.loss} or gradient norm {result.gradient_norm}: no update"
             self._event("nonfinite_skipped", result.step, message)
             return
-        interval.results.append(result)
+        self._interval.results.append(result)
         every = self._config.metrics.log_every_steps
         if result.step == 1 or result.step % every == 0 or result.step == self._config.trainer.steps:
-            self._metrics.record("train", interval.row(self._config, self._communicator.world_size))
+            self._metrics.record("train", self._interval.row(self._config, self._communicator.world_size))
             if time.monotonic() - self._status_time >= STATUS_SECONDS:
                 self._status_time = time.monotonic()
                 self._status.update(step=result.step)

@@ -36,7 +36,7 @@ def _apply(key: str, limit_bytes: int | None, apply: Callable[[int], int]) -> No
     total_bytes = int(info.get("memory_size") or info.get("total_memory") or psutil.virtual_memory().total)
     if limit_bytes > total_bytes:
         raise ConfigError(
-            f"memory.{key}={limit_bytes} is more than the {total_bytes} bytes that {info['device_name']} has; "
+            f"memory.{key}={limit_bytes} is more than the {total_bytes} bytes of {info['device_name']}; "
             "give less"
         )
     try:
@@ -57,10 +57,10 @@ def reset_peak() -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> int:
-    """Let every block of `model.layers` be recomputed in the backward pass instead of keeping its activations.
+    """Recompute every block of `model.layers` in the backward pass instead of keeping its activations.
 
-    Parameters keep their paths: a block gets a subclass of its own class, and nothing else changes. A block must
-    be a pure function of its parameters and arguments; random numbers come as a key among the arguments.
+    Parameters keep their paths: a block gets a subclass of its own class, and nothing else changes. A block
+    must be a pure function of its parameters and arguments; random numbers come as a key among the arguments.
 
     Returns: the number of blocks.
     Raises: ConfigError if the model has no list `layers`, or a block draws its own dropout masks.
@@ -88,8 +88,8 @@ def _check_pure(path: str, block: Any) -> None:
         if isinstance(module, DROPOUTS) and module._p_1 < 1:  # pyright: ignore[reportPrivateUsage]
             where = f"{path}.{name}" if name else path
             raise ConfigError(
-                f"memory.activation_checkpointing=true would recompute the nn.Dropout at {where} with another "
-                "mask and give wrong gradients: set it to false, or use mlx_ring.models.dropout with a key"
+                f"memory.activation_checkpointing=true would recompute the nn.Dropout at {where} with "
+                "another mask and give wrong gradients: set it to false, or use mlx_ring.models.dropout with a key"
             )
 
 

@@ -28,8 +28,8 @@ def build_optimizer(
 
     Args:
         config: the `optimizer` group.
-        schedule: optimizer step → learning rate, its peak `config.learning_rate`; the scaling by batch size is
-            applied here.
+        schedule: optimizer step → learning rate, its peak `config.learning_rate`; the scaling by batch size
+            is applied here.
         global_batch_size: samples an update is made of.
     """
     scale = learning_rate_scale(config, global_batch_size)

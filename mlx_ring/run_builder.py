@@ -17,6 +17,7 @@ from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring import memory_manager
 from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
+from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
 from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.evaluator import Evaluator
@@ -41,7 +42,7 @@ class Found:
     problems: list[str]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Run:
     """The parts of one run on one rank."""
 
@@ -71,52 +72,29 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     memory_manager.apply_limits(config.memory)
     mx.random.seed(config.seed)
     data, model = _data_and_model(config, communicator)
-    trainer_config = config.trainer
-    optimizer = build_optimizer(
-        config.optimizer,
-        schedule=build_schedule(config.schedule, peak=config.optimizer.learning_rate, total_steps=trainer_config.steps),
-        global_batch_size=trainer_config.global_batch_size,
-    )
-    optimizer.init(model.trainable_parameters())
-    authority = ParameterAuthority(
-        communicator,
-        total_steps=trainer_config.steps,
-        evaluate_every_steps=config.evaluation.every_steps,
-        save_every_steps=config.checkpoint.every_steps,
-        save_every_seconds=config.checkpoint.every_seconds,
-    )
+    optimizer = _optimizer(config, model)
+    authority = _authority(config, communicator)
     authority.agree(_record(config, data, model))
-    strategy = build_strategy(
-        config.strategy.name,
-        communicator=communicator,
-        codec=config.communicator.name,
-        clip_gradient_norm=trainer_config.clip_gradient_norm,
-        compile=trainer_config.compile,
-    )
+    strategy = _strategy(config, communicator)
     progress = _fill(config, communicator, authority, found, data, model, optimizer, strategy)
     strategy.setup(model, optimizer)
-    forward = build_forward(model, getattr(mx, trainer_config.compute_dtype.name))
-    loss = build_loss(trainer_config.loss)
-    loader = data.loader(
-        global_batch_size=trainer_config.global_batch_size,
-        micro_batch_size=trainer_config.micro_batch_size,
-        next_sample=progress.next_sample,
-    )
+    forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
+    loss = build_loss(config.trainer.loss)
     trainer = Trainer(
         model,
         optimizer,
         strategy,
         communicator,
         authority,
-        loader,
+        _loader(config, data, progress),
         forward=forward,
         loss=loss,
         progress=progress,
         seed=config.seed,
-        total_steps=trainer_config.steps,
-        global_batch_size=trainer_config.global_batch_size,
-        max_skipped_batches=trainer_config.max_skipped_batches,
-        compile=trainer_config.compile,
+        total_steps=config.trainer.steps,
+        global_batch_size=config.trainer.global_batch_size,
+        max_skipped_batches=config.trainer.max_skipped_batches,
+        compile=config.trainer.compile,
         counts_tokens=config.kind.name == "language",
     )
     evaluator = Evaluator(
@@ -125,17 +103,48 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         communicator,
         forward=forward,
         loss=loss,
-        micro_batch_size=config.evaluation.micro_batch_size or trainer_config.micro_batch_size,
-        compile=trainer_config.compile,
+        micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
+        compile=config.trainer.compile,
     )
-    return Run(
-        model=model,
-        optimizer=optimizer,
-        strategy=strategy,
-        authority=authority,
-        data=data,
-        trainer=trainer,
-        evaluator=evaluator,
+    return Run(model, optimizer, strategy, authority, data, trainer, evaluator)
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    peak, total_steps = config.optimizer.learning_rate, config.trainer.steps
+    optimizer = build_optimizer(
+        config.optimizer,
+        schedule=build_schedule(config.schedule, peak=peak, total_steps=total_steps),
+        global_batch_size=config.trainer.global_batch_size,
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def _authority(config: RunConfig, communicator: Communicator) -> ParameterAuthority:
+    return ParameterAuthority(
+        communicator,
+        total_steps=config.trainer.steps,
+        evaluate_every_steps=config.evaluation.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        save_every_seconds=config.checkpoint.every_seconds,
+    )
+
+
+def _strategy(config: RunConfig, communicator: Communicator) -> Strategy:
+    return build_strategy(
+        config.strategy.name,
+        communicator=communicator,
+        codec=config.communicator.name,
+        clip_gradient_norm=config.trainer.clip_gradient_norm,
+        compile=config.trainer.compile,
+    )
+
+
+def _loader(config: RunConfig, data: DataManager, progress: Progress) -> Loader:
+    return data.loader(
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        next_sample=progress.next_sample,
     )
 
 

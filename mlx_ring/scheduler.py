@@ -16,8 +16,8 @@ def build_schedule(
 ) -> Schedule:
     """The learning rate as a function of the optimizer's step, the number of updates already made.
 
-    Update n (the metrics row with `step` n) uses the value at n: warm-up reaches `peak` at n = warmup_steps and
-    spends no update at 0, and a decay reaches its final fraction in the run's last update.
+    Update n (the metrics row with `step` n) uses the value at n: warm-up reaches `peak` at n = warmup_steps
+    and spends no update at 0, and a decay reaches its final fraction in the run's last update.
 
     Args:
         config: the `schedule` group.
@@ -46,8 +46,8 @@ def _after_warmup(
         decay_steps = config.decay_steps or max(1, total_steps // 5)
     if remaining < decay_steps:
         raise ConfigError(
-            f"schedule={config.name} needs schedule.warmup_steps={config.warmup_steps} and {decay_steps} more "
-            f"steps; trainer.steps={total_steps} is too few"
+            f"schedule={config.name} needs schedule.warmup_steps={config.warmup_steps} and {decay_steps} "
+            f"more steps; trainer.steps={total_steps} is too few"
         )
 
     def constant(step: mx.array) -> mx.array:

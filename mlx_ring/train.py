@@ -73,7 +73,7 @@ class Process:
         rank = self.environment.rank
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
         OmegaConf.register_new_resolver("mlx_ring.output_subdir", lambda: None if rank else ".hydra")
-        OmegaConf.register_new_resolver("mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"))
+        _register_look_ups()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         start(self.train)()
@@ -156,6 +156,25 @@ def _abort_mpi(status: int) -> None:
     except ImportError:
         return
     MPI.COMM_WORLD.Abort(status)
+
+
+def compose_run(*overrides: str) -> RunConfig:
+    """The configuration that `train.py OVERRIDES` would run with, for programs that build runs themselves.
+
+    Give `run.dir`: its default needs a group of ranks. Raises: ConfigError.
+    """
+    _register_look_ups()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return RunConfig.parse(compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _understood(error, before_run=True) from error
+
+
+def _register_look_ups() -> None:
+    OmegaConf.register_new_resolver(
+        "mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"), replace=True
+    )
 
 
 def main() -> NoReturn:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.data.loader import GlobalBatch, Loader
-from mlx_ring.errors import TrainingError
+from mlx_ring.errors import TrainingError, agreed
 from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
 from mlx_ring.optimizers import current_learning_rate
@@ -108,10 +108,12 @@ class Trainer:
             result = self._step(batch, start, data_seconds)
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
-                raise TrainingError(
-                    f"loss {result.loss} and gradient norm {result.gradient_norm} in {self._skipped_in_a_row} batches in "
-                    f"a row after step {result.step} (trainer.max_skipped_batches={self._max_skipped_batches}); lower "
-                    "optimizer.learning_rate, or look at the data"
+                raise agreed(
+                    TrainingError(
+                        f"loss {result.loss} and gradient norm {result.gradient_norm} in {self._skipped_in_a_row} batches in "
+                        f"a row after step {result.step} (trainer.max_skipped_batches={self._max_skipped_batches}); lower "
+                        "optimizer.learning_rate, or look at the data"
+                    )
                 )
 
     def close(self) -> None:
@@ -124,7 +126,12 @@ class Trainer:
         applied = self._strategy.apply(total, loss, targets, self._authority.flags())
         learning_rate = current_learning_rate(self._optimizer)
         mx.eval(
-            self._model.state, self._optimizer.state, applied.loss, applied.gradient_norm, applied.finite, applied.flags
+            self._model.state,
+            self._optimizer.state,
+            applied.loss,
+            applied.gradient_norm,
+            applied.finite,
+            applied.flags,
         )
         step_seconds = time.perf_counter() - start
         communication_seconds = self._communicator.wait_seconds - waited
@@ -176,7 +183,9 @@ class Trainer:
         more_loss, more_count, gradients = self._gradients(inputs, targets)
         return self._strategy.add(total, gradients), loss + more_loss, count + more_count
 
-    def _gradients(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    def _gradients(
+        self, inputs: mx.array, targets: mx.array
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         parameters = self._model.trainable_parameters()
 
         def sums(parameters: Any) -> tuple[mx.array, mx.array]:

@@ -21,7 +21,7 @@ def decay(name: str, warmup_steps: int = 0, final_fraction: float = 0.1) -> Deca
     return DecaySchedule(name=name, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
 
-def wsd(warmup_steps: int = 0, decay_steps: int = 4, final_fraction: float = 0.0) -> WSDSchedule:
+def wsd(warmup_steps: int = 0, decay_steps: int | None = 4, final_fraction: float = 0.0) -> WSDSchedule:
     return WSDSchedule(
         name="wsd", warmup_steps=warmup_steps, decay_steps=decay_steps, final_fraction=final_fraction
     )
@@ -41,6 +41,7 @@ RATES: dict[str, tuple[Any, list[float]]] = {
     "cosine, warm-up": (decay("cosine", 2, 0.0), [1.0] + [2 * cosine(n / 8, 0.0) for n in range(9)]),
     "wsd": (wsd(), [2.0] * 6 + [1.5, 1.0, 0.5, 0.0]),
     "wsd, warm-up": (wsd(2, 4, 0.5), [1.0] + [2.0] * 5 + [1.75, 1.5, 1.25, 1.0]),
+    "wsd, a fifth by default": (wsd(decay_steps=None), [2.0] * 8 + [1.0, 0.0]),
     "wsd, no stable part": (wsd(6, 4), [n / 3 for n in range(1, 7)] + [1.5, 1.0, 0.5, 0.0]),
 }
 

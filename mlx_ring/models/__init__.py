@@ -23,8 +23,8 @@ def build_model(
         input_shape: shape of one sample, (features,), (height, width, channels) or (tokens,).
         num_classes: classes, or tokens of the vocabulary.
 
-    Returns: a classifier, float32 samples (B, *input_shape) → logits (B, num_classes), or a language model, integer
-    tokens (B, T) → logits (B, T, num_classes).
+    Returns: a classifier, float32 samples (B, *input_shape) → logits (B, num_classes), or a language model,
+    integer tokens (B, T) → logits (B, T, num_classes).
     Raises: ConfigError if the model does not fit the data, or a custom one cannot be built.
     """
     reads = _reads(config)

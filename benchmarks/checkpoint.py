@@ -1,0 +1,55 @@
+"""How long a checkpoint stalls the training loop, and how long it takes to write, for 100 MB and 1 GB of state.
+
+The loop goes on while the file is written; the stall is what `CheckpointManager.save` takes, all else is the thread's:
+digest, write, sync, read back for the manifest, rename.
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+import harness
+import mlx.core as mx
+
+from mlx_ring.checkpoint_manager import CheckpointManager
+
+
+def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
+    """Median stall and write time of saving weights and two moments, `size_bytes` in all."""
+    tensors = 24
+    length = size_bytes // (3 * tensors * 4)
+    names = [f"layers.{index}.weight" for index in range(tensors)]
+
+    def draw() -> dict[str, mx.array]:
+        return {name: mx.random.normal((length,)) for name in names}
+
+    stalls: list[float] = []
+    writes: list[float] = []
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        manager = CheckpointManager(Path(folder), keep_last=1, keep_best=0)
+        files = {"model": draw(), "optimizer": {f"{part}.{name}": x for part in "mv" for name, x in draw().items()}}
+        mx.eval(files)
+        for step in range(repeats):
+            files["model"] = {name: weight * 0.999 for name, weight in files["model"].items()}
+            mx.eval(files)
+            manager.save(step, files, {"progress": {"step": step}})
+            (saved,) = manager.wait()
+            assert saved.error is None, saved.error
+            stalls.append(saved.stall_seconds)
+            writes.append(saved.write_seconds)
+        manager.close()
+    return {"stall_seconds": statistics.median(stalls), "write_seconds": statistics.median(writes)}
+
+
+def measure(quick: bool) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, size_bytes in {"100_mb": 10**8, "1_gb": 10**9}.items():
+        found = save_state(size_bytes, repeats=3 if quick else 7)
+        figures |= {f"{name}_{key}": value for key, value in found.items()}
+        figures[f"{name}_stall_over_write"] = found["stall_seconds"] / found["write_seconds"]
+    return figures
+
+
+if __name__ == "__main__":
+    goals = {f"{size}_stall_over_write": ("<=", 0.10) for size in ("100_mb", "1_gb")}
+    harness.run("checkpoint", measure, goals)

@@ -1,0 +1,148 @@
+"""Time per step of mlx_ring over a hand-written compiled MLX loop: one rank, same model, data and update.
+
+Both take turns in blocks of steps within one run, so that a slow moment of the machine meets both; the figure is the
+ratio of the medians. mlx_ring's step includes everything its loop does: loading, the decision, the record.
+On a GPU the model is the 124M transformer; on a CPU a perceptron and the tiny transformer, whose steps take 20 ms
+and more there.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import harness
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.config import RunConfig
+from mlx_ring.coordinator import Coordinator
+from mlx_ring.models import build_model
+from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.run_builder import Run
+from mlx_ring.train import compose_run
+
+CPU_CASES = {
+    "mlp": ("model=mlp", "model.hidden_sizes=[512,512]", "trainer.global_batch_size=128"),
+    "transformer": ("model=transformer", "trainer.global_batch_size=8"),
+}
+GPU_CASES = {
+    "gpt2_124m": (
+        "model=transformer", "model.size=gpt2_124m", "model.tie_head=true", "data.vocabulary_size=50304",
+        "trainer.global_batch_size=16", "trainer.compute_dtype=bfloat16",
+    ),
+}  # fmt: skip
+QUIET = (
+    "data=synthetic", "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
+    "metrics.console=false", "schedule=constant",
+)  # fmt: skip
+
+
+def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
+    """What a user would write: one compiled function, waited for at every step."""
+    spec, trainer = run.data.dataset.spec, config.trainer
+    mx.random.seed(0)
+    model = build_model(config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes)
+    optimizer = optim.MultiOptimizer(
+        [
+            optim.AdamW(config.optimizer.learning_rate, weight_decay=decay, bias_correction=True)
+            for decay in (config.optimizer.weight_decay, 0.0)
+        ],
+        [lambda _, weight: weight.ndim >= 2],
+    )
+    optimizer.init(model.trainable_parameters())
+    dtype = getattr(mx, trainer.compute_dtype.name)
+
+    def loss_of(parameters: dict, inputs: mx.array, targets: mx.array) -> mx.array:
+        if dtype != mx.float32:
+            parameters = tree_map_with_path(
+                lambda path, weight: weight if "embedding" in path else weight.astype(dtype), parameters
+            )
+        model.update(parameters)
+        logits = model(inputs)
+        return nn.losses.cross_entropy(logits.astype(mx.float32), targets, reduction="mean")
+
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        parameters = model.trainable_parameters()
+        loss, gradients = mx.value_and_grad(loss_of)(parameters, inputs, targets)
+        model.update(parameters)
+        gradients, norm = optim.clip_grad_norm(gradients, trainer.clip_gradient_norm)
+        optimizer.update(model, gradients)
+        return loss, norm
+
+    order = np.random.default_rng(0).permutation(len(run.data.dataset.train))
+    position = 0
+
+    def one_step() -> None:
+        nonlocal position
+        batch = order[np.arange(position, position + trainer.global_batch_size) % len(order)]
+        position += trainer.global_batch_size
+        inputs, targets = run.data.dataset.train.batch(batch)
+        loss, norm = step(mx.array(inputs), mx.array(targets))
+        mx.eval(state, loss, norm)
+        assert loss.item() < 100
+
+    return one_step
+
+
+def by_mlx_ring(coordinator: Coordinator, run: Run) -> Iterator[None]:
+    """The coordinator's own loop, a step at a time."""
+    for result in run.trainer.steps():
+        coordinator.record(result)
+        coordinator.follow(run.authority.decide(result.step, result.flags), run, result)
+        yield
+
+
+def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -> tuple[float, float]:
+    """Median seconds of a step: mlx_ring's, the hand-written one's."""
+    with tempfile.TemporaryDirectory() as folder:
+        batch = next(item.partition("=")[2] for item in overrides if "global_batch_size" in item)
+        config = compose_run(
+            *QUIET, f"run.dir={folder}", *overrides, f"trainer.micro_batch_size={batch}"
+        )
+        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        coordinator = Coordinator(config, communicator, Path(folder))
+        run = coordinator.prepare()
+        assert run is not None
+        ours, theirs = by_mlx_ring(coordinator, run), by_hand(config, run)
+        for _ in range(3):
+            next(ours)
+            theirs()
+        start = time.perf_counter()
+        theirs()
+        steps = max(1, round(seconds_per_block / (time.perf_counter() - start)))
+        times: tuple[list[float], list[float]] = ([], [])
+        for block in range(blocks):
+            for which in (0, 1) if block % 2 else (1, 0):
+                for _ in range(steps):
+                    start = time.perf_counter()
+                    next(ours) if which == 0 else theirs()
+                    times[which].append(time.perf_counter() - start)
+        run.trainer.close()
+        coordinator.fail("the benchmark ended")
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def measure(quick: bool) -> dict[str, float]:
+    gpu = mx.default_device() == mx.gpu
+    figures: dict[str, float] = {}
+    for name, overrides in (GPU_CASES if gpu else CPU_CASES).items():
+        ours, theirs = compare(overrides, blocks=30 if quick else 200, seconds_per_block=0.25)
+        figures[f"{name}_step_seconds"] = ours
+        figures[f"{name}_by_hand_step_seconds"] = theirs
+        figures[f"{name}_ratio"] = ours / theirs
+    return figures
+
+
+if __name__ == "__main__":
+    cases = GPU_CASES if mx.default_device() == mx.gpu else CPU_CASES
+    harness.run("step_overhead", measure, {f"{name}_ratio": ("<=", 1.02) for name in cases})
