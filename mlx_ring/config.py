@@ -30,6 +30,7 @@ RESUMABLE = (
     "trainer.steps", "trainer.split", "run.", "cluster.", "metrics.", "checkpoint.", "evaluation.", "memory.",
     "communicator.backend", "communicator.overlap", "communicator.bucket_bytes", "data.path",
 )  # fmt: skip
+CONTAINERS = {ListConfig: (list, "a list: [1,2]"), DictConfig: (dict, "a group of values: {name:value}")}
 HOST_KEYS = {"data.path", "data.cache_dir", "cluster.hostfile", "metrics.console", "run.dir"}
 
 
@@ -535,6 +536,9 @@ def _section(composed: DictConfig, key: str) -> Any:
     whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     typed = OmegaConf.create({key: OmegaConf.structured(schema)})
+    for name, value in resolved.items():
+        wanted, what = CONTAINERS.get(type(typed[key]._get_node(name)), (object, ""))  # pyright: ignore[reportPrivateUsage]
+        _require(isinstance(value, wanted), f"{key}.{name}", value, what)
     return OmegaConf.to_object(OmegaConf.merge(typed, {key: resolved}))[key]  # type: ignore[index]
 
 

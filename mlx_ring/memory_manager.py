@@ -89,7 +89,8 @@ def _check_pure(path: str, block: Any) -> None:
             where = f"{path}.{name}" if name else path
             raise ConfigError(
                 f"memory.activation_checkpointing=true would recompute the nn.Dropout at {where} with "
-                "another mask and give wrong gradients: set it to false, or use mlx_ring.models.dropout with a key"
+                "another mask and give wrong gradients: set it to false, or use mlx_ring.models.dropout, "
+                "which takes a key"
             )
 
 

@@ -6,6 +6,7 @@ Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies 
 import ipaddress
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,11 +38,17 @@ class RankEnvironment:
         """Raises: ConfigError for a value no rank can have; ClusterError for a launcher MLX cannot join."""
         job = environment.get("MLX_RING_JOB_ID") or environment.get("PMIX_NAMESPACE") or _launcher_job()
         if "OMPI_COMM_WORLD_SIZE" in environment:
-            world_size = int(environment["OMPI_COMM_WORLD_SIZE"])
+            world_size = _world_size(environment, "OMPI_COMM_WORLD_SIZE")
             rank = _rank(environment, "OMPI_COMM_WORLD_RANK", world_size)
             return RankEnvironment(rank=rank, world_size=world_size, backend=_name("mpi", world_size), job=job)
         if "MLX_RANK" in environment:
             return _mlx_launched(environment, job)
+        for name in ("MLX_HOSTFILE", "MLX_WORLD_SIZE"):
+            if environment.get(name):
+                raise ConfigError(
+                    f"{name}={environment[name]} is set, but MLX_RANK is not: this rank would train alone; start it with "
+                    f"mlx.launch, or unset {name} for a single rank"
+                )
         for size, launcher in (("PMI_SIZE", "an MPICH mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")):
             if environment.get(size, "1").isdigit() and int(environment.get(size, "1")) > 1:
                 raise ClusterError(
@@ -74,16 +81,19 @@ def _launcher_job() -> str:
     return ""
 
 
-def _rank(environment: Mapping[str, str], name: str, world_size: int | None) -> int:
+def _rank(environment: Mapping[str, str], name: str, world_size: int) -> int:
     text = environment.get(name, "")
-    try:
-        rank = int(text)
-    except ValueError:
-        raise ConfigError(f"{name} must be a whole number; got {text!r}; the launcher sets it") from None
-    if rank < 0 or (world_size is not None and rank >= world_size):
-        limit = "" if world_size is None else f" and below the world size {world_size}"
-        raise ConfigError(f"{name} must be at least 0{limit}; got {rank}")
-    return rank
+    if re.fullmatch(r"[0-9]+", text) is None or int(text) >= world_size:
+        rule = f"a whole number from 0 to {world_size - 1}, for the world size is {world_size}"
+        raise ConfigError(f"{name} must be {rule}; got {text!r}; start the ranks with mlx.launch or mpirun, which set it")
+    return int(text)
+
+
+def _world_size(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name]
+    if re.fullmatch(r"0*[1-9][0-9]*", text) is None:
+        raise ConfigError(f"{name} must be a whole number above 0; got {text!r}; the launcher sets it")
+    return int(text)
 
 
 def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
@@ -91,18 +101,17 @@ def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
         world_size = _jaccl_world_size(environment)
         rank = _rank(environment, "MLX_RANK", world_size)
         return RankEnvironment(rank=rank, world_size=world_size, backend=_name("jaccl", world_size), job=job)
-    if "MLX_WORLD_SIZE" in environment:
-        text = environment["MLX_WORLD_SIZE"]
-        if not text.isdigit() or int(text) < 1:
-            raise ConfigError(f"MLX_WORLD_SIZE must be a whole number above 0; got {text!r}")
-        rank = _rank(environment, "MLX_RANK", int(text))
-        return RankEnvironment(rank=rank, world_size=int(text), backend=_name("nccl", int(text)), job=job)
+    asked = _world_size(environment, "MLX_WORLD_SIZE") if "MLX_WORLD_SIZE" in environment else None
+    if asked is not None and "MLX_HOSTFILE" not in environment:
+        rank = _rank(environment, "MLX_RANK", asked)
+        return RankEnvironment(rank=rank, world_size=asked, backend=_name("nccl", asked), job=job)
     addresses = _ring_addresses(environment.get("MLX_HOSTFILE", ""))
-    rank = _rank(environment, "MLX_RANK", max(1, len(addresses)))
-    backend = _name("ring", len(addresses))
-    return RankEnvironment(
-        rank=rank, world_size=max(1, len(addresses)), backend=backend, job=job, ring_addresses=addresses
-    )
+    world_size = max(1, len(addresses))
+    if asked not in (None, world_size):
+        path = environment["MLX_HOSTFILE"]
+        raise ConfigError(f"MLX_WORLD_SIZE is {asked}, but MLX_HOSTFILE {path} has {world_size} ranks; unset one of them")
+    rank, backend = _rank(environment, "MLX_RANK", world_size), _name("ring", world_size)
+    return RankEnvironment(rank=rank, world_size=world_size, backend=backend, job=job, ring_addresses=addresses)
 
 
 def _read_json(path: str, name: str) -> object:
@@ -118,10 +127,13 @@ def _read_json(path: str, name: str) -> object:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{name} names {path}, which is not JSON at {where}: {error.msg}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} names {path}, which is not a list of hosts: it is nested too deeply") from None
 
 
 def _jaccl_world_size(environment: Mapping[str, str]) -> int:
-    devices = _read_json(environment.get("MLX_IBV_DEVICES", ""), "MLX_IBV_DEVICES")
+    path = environment.get("MLX_IBV_DEVICES")
+    devices = _read_json(path, "MLX_IBV_DEVICES") if path else None
     if not isinstance(devices, list) or not devices:
         raise ConfigError("MLX_IBV_DEVICES must list the RDMA devices of every rank; mlx.launch --backend jaccl does")
     return len(devices)
@@ -170,7 +182,7 @@ def _address(where: str, item: object) -> Address:
         raise ConfigError(f"{where}: {host} is IPv6, which the ring does not support; use the host's IPv4 address")
     if ip.is_unspecified:
         raise ConfigError(f"{where}: {host} is no address of a host; the ring's traffic is neither encrypted nor signed")
-    if not port.isdigit() or not 1 <= int(port) <= 65535:
+    if re.fullmatch(r"[0-9]{1,5}", port) is None or not 1 <= int(port) <= 65535:
         raise ConfigError(f"{where}: the port must be between 1 and 65535; got {port!r}")
     return host, int(port)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -70,13 +71,16 @@ class Process:
         use_bundled_open_mpi()
         if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
             raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
-        rank = self.environment.rank
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
-        OmegaConf.register_new_resolver("mlx_ring.output_subdir", lambda: None if rank else ".hydra")
         _register_look_ups()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
+        _check_options()
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-        start(self.train)()
+        try:
+            start(self.train)()
+        except ValueError as error:  # what Hydra lets pass: `=3`, a NUL in the directory's name
+            where = "run.dir" if "null" in str(error) else "the command line"
+            raise ConfigError(f"{where} cannot be used: {error}; correct it") from error
         return self.status
 
     def train(self, composed: DictConfig) -> None:
@@ -104,11 +108,12 @@ class Process:
             self.coordinator.fail(message)
         several = self.environment.world_size > 1
         if not (known and error.agreed and self.environment.rank):
-            where = f"rank {self.environment.rank} on {socket.gethostname()}: " if several else ""
+            named = message.startswith(f"rank {self.environment.rank} ")
+            where = f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
             log.error("%s", message, exc_info=error)
             if not known:
                 sys.excepthook(type(error), error, error.__traceback__)
-            print(f"error: {'' if message.startswith(where) else where}{message}", file=sys.stderr)
+            print(f"error: {where}{message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
@@ -117,6 +122,17 @@ class Process:
         if self.environment.backend == "mpi" and not (known and error.agreed):
             _abort_mpi(status)
         os._exit(status)
+
+
+def _check_options() -> None:
+    """Hydra's options, read as it reads them, but with a mistake told in one line."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; train.py --hydra-help lists the options, NAME=VALUE sets a value")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    parser.parse_args()
 
 
 def _looks_only() -> bool:

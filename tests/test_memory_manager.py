@@ -209,6 +209,17 @@ def test_parameters_keep_their_paths_and_the_library_its_classes(name: str) -> N
     assert mx.isfinite(model(inputs)).all()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compiled_forward_pass_leaves_the_weights_in_place(name: str) -> None:
+    model, inputs, _ = MODELS[name](0.0)
+    before = dict(tree_flatten(model.parameters()))
+    mx.eval(before)
+    checkpoint_activations(model)
+    mx.eval(mx.compile(model, inputs=[model.state])(inputs))
+    after = dict(tree_flatten(model.parameters()))
+    assert all(mx.array_equal(after[path], before[path]) for path in before)
+
+
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Module()])
 def test_a_model_without_layers_is_refused(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match=f"list `layers`; {type(model).__name__} has none") as error:

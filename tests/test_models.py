@@ -17,6 +17,7 @@ from mlx_ring.errors import ConfigError
 from mlx_ring.models import build_model
 from mlx_ring.models.dropout import draw_key, dropout, split_key
 from mlx_ring.models.losses import build_loss, sum_of_losses
+from mlx_ring.models.transformer import Attention
 
 
 def mlp(hidden_sizes: tuple[int, ...] = (16, 12), dropout: float = 0.0) -> MLPModel:
@@ -159,12 +160,29 @@ def test_transformer_is_causal() -> None:
     assert difference[9:].min().item() > 0
 
 
-def test_positions_matter_and_rope_base_is_used() -> None:
-    model, other = language(transformer()), language(transformer(rope_base=100.0))
-    repeated = mx.concatenate([tokens(1, 8), tokens(1, 8)], axis=1)
-    logits = model(repeated)
-    assert mx.abs(logits[:, 7] - logits[:, 15]).max().item() > 1e-4
-    assert mx.abs(logits - other(repeated)).max().item() > 1e-5
+def test_attention_is_what_the_papers_say() -> None:
+    """Written out: rotary positions turn pairs (i, i + width / 2); softmax over the positions up to one's own."""
+    attention = Attention(dimensions=8, heads=2, kv_heads=1, rope_base=50.0)
+    x = 3 * mx.random.normal((1, 5, 8), key=mx.random.key(0))
+    angles = mx.arange(5)[:, None] * mx.power(50.0, -mx.arange(2) / 2)
+    cosine, sine = mx.cos(angles), mx.sin(angles)
+
+    def turn(heads: mx.array) -> mx.array:
+        first, second = heads[:, :2], heads[:, 2:]
+        return mx.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=1)
+
+    key, value = turn(attention.key(x)[0]), attention.value(x)[0]
+    mixed: list[mx.array] = []
+    for query in mx.split(attention.query(x)[0], 2, axis=1):
+        scores = turn(query) @ key.T / 2
+        causal = mx.where(mx.arange(5)[:, None] >= mx.arange(5)[None], scores, -mx.inf)
+        mixed.append(mx.softmax(causal, axis=1) @ value)
+    assert mx.allclose(attention(x)[0], attention.output(mx.concatenate(mixed, axis=1)), atol=1e-5)
+
+
+def test_rope_base_is_the_configured_one() -> None:
+    model = language(transformer(rope_base=100.0))
+    assert [block.attention.rope.base for block in model.layers] == [100.0, 100.0]
 
 
 def test_grouped_queries_equal_repeated_key_and_value_heads() -> None:

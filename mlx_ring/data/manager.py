@@ -8,7 +8,7 @@ from mlx_ring.communicator import Communicator
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sampler import deal
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
-from mlx_ring.errors import ConfigError, DataError, MlxRingError
+from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed
 
 CHUNK_BYTES = 32 * 2**20
 
@@ -35,17 +35,23 @@ class DataManager:
         self.dataset = dataset
 
     def loader(self, *, global_batch_size: int, micro_batch_size: int, next_sample: int) -> Loader:
-        """This rank's share of every global batch from `next_sample` on."""
+        """This rank's share of every global batch from `next_sample` on.
+
+        Raises: DataError, the same on every rank, for fewer samples than a global batch.
+        """
         shares = deal(global_batch_size // micro_batch_size, self._communicator.world_size)
-        return Loader(
-            self.dataset.train,
-            seed=self._seed,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            micro_batches=shares[self._communicator.rank],
-            next_sample=next_sample,
-            prefetch=self._config.prefetch,
-        )
+        try:
+            return Loader(
+                self.dataset.train,
+                seed=self._seed,
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                micro_batches=shares[self._communicator.rank],
+                next_sample=next_sample,
+                prefetch=self._config.prefetch,
+            )
+        except DataError as error:
+            raise agreed(error) from None
 
     def _open(self, files: dict[str, Path]) -> Dataset:
         return open_dataset(

@@ -21,10 +21,8 @@ class Stage(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, inputs) → (B, H // 2, W // 2, outputs)"""
-        # ReLU commutes with the maximum, and after it has a quarter of the work. An odd last row or column is
-        # left out, which keeps the pooling a reshape.
-        height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
-        return self.norm(nn.relu(self.pool(self.convolution(x)[:, :height, :width])))
+        # ReLU commutes with the maximum, and after it has a quarter of the work.
+        return self.norm(nn.relu(self.pool(self.convolution(x))))
 
 
 class CNN(nn.Module):

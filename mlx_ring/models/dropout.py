@@ -18,13 +18,13 @@ def split_key(key: mx.array | None, count: int) -> list[mx.array | None]:
     """`count` independent keys made from one; of no key (evaluation, or no dropout), as many None."""
     if key is None:
         return [None] * count
-    # mx.checkpoint differentiates with respect to all arguments, and random bits have no gradient.
-    return list(mx.random.split(mx.stop_gradient(key), count))
+    return list(mx.random.split(key, count))
 
 
 def dropout(x: mx.array, probability: float, key: mx.array | None) -> mx.array:
     """`x` with each element zeroed with `probability` and the others scaled up; `x` itself without a key."""
     if key is None:
         return x
+    # mx.checkpoint differentiates with respect to all arguments, and random bits have no gradient.
     kept = mx.random.bernoulli(1 - probability, x.shape, mx.stop_gradient(key))
     return mx.where(kept, x * (1 / (1 - probability)), 0)
