@@ -148,9 +148,27 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring")
-    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("progress"), dict):
-        raise CheckpointError(f"{path} is no manifest: it tells no step")
+    for name, rule, right in (
+        ("files", "sizes and SHA-256s by name", all(map(_is_entry, manifest["files"].values()))),
+        ("step", "a whole number", _is_count(manifest.get("step"))),
+        ("progress", "counters, its step the manifest's", _is_progress(manifest.get("progress"), manifest.get("step"))),
+        ("config", "a group of values", isinstance(manifest.get("config", {}), dict)),
+    ):
+        if not right:
+            raise CheckpointError(f"{path} is damaged: {name} must be {rule}; got {str(manifest.get(name))[:80]}")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
+
+
+def _is_progress(value: Any, step: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values())) and value.get("step") == step
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises: CheckpointError naming the file that is not.
     """
     if directory.is_symlink() or not directory.is_dir():
-        raise CheckpointError(f"{directory} is no checkpoint: not a directory")
+        raise CheckpointError(f"{directory} is no checkpoint: a symbolic link, or not a directory")
     manifest = read_manifest(directory)
     for name, entry in manifest["files"].items():
         if not FILE_NAME.fullmatch(name) or not name.endswith(".safetensors"):
@@ -173,8 +191,6 @@ def verify(directory: Path) -> dict[str, Any]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{directory / MANIFEST} is damaged at {name}") from None
         if digest != entry["sha256"]:
             raise CheckpointError(f"{path} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…")
         check_safetensors(path)
@@ -197,6 +213,8 @@ def check_safetensors(path: Path) -> None:
 
 def _open(path: Path) -> Any:
     """Open a regular file for reading, never through a symbolic link."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link, which is refused", str(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -127,9 +127,10 @@ class CheckpointManager:
 
 def _evaluation_loss(path: Path) -> float | None:
     try:
-        loss = (disk.read_manifest(path).get("evaluation") or {}).get("loss")
+        evaluation = disk.read_manifest(path).get("evaluation")
     except CheckpointError:
         return None
+    loss = evaluation.get("loss") if isinstance(evaluation, dict) else None
     return loss if isinstance(loss, float) and loss == loss else None  # a NaN is never the best
 
 
@@ -145,12 +146,17 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run's directory or one of its checkpoints/step_…")
     if (path / disk.MANIFEST).exists() or disk.STEP_NAME.fullmatch(path.name):
-        return path, disk.verify(path), []
+        try:
+            return path, disk.verify(path), []
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; give another checkpoint, or its run for the newest valid one") from None
     candidates = disk.scan(path / "checkpoints") or disk.scan(path)
     found, manifest, problems = disk.newest_valid(candidates)
     if found is None:
         reason = problems[0] if problems else "it has no checkpoints/step_… in it"
-        raise CheckpointError(f"no usable checkpoint in {path}: {reason}")
+        raise CheckpointError(
+            f"no usable checkpoint in {path}: {reason}; give another, or start anew with checkpoint.resume=never"
+        )
     return found, manifest, problems
 
 

@@ -123,6 +123,9 @@ def main() -> NoReturn:
     except MlxRingError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_status)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
         click.echo(f"error: {error.format_message()}", err=True)
         sys.exit(2)

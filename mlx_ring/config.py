@@ -374,6 +374,7 @@ class MemorySection:
     cache_limit_bytes: int | None  # freed buffers kept for reuse
     wired_limit_bytes: int | None  # kept resident (macOS)
     activation_checkpointing: bool  # recompute each block in the backward pass
+    issue_ahead: bool  # one rank: issue a step before the last one has ended; faster, more memory at once
 
     def __post_init__(self) -> None:
         for key in ("limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
@@ -537,8 +538,10 @@ def _section(composed: DictConfig, key: str) -> Any:
     resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     typed = OmegaConf.create({key: OmegaConf.structured(schema)})
     for name, value in resolved.items():
-        wanted, what = CONTAINERS.get(type(typed[key]._get_node(name)), (object, ""))  # pyright: ignore[reportPrivateUsage]
-        _require(isinstance(value, wanted), f"{key}.{name}", value, what)
+        field = typed[key]._get_node(name)
+        wanted, what = CONTAINERS.get(type(field), (object, ""))
+        accepted = isinstance(value, wanted) or (value is None and field._is_optional())
+        _require(accepted, f"{key}.{name}", value, what)
     return OmegaConf.to_object(OmegaConf.merge(typed, {key: resolved}))[key]  # type: ignore[index]
 
 
@@ -556,13 +559,15 @@ def _refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    """What was meant: a similar name in the same group, the same name in another, or a similar whole; else the choice."""
+    """What was meant: the same name in another group, a similar one in this group, a similar whole; else the choice."""
     group, _, name = key.rpartition(".")
     siblings = {other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group}
-    meant = [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
-    meant += [other for other in sorted(known) if other.endswith(f".{name}")]
-    meant += difflib.get_close_matches(key, known, n=1) if not siblings else []
-    return f"did you mean {meant[0]}?" if meant else f"known: {', '.join(siblings.values() or sorted(known))}"
+    meant = [other for other in sorted(known) if other.endswith(f".{name}")]
+    meant += [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
+    if not siblings:
+        meant += difflib.get_close_matches(key, known, n=1)
+        siblings = {other: other for other in sorted(known) if "." not in other}
+    return f"did you mean {meant[0]}?" if meant else f"known: {', '.join(siblings.values())}"
 
 
 def _all_keys(node: Any, path: str = "") -> set[str]:

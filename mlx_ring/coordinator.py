@@ -78,6 +78,7 @@ class Coordinator:
     """One run on one rank. Rank 0 keeps the record: status, metrics, checkpoints."""
 
     def __init__(self, config: RunConfig, communicator: Communicator, run_directory: Path) -> None:
+        """Collective: every rank must call."""
         self._config, self._communicator = config, communicator
         self._directory = RunDirectory(run_directory)
         self._leads = communicator.rank == 0

@@ -1,12 +1,13 @@
 """Memory: limits, peak, and activations that are recomputed instead of kept."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import psutil
+from mlx.nn.utils import checkpoint
 
 from mlx_ring.config import MemorySection
 from mlx_ring.errors import ConfigError
@@ -99,14 +100,6 @@ def _recomputed(block_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose call is checkpointed, under the same name."""
 
     def call(block: nn.Module, *arguments: Any, **options: Any) -> Any:
-        def pure(parameters: Any, *arguments: Any, **options: Any) -> Any:
-            kept = block.trainable_parameters()
-            block.update(parameters)
-            try:
-                return block_class.__call__(block, *arguments, **options)
-            finally:
-                block.update(kept)  # nn.utils.checkpoint would leave the arrays of the trace in the block
-
-        return mx.checkpoint(pure)(block.trainable_parameters(), *arguments, **options)
+        return checkpoint(block, partial(block_class.__call__, block))(*arguments, **options)
 
     return type(block_class.__name__, (block_class,), {"__call__": call})

@@ -94,6 +94,14 @@ class ParameterAuthority:
         )
         return [float(self.stop_requested), float(by_clock)]
 
+    def may_be_due(self, step: int) -> bool:
+        """Whether the step's number alone asks for something: then no later step may be issued before it is done."""
+        return (
+            step >= self._total_steps
+            or _due(step, self._evaluate_every_steps)
+            or _due(step, self._save_every_steps)
+        )
+
     def decide(self, step: int, flags: list[float]) -> Plan:
         """What is due after `step`, from the summed flags: equal on every rank, with no further message."""
         stop, by_clock = flags[0] > 0, flags[1] > 0

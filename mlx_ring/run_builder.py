@@ -95,6 +95,7 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         global_batch_size=config.trainer.global_batch_size,
         max_skipped_batches=config.trainer.max_skipped_batches,
         compile=config.trainer.compile,
+        issue_ahead=config.memory.issue_ahead,
         counts_tokens=config.kind.name == "language",
     )
     evaluator = Evaluator(

@@ -1,5 +1,6 @@
 """The directory of one run on one host: made, locked, and kept apart from earlier runs. No mlx here."""
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -27,6 +28,8 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
             self._lock = ProcessLock(self.path / "run.lock")
+            if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
         except LockHeld as held:
             raise ConfigError(f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another") from None
         except OSError as error:

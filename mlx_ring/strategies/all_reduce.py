@@ -41,6 +41,7 @@ class AllReduce(Strategy):
         return self._codec.add(total, gradients)
 
     def apply(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Applied:
+        """One message for the gradients and what goes with them. Collective: every rank must call."""
         wire = dict(self._codec.encode(total))
         wire[SCALARS] = _pack(loss, targets, flags)
         reduced = self._communicator.all_reduce(wire)
