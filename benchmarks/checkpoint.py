@@ -4,14 +4,24 @@ The loop goes on while the file is written; the stall is what `CheckpointManager
 digest, write, sync, read back for the manifest, rename.
 """
 
+import hashlib
 import statistics
 import tempfile
 from pathlib import Path
 
 import harness
 import mlx.core as mx
+import numpy as np
 
 from mlx_ring.checkpoint_manager import CheckpointManager
+
+
+def digest(weights: dict[str, mx.array]) -> str:
+    """SHA-256 of weights read in this thread, to check the writer's."""
+    total = hashlib.sha256()
+    for path in sorted(weights):
+        total.update(path.encode() + b"\0" + np.array(weights[path]).tobytes())
+    return total.hexdigest()
 
 
 def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
@@ -27,7 +37,10 @@ def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
     writes: list[float] = []
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         manager = CheckpointManager(Path(folder), keep_last=1, keep_best=0)
-        files = {"model": draw(), "optimizer": {f"{part}.{name}": x for part in "mv" for name, x in draw().items()}}
+        files = {
+            "model": draw(),
+            "optimizer": {f"{part}.{name}": x for part in "mv" for name, x in draw().items()},
+        }
         mx.eval(files)
         for step in range(repeats):
             files["model"] = {name: weight * 0.999 for name, weight in files["model"].items()}
@@ -35,6 +48,7 @@ def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
             manager.save(step, files, {"progress": {"step": step}})
             (saved,) = manager.wait()
             assert saved.error is None, saved.error
+            assert saved.parameters_sha256 == digest(files["model"]), "what was written is not what was held"
             stalls.append(saved.stall_seconds)
             writes.append(saved.write_seconds)
         manager.close()

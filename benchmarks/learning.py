@@ -78,7 +78,9 @@ def text_small(folder: Path) -> dict[str, float]:
     text = np.fromfile(files["tokens"], dtype=np.uint8)
     dataset = open_dataset(config.data, kind="language", seed=0, sequence_length=256, files=files)
     windows = dataset.held_out.batch(np.arange(len(dataset.held_out)))
-    held_out = bytes(windows[1][windows[1] >= 0].astype(np.uint8))  # the very bytes that the evaluation predicts
+    held_out = bytes(
+        windows[1][windows[1] >= 0].astype(np.uint8)
+    )  # the very bytes that the evaluation predicts
     assert held_out in text.tobytes()
     xz = 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out)
     return {

@@ -48,7 +48,9 @@ def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
     """What a user would write: one compiled function, waited for at every step."""
     spec, trainer = run.data.dataset.spec, config.trainer
     mx.random.seed(0)
-    model = build_model(config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes)
+    model = build_model(
+        config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes
+    )
     optimizer = optim.MultiOptimizer(
         [
             optim.AdamW(config.optimizer.learning_rate, weight_decay=decay, bias_correction=True)
@@ -106,9 +108,7 @@ def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -
     """Median seconds of a step: mlx_ring's, the hand-written one's."""
     with tempfile.TemporaryDirectory() as folder:
         batch = next(item.partition("=")[2] for item in overrides if "global_batch_size" in item)
-        config = compose_run(
-            *QUIET, f"run.dir={folder}", *overrides, f"trainer.micro_batch_size={batch}"
-        )
+        config = compose_run(*QUIET, f"run.dir={folder}", *overrides, f"trainer.micro_batch_size={batch}")
         communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
         coordinator = Coordinator(config, communicator, Path(folder))
         run = coordinator.prepare()

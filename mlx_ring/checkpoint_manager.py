@@ -30,17 +30,22 @@ class Saved:
     error: str | None
 
 
-def to_host(array: mx.array) -> HostArray:
-    """The array's bytes in host memory.
+def snapshot(array: mx.array) -> mx.array:
+    """The array as it is now, safe to be read from another thread once evaluated.
 
-    On the CPU and on Metal they are the array's own: it is immutable, and held here it cannot be reused. A GPU with
-    its own memory must copy, for its buffers are not safe to read from another thread.
+    On the CPU and on Metal that is the array itself: it is immutable, and while it is held its memory is not reused.
+    A GPU with its own memory moves a buffer when the host reads it, so there the device makes a copy for the reader.
+    bfloat16, which numpy lacks, goes as raw 16-bit words.
     """
-    name = str(array.dtype).rpartition(".")[2]
     raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    copies = mx.default_device() == mx.gpu and not mx.metal.is_available()
-    content = np.array(raw, copy=True if copies else None)
-    return HostArray(name, tuple(array.shape), np.ascontiguousarray(content))
+    if mx.default_device() == mx.gpu and not mx.metal.is_available():
+        return mx.where(mx.array(True), raw, raw)
+    return raw
+
+
+def to_host(array: mx.array, dtype: mx.Dtype) -> HostArray:
+    """A snapshot's bytes in host memory; `dtype` is that of the array it was made of."""
+    return HostArray(str(dtype).rpartition(".")[2], tuple(array.shape), np.ascontiguousarray(array))
 
 
 class CheckpointManager:
@@ -59,10 +64,13 @@ class CheckpointManager:
         """
         start = time.perf_counter()
         ended = self.wait()
-        mx.eval(files)
-        host = {name: {key: to_host(array) for key, array in arrays.items()} for name, arrays in files.items() if arrays}
+        dtypes = {name: {key: array.dtype for key, array in arrays.items()} for name, arrays in files.items()}
+        held = {
+            name: {key: snapshot(array) for key, array in arrays.items()} for name, arrays in files.items()
+        }
+        mx.eval(held)
         stall_seconds = time.perf_counter() - start
-        self._pending = self._writer.submit(self._write, step, host, facts, stall_seconds, files)
+        self._pending = self._writer.submit(self._write, step, held, dtypes, facts, stall_seconds)
         return ended
 
     def poll(self) -> list[Saved]:
@@ -79,18 +87,27 @@ class CheckpointManager:
         self._writer.shutdown(wait=True)
 
     def _write(
-        self, step: int, host: dict[str, HostArrays], facts: dict[str, Any], stall_seconds: float, held: object
+        self,
+        step: int,
+        held: dict[str, Arrays],
+        dtypes: dict[str, dict[str, mx.Dtype]],
+        facts: dict[str, Any],
+        stall_seconds: float,
     ) -> Saved:
-        """In the thread. `held` keeps the arrays alive whose memory is being written."""
+        """In the thread."""
         start = time.perf_counter()
         digest, path, size, error = "", disk.step_directory(self.directory, step), 0, None
         try:
+            host: dict[str, HostArrays] = {
+                name: {key: to_host(array, dtypes[name][key]) for key, array in arrays.items()}
+                for name, arrays in held.items()
+                if arrays
+            }
             digest = disk.parameters_sha256(host["model"])
             path, size = disk.write(self.directory, step, host, {"parameters_sha256": digest, **facts})
             self._prune()
         except (OSError, CheckpointError) as failure:
             error = str(failure)
-        del held
         return Saved(
             step=step,
             path=path,
@@ -142,14 +159,18 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if path.suffix in {".npz", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt"}:
         raise CheckpointError(f"{path} is not supported: checkpoints are safetensors and JSON, never pickles")
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a run's directory or one of its checkpoints/step_…")
+        raise CheckpointError(
+            f"{path} does not exist; give a run's directory or one of its checkpoints/step_…"
+        )
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a run's directory or one of its checkpoints/step_…")
     if (path / disk.MANIFEST).exists() or disk.STEP_NAME.fullmatch(path.name):
         try:
             return path, disk.verify(path), []
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; give another checkpoint, or its run for the newest valid one") from None
+            raise CheckpointError(
+                f"{error}; give another checkpoint, or its run for the newest valid one"
+            ) from None
     candidates = disk.scan(path / "checkpoints") or disk.scan(path)
     found, manifest, problems = disk.newest_valid(candidates)
     if found is None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.data.loader import GlobalBatch, Loader
@@ -19,8 +19,9 @@ from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
 from mlx_ring.optimizers import current_learning_rate
 from mlx_ring.parameter_authority import ParameterAuthority
-from mlx_ring.strategies import Applied, Strategy
+from mlx_ring.strategies import Strategy
 
+State = tuple[dict[str, mx.array], Any]  # trainable parameters by path, the optimizer's tree
 Loss = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -57,8 +58,9 @@ class StepResult:
 class Issued:
     """A step on its way: its arrays may not be computed yet."""
 
-    next_sample: int
-    applied: Applied
+    batch: GlobalBatch
+    outcome: list[mx.array]  # loss, targets, gradient norm, whether finite, flags: of the whole global batch
+    before: State | None  # weights and optimizer state to go back to, where the host has not seen `finite` yet
     learning_rate: mx.array
     flags: list[float]  # this rank's own
     start: float
@@ -102,7 +104,7 @@ class Trainer:
         self._forward, self._loss = forward, loss
         self._seed, self._total_steps, self._global_batch_size = seed, total_steps, global_batch_size
         self._max_skipped_batches, self._counts_tokens = max_skipped_batches, counts_tokens
-        self._issue_ahead = issue_ahead
+        self._ahead = issue_ahead and communicator.world_size == 1
         self._skipped_in_a_row, self._last_read = 0, 0.0
         functions: list[Callable[..., tuple[Any, ...]]] = [self._first_micro_batch, self._next_micro_batch]
         if compile:
@@ -124,10 +126,12 @@ class Trainer:
         issued: deque[Issued] = deque()
         while self.progress.step < self._total_steps:
             if not issued:
-                issued.append(self._issue())
+                issued.append(self._issue(*self._next_batch()))
             if self._may_issue_ahead(issued[-1], self.progress.step + len(issued)):
-                issued.append(self._issue())
+                issued.append(self._issue(*self._next_batch()))
             result = self._read(issued.popleft())
+            if result.skipped:  # what was issued after it started from a state that is no more
+                issued = deque(self._issue(later.batch, 0.0) for later in issued)
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
                 message = (
@@ -143,59 +147,84 @@ class Trainer:
 
     def _may_issue_ahead(self, last: Issued, its_step: int) -> bool:
         """Whether nothing can be due after `last`: `its_step`, unless a batch before it is skipped."""
-        alone = self._issue_ahead and self._communicator.world_size == 1
-        return alone and not any(last.flags) and not self._authority.may_be_due(its_step)
+        return self._ahead and not any(last.flags) and not self._authority.may_be_due(its_step)
 
-    def _issue(self) -> Issued:
-        """Hand one global batch to the device, and with several ranks to the wire."""
+    def _next_batch(self) -> tuple[GlobalBatch, float]:
+        """This rank's share of the next global batch, and the seconds it was waited for."""
         start = time.perf_counter()
-        batch = next(self._loader)
-        data_seconds = time.perf_counter() - start
+        return next(self._loader), time.perf_counter() - start
+
+    def _issue(self, batch: GlobalBatch, data_seconds: float) -> Issued:
+        """Hand one global batch to the device, and with several ranks to the wire.
+
+        A non-finite batch makes no update. The host knows before the update, or, where it does not wait, it holds
+        the state before it and goes back: gating every weight on the device costs more than that.
+        """
+        start = time.perf_counter()
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
         flags = self._authority.flags()
-        applied = self._strategy.apply(*self._own_gradients(batch), flags)
-        mx.async_eval(self._model.state, self._optimizer.state, vars(applied))
+        reduced = self._strategy.reduce(*self._own_gradients(batch), flags)
+        before = self._state() if self._ahead else None
+        if self._ahead or bool(reduced.finite.item()):
+            self._strategy.update(reduced)
+        outcome = [reduced.loss, reduced.targets, reduced.gradient_norm, reduced.finite, reduced.flags]
+        mx.async_eval(self._model.state, self._optimizer.state, outcome)
         return Issued(
-            next_sample=batch.first_sample + self._global_batch_size,
-            applied=applied,
+            batch=batch,
+            outcome=outcome,
+            before=before,
             learning_rate=current_learning_rate(self._optimizer),
             flags=flags,
-            start=start,
+            start=start - data_seconds,
             data_seconds=data_seconds,
             communication_seconds=self._communicator.wait_seconds - waited,
             wire_bytes=self._communicator.sent_bytes - sent,
         )
 
+    def _state(self) -> State:
+        """Weights and optimizer state as they are; arrays never change, so this copies none."""
+        return dict(tree_flatten(self._model.trainable_parameters())), tree_map(
+            lambda array: array, self._optimizer.state
+        )
+
+    def _go_back(self, before: State) -> None:
+        weights, state = before
+        self._model.update(tree_unflatten(list(weights.items())))
+        _assign(self._optimizer.state, state)
+
     def _read(self, issued: Issued) -> StepResult:
         """Wait for a step's outcome and count it."""
-        applied, progress = issued.applied, self.progress
-        finite = bool(applied.finite.item())
+        progress = self.progress
+        loss, targets, norm, finite, flags = issued.outcome
+        skipped = not finite.item()
         now = time.perf_counter()
         step_seconds = now - max(issued.start, self._last_read)
         self._last_read = now
-        progress.next_sample = issued.next_sample
-        if finite:
-            progress.step += 1
-            self._skipped_in_a_row = 0
-        else:
+        progress.next_sample = issued.batch.first_sample + self._global_batch_size
+        if skipped:
             progress.skipped += 1
             self._skipped_in_a_row += 1
+            if issued.before is not None:
+                self._go_back(issued.before)
+        else:
+            progress.step += 1
+            self._skipped_in_a_row = 0
         if self._counts_tokens:
-            progress.tokens += int(applied.targets.item())
+            progress.tokens += int(targets.item())
         return StepResult(
             step=progress.step,
-            skipped=not finite,
+            skipped=skipped,
             samples=progress.next_sample,
             tokens=progress.tokens,
-            loss=float(applied.loss.item()),
+            loss=float(loss.item()),
             learning_rate=float(issued.learning_rate.item()),
-            gradient_norm=float(applied.gradient_norm.item()),
+            gradient_norm=float(norm.item()),
             step_seconds=step_seconds,
             compute_seconds=max(0.0, step_seconds - issued.data_seconds - issued.communication_seconds),
             communication_seconds=issued.communication_seconds,
             data_seconds=issued.data_seconds,
             wire_bytes=issued.wire_bytes,
-            flags=cast("list[float]", applied.flags.tolist()),
+            flags=cast("list[float]", flags.tolist()),
         )
 
     def _own_gradients(self, batch: GlobalBatch) -> tuple[dict[str, mx.array], mx.array, mx.array]:
@@ -234,3 +263,12 @@ class Trainer:
 
 def _number(array: mx.array) -> float:
     return float(array.item())  # pyright: ignore[reportArgumentType] - never complex here
+
+
+def _assign(tree: Any, values: Any) -> None:
+    """Write values into a tree in place: `mx.compile` watches the very dictionaries that the optimizer holds."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, mx.array):
+            tree[key] = value
+        else:
+            _assign(tree[key], value)

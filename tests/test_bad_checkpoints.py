@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be used or written: one line that names it, the contract's status, and nothing lost."""
+"""A checkpoint that cannot be used or written: one line, the contract's status, nothing lost."""
 
 import hashlib
 import json
@@ -88,30 +88,78 @@ def entry(name: str) -> Damage:
 
 TWO = b'"%s":{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
 DAMAGES: dict[str, tuple[Damage, list[str]]] = {
-    "no manifest": (lambda path: (path / "manifest.json").unlink(), ["manifest.json cannot be read: No such file"]),
-    "bad JSON": (lambda path: (path / "manifest.json").write_text("{oops"), ["manifest.json is not JSON", "line 1"]),
-    "not an object": (lambda path: (path / "manifest.json").write_text("[]"), ["manifest.json is no manifest"]),
+    "no manifest": (
+        lambda path: (path / "manifest.json").unlink(),
+        ["manifest.json cannot be read: No such file"],
+    ),
+    "bad JSON": (
+        lambda path: (path / "manifest.json").write_text("{oops"),
+        ["manifest.json is not JSON", "line 1"],
+    ),
+    "not an object": (
+        lambda path: (path / "manifest.json").write_text("[]"),
+        ["manifest.json is no manifest"],
+    ),
     "nested": (lambda path: (path / "manifest.json").write_text("[" * 10**5), ["manifest.json is not JSON"]),
     "no step": (manifest(lambda content: content.pop("step")), ["manifest.json is damaged", "step", "None"]),
-    "wrong progress": (manifest(lambda content: content.update(progress={"step": 1})), ["damaged", "progress", "1"]),
-    "no size": (manifest(lambda content: content["files"].update({MODEL: None})), ["damaged", "files", "None"]),
-    "newer format": (manifest(lambda content: content.update(format_version=2)), ["format version 2", "reads 1", "update mlx_ring"]),
-    "bit flip": (content(lambda old: old[:-1] + bytes([old[-1] ^ 1])), [MODEL, "has SHA-256", "its manifest says"]),
+    "wrong progress": (
+        manifest(lambda content: content.update(progress={"step": 1})),
+        ["damaged", "progress", "1"],
+    ),
+    "no size": (
+        manifest(lambda content: content["files"].update({MODEL: None})),
+        ["damaged", "files", "None"],
+    ),
+    "newer format": (
+        manifest(lambda content: content.update(format_version=2)),
+        ["format version 2", "reads 1", "update mlx_ring"],
+    ),
+    "bit flip": (
+        content(lambda old: old[:-1] + bytes([old[-1] ^ 1])),
+        [MODEL, "has SHA-256", "its manifest says"],
+    ),
     "truncated": (content(lambda old: old[:-8]), [MODEL, "bytes, its manifest says"]),
-    "trailing bytes": (content(lambda old: old + bytes(8), sealed=True), [MODEL, "no valid safetensors file"]),
-    "huge header": (content(lambda old: (1 << 40).to_bytes(8, "little") + old[8:], sealed=True), [MODEL, "header too large"]),
-    "overlap": (raw(b"{%s,%s}" % (TWO % (b"a", 0, 8), TWO % (b"b", 4, 12)), 12), [MODEL, "no valid safetensors file"]),
-    "duplicate key": (raw(b"{%s,%s}" % (TWO % (b"a", 0, 8), TWO % (b"a", 8, 16)), 16), [MODEL, "no valid safetensors file"]),
+    "trailing bytes": (
+        content(lambda old: old + bytes(8), sealed=True),
+        [MODEL, "no valid safetensors file"],
+    ),
+    "huge header": (
+        content(lambda old: (1 << 40).to_bytes(8, "little") + old[8:], sealed=True),
+        [MODEL, "header too large"],
+    ),
+    "overlap": (
+        raw(b"{%s,%s}" % (TWO % (b"a", 0, 8), TWO % (b"b", 4, 12)), 12),
+        [MODEL, "no valid safetensors file"],
+    ),
+    "duplicate key": (
+        raw(b"{%s,%s}" % (TWO % (b"a", 0, 8), TWO % (b"a", 8, 16)), 16),
+        [MODEL, "no valid safetensors file"],
+    ),
     "missing file": (lambda path: (path / MODEL).unlink(), [MODEL, "cannot be read: No such file"]),
     "missing tensor": (tensors(lambda arrays: arrays.pop("head.bias")), [f"{MODEL} lacks head.bias"]),
-    "extra tensor": (tensors(lambda arrays: arrays.update(more=np.zeros(3, np.float32))), [f"{MODEL} holds more"]),
-    "other shape": (tensors(lambda arrays: arrays.update({"head.bias": np.zeros(3, np.float32)})), ["head.bias", "(3,)", "(10,)"]),
-    "other dtype": (tensors(lambda arrays: arrays.update({"head.bias": np.zeros(10, np.float16)})), ["head.bias", "float16", "float32"]),
+    "extra tensor": (
+        tensors(lambda arrays: arrays.update(more=np.zeros(3, np.float32))),
+        [f"{MODEL} holds more"],
+    ),
+    "other shape": (
+        tensors(lambda arrays: arrays.update({"head.bias": np.zeros(3, np.float32)})),
+        ["head.bias", "(3,)", "(10,)"],
+    ),
+    "other dtype": (
+        tensors(lambda arrays: arrays.update({"head.bias": np.zeros(10, np.float16)})),
+        ["head.bias", "float16", "float32"],
+    ),
     "../ name": (entry("../model.safetensors"), ["manifest.json names '../model.safetensors'", "only plain"]),
-    "absolute name": (entry("/tmp/model.safetensors"), ["manifest.json names '/tmp/model.safetensors'", "only plain"]),
-    "pickle inside": (entry("optimizer.pkl"), ["manifest.json names 'optimizer.pkl'", "only plain .safetensors"]),
+    "absolute name": (
+        entry("/tmp/model.safetensors"),
+        ["manifest.json names '/tmp/model.safetensors'", "only plain"],
+    ),
+    "pickle inside": (
+        entry("optimizer.pkl"),
+        ["manifest.json names 'optimizer.pkl'", "only plain .safetensors"],
+    ),
     "symbolic link": (link, [MODEL, "a symbolic link, which is refused"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -152,7 +200,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(folder: Path) -> None:
     content(lambda old: old[:-8])(folder / "run/checkpoints/step_00000006")
     train(folder, "checkpoint.every_steps=3").ok()
     events = {row["event"]: str(row["message"]) for row in rows(folder, "event")}
-    assert "fell back to step_00000003" in events["checkpoint_damaged"] and MODEL in events["checkpoint_damaged"]
+    assert (
+        "fell back to step_00000003" in events["checkpoint_damaged"] and MODEL in events["checkpoint_damaged"]
+    )
     assert status(folder)["step"] == 6
 
 
@@ -161,14 +211,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(folder: Path) -> Non
         content(lambda old: old[:-8])(checkpoint)
     before = contents(folder / "run")
     ranks = train(folder, "trainer.steps=9", world_size=2)
-    assert_refused(ranks, CHECKPOINT, "no usable checkpoint in", "run", MODEL, "checkpoint.resume=never", agreed=True)
+    assert_refused(
+        ranks, CHECKPOINT, "no usable checkpoint in", "run", MODEL, "checkpoint.resume=never", agreed=True
+    )
     assert contents(folder / "run") == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.hidden_sizes=[8]"], ["model.hidden_sizes is [8] now and was [16]", "checkpoint.initialize_from"]),
+        (
+            ["model.hidden_sizes=[8]"],
+            ["model.hidden_sizes is [8] now and was [16]", "checkpoint.initialize_from"],
+        ),
         (["optimizer.learning_rate=0.5"], ["optimizer.learning_rate is 0.5 now and was 0.001"]),
         (["data=synthetic"], ["data.name is synthetic now and was digits"]),
         (["seed=5"], ["seed is 5 now and was 0"]),
@@ -184,7 +239,13 @@ def test_a_resumed_run_that_changed_is_refused(folder: Path, overrides: list[str
 def test_a_resumed_run_whose_data_changed_is_refused(folder: Path) -> None:
     manifest(lambda content: content.update(data_sha256="0" * 64))(folder / "run/checkpoints/step_00000006")
     before = contents(folder)
-    assert_refused(train(folder, "trainer.steps=9"), CONFIGURATION, "data's SHA-256 is", "was 000000000000", "step_00000006")
+    assert_refused(
+        train(folder, "trainer.steps=9"),
+        CONFIGURATION,
+        "data's SHA-256 is",
+        "was 000000000000",
+        "step_00000006",
+    )
     assert contents(folder) == before
 
 
@@ -222,7 +283,14 @@ def limited(folder: Path, blocks: int, *overrides: str) -> Ranks:
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(folder: Path) -> None:
     before = contents(folder / "run/checkpoints")
-    ranks = limited(folder, 8, "trainer.steps=8", "schedule=constant", "checkpoint.resume=never", "checkpoint.every_steps=null")
+    ranks = limited(
+        folder,
+        8,
+        "trainer.steps=8",
+        "schedule=constant",
+        "checkpoint.resume=never",
+        "checkpoint.every_steps=null",
+    )
     assert_refused(ranks, CHECKPOINT, "the last checkpoint could not be written", "File too large")
     assert contents(folder / "run/previous_1/checkpoints") == before
     assert not list(folder.glob("run/checkpoints/*"))

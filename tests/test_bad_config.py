@@ -1,4 +1,4 @@
-"""A wrong configuration or command line: one line that names the key and the remedy, status 2, nothing touched."""
+"""A wrong configuration or command line: one line that names the key, status 2, and nothing touched."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,14 @@ SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
 UNKNOWN = [
     (["trainer.stepz=3"], ["unknown configuration key trainer.stepz", "did you mean trainer.steps?"]),
     (["optimizer.lr=3"], ["unknown configuration key optimizer.lr", "known: ", "optimizer.learning_rate"]),
-    (["learning_rate=3"], ["unknown configuration key learning_rate", "did you mean optimizer.learning_rate?"]),
-    (["checkpont.keep_last=3"], ["unknown configuration key checkpont.keep_last", "did you mean checkpoint.keep_last?"]),
+    (
+        ["learning_rate=3"],
+        ["unknown configuration key learning_rate", "did you mean optimizer.learning_rate?"],
+    ),
+    (
+        ["checkpont.keep_last=3"],
+        ["unknown configuration key checkpont.keep_last", "did you mean checkpoint.keep_last?"],
+    ),
     (["+trainer.stepz=3"], ["unknown configuration key trainer.stepz", "did you mean trainer.steps?"]),
     (["+extra=1"], ["unknown configuration key extra", "known: ", "trainer"]),
     (["modle=cnn"], ["unknown configuration key modle", "did you mean model?"]),
@@ -25,7 +31,10 @@ TYPES = [
     (["optimizer.learning_rate=fast"], ["optimizer.learning_rate", "'fast'", "Float"]),
     (["trainer.compile=perhaps"], ["trainer.compile", "perhaps", "bool"]),
     (["model.hidden_sizes=7"], ["model.hidden_sizes must be a list", "got 7"]),
-    (["model=custom", "model.import_path=a:b", "model.arguments=[1]"], ["model.arguments must be a group", "got [1]"]),
+    (
+        ["model=custom", "model.import_path=a:b", "model.arguments=[1]"],
+        ["model.arguments must be a group", "got [1]"],
+    ),
     (["seed=abc"], ["seed must be an integer", "abc"]),
     (["trainer=5"], ["trainer must be a group of values", "5"]),
 ]
@@ -35,7 +44,10 @@ MISSING = [
     (["~trainer.steps"], ["trainer.steps has no value"]),
 ]
 INTERPOLATIONS = [
-    (["trainer.steps=${nothing.here}"], ["trainer.steps refers to a key that does not exist", "nothing.here"]),
+    (
+        ["trainer.steps=${nothing.here}"],
+        ["trainer.steps refers to a key that does not exist", "nothing.here"],
+    ),
     (["trainer.steps=${trainer.steps}"], ["trainer.steps cannot be resolved", "Recursive"]),
     (["trainer.steps=${oc.env:NO_SUCH_VARIABLE}"], ["trainer.steps cannot be resolved", "NO_SUCH_VARIABLE"]),
     (["trainer.steps=${unheard_of:1}"], ["trainer.steps cannot be resolved", "unheard_of"]),
@@ -64,7 +76,10 @@ RANGES = [
     (["trainer.micro_batch_size=0"], ["trainer.micro_batch_size must be at least 1", "got 0"]),
     (["trainer.global_batch_size=30"], ["trainer.global_batch_size", "got 30", "trainer.micro_batch_size=4"]),
     (["trainer.steps=-1"], ["trainer.steps must be at least 1", "got -1"]),
-    (["checkpoint.keep_last=0"], ["checkpoint.keep_last must be at least 1", "resuming needs the newest", "got 0"]),
+    (
+        ["checkpoint.keep_last=0"],
+        ["checkpoint.keep_last must be at least 1", "resuming needs the newest", "got 0"],
+    ),
     (["schedule.warmup_steps=6"], ["schedule.warmup_steps must be below trainer.steps=6", "got 6"]),
     (["cluster.ranks=3"], ["cluster.ranks=3", "1 rank was launched", "mlx.launch -n 3"]),
 ]
@@ -94,7 +109,11 @@ def earlier(tmp_path: Path) -> Path:
 def test_a_wrong_configuration_is_refused(earlier: Path, overrides: list[str], words: list[str]) -> None:
     before = contents(earlier)
     own = {override.partition("=")[0] for override in overrides}
-    small = [override for override in SMALL if override.partition("=")[0] not in own and not override.startswith("model.")]
+    small = [
+        override
+        for override in SMALL
+        if override.partition("=")[0] not in own and not override.startswith("model.")
+    ]
     run = [] if "run.dir" in own else ["run.dir=run"]
     assert_refused(start([*small, *run, *overrides], earlier).wait(), CONFIGURATION, *words)
     assert contents(earlier) == before
@@ -122,7 +141,9 @@ def test_a_nul_in_the_run_directory(tmp_path: Path) -> None:
     experiment = tmp_path / "mine/experiment/nul.yaml"
     experiment.parent.mkdir(parents=True)
     experiment.write_text('# @package _global_\nrun:\n  dir: "a\\0b"\n')
-    assert_refused(start(["--config-dir=mine", "experiment=nul"], tmp_path).wait(), CONFIGURATION, "run.dir", "null")
+    assert_refused(
+        start(["--config-dir=mine", "experiment=nul"], tmp_path).wait(), CONFIGURATION, "run.dir", "null"
+    )
 
 
 def test_every_rank_tells_its_own_mistake(tmp_path: Path) -> None:

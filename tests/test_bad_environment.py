@@ -1,4 +1,4 @@
-"""A wrong launch: what MLX takes for rank 0, waits for, or dies of, is refused in one line before MLX sees it."""
+"""A wrong launch, which MLX takes for rank 0, waits for or dies of, is refused before MLX sees it."""
 
 import os
 import shutil
@@ -22,12 +22,18 @@ HOSTFILES = {  # what MLX_HOSTFILE names: its content, and the words of the refu
     "an object": ('{"hosts": 2}', ["names no hosts"]),
     "not JSON": ('[["127.0.0.1:5000"],\n  oops]', ["not JSON", "line 2, column 3"]),
     "nested": ("[" * 100_000, ["nested too deeply"]),
-    "mlx.launch's own format": ('[{"ssh": "a", "ips": []}, {"ssh": "b", "ips": []}]', ["rank 0", '"ip:port"', '"ssh"']),
+    "mlx.launch's own format": (
+        '[{"ssh": "a", "ips": []}, {"ssh": "b", "ips": []}]',
+        ["rank 0", '"ip:port"', '"ssh"'],
+    ),
     "no addresses": ('[["127.0.0.1:5000"], []]', ["rank 1", '"ip:port"', "got []"]),
     "a host name": ('[["127.0.0.1:5000"], ["localhost:5001"]]', ["rank 1", "'localhost'", "no host names"]),
     "IPv6": ('[["127.0.0.1:5000"], ["[::1]:5001"]]', ["rank 1", "[::1]", "IPv6", "IPv4"]),
     "twice": ('[["127.0.0.1:5000"], ["127.0.0.1:5000"]]', ["ranks 0 and 1", "127.0.0.1:5000"]),
-    "another host's": ('[["10.99.99.99:5000"], ["127.0.0.1:5001"]]', ["rank 0 on", "10.99.99.99", "not on this host"]),
+    "another host's": (
+        '[["10.99.99.99:5000"], ["127.0.0.1:5001"]]',
+        ["rank 0 on", "10.99.99.99", "not on this host"],
+    ),
     "one host": ('[["127.0.0.1:5000"]]', ["one host", "run python train.py alone"]),
     "unequal": ('[["127.0.0.1:5000", "127.0.0.1:5001"], ["127.0.0.1:5002"]]', ["rank 0: 2, rank 1: 1"]),
     "no port": ('[["127.0.0.1"], ["127.0.0.1:5001"]]', ["rank 0", "'127.0.0.1'", "ip:port"]),
@@ -45,12 +51,21 @@ VARIABLES = [
     ({"MLX_RANK": "2", "MLX_HOSTFILE": "good.json"}, ["MLX_RANK", "'2'", "world size is 2"]),
     ({"MLX_RANK": "1"}, ["MLX_RANK", "'1'", "world size is 1"]),
     ({"MLX_HOSTFILE": "good.json"}, ["MLX_HOSTFILE=good.json", "MLX_RANK is not", "alone"]),
-    ({"MLX_RANK": "0", "MLX_HOSTFILE": "good.json", "MLX_WORLD_SIZE": "3"}, ["MLX_WORLD_SIZE is 3", "has 2 ranks"]),
+    (
+        {"MLX_RANK": "0", "MLX_HOSTFILE": "good.json", "MLX_WORLD_SIZE": "3"},
+        ["MLX_WORLD_SIZE is 3", "has 2 ranks"],
+    ),
     ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "two"}, ["MLX_WORLD_SIZE", "'two'"]),
     ({"OMPI_COMM_WORLD_SIZE": "two", "OMPI_COMM_WORLD_RANK": "0"}, ["OMPI_COMM_WORLD_SIZE", "'two'"]),
-    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "2"}, ["OMPI_COMM_WORLD_RANK", "'2'", "world size is 2"]),
-    ({"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "127.0.0.1:1", "MLX_IBV_DEVICES": "absent.json"}, ["MLX_IBV_DEVICES", "absent.json"]),
-]  # fmt: skip
+    (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "2"},
+        ["OMPI_COMM_WORLD_RANK", "'2'", "world size is 2"],
+    ),
+    (
+        {"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "127.0.0.1:1", "MLX_IBV_DEVICES": "absent.json"},
+        ["MLX_IBV_DEVICES", "absent.json"],
+    ),
+]
 SMALLEST = ["trainer.steps=1", "run.dir=run"]
 
 
@@ -90,7 +105,9 @@ def test_another_backend_than_was_launched_is_refused(tmp_path: Path, key: str) 
         ("jaccl", {"MLX_JACCL_COORDINATOR": "127.0.0.1:5000", "MLX_IBV_DEVICES": "devices.json"}),
     ],
 )
-def test_a_backend_that_is_not_built_in_is_refused(tmp_path: Path, backend: str, variables: dict[str, str]) -> None:
+def test_a_backend_that_is_not_built_in_is_refused(
+    tmp_path: Path, backend: str, variables: dict[str, str]
+) -> None:
     if mx.distributed.is_available(backend):
         pytest.skip(f"this MLX has {backend}")
     (tmp_path / "devices.json").write_text('[[null, "a"], ["b", null]]')

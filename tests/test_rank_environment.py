@@ -23,7 +23,9 @@ def hosts(tmp_path: Path) -> Path:
 
 def read(hosts: Path, **variables: str) -> RankEnvironment:
     """The environment read from `variables`, HOSTS in them standing for the host file."""
-    return RankEnvironment.read({name: value.replace("HOSTS", str(hosts)) for name, value in variables.items()})
+    return RankEnvironment.read(
+        {name: value.replace("HOSTS", str(hosts)) for name, value in variables.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,12 @@ def read(hosts: Path, **variables: str) -> RankEnvironment:
         ({"MLX_RANK": "1", "MLX_HOSTFILE": "HOSTS", "MLX_WORLD_SIZE": "2"}, 1, 2, "ring"),
         ({"MLX_RANK": "3", "MLX_WORLD_SIZE": "4"}, 3, 4, "nccl"),
         ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "1"}, 0, 1, "single"),
-        ({"MLX_RANK": "1", "MLX_JACCL_COORDINATOR": "127.0.0.1:1", "MLX_IBV_DEVICES": "HOSTS"}, 1, 2, "jaccl"),
+        (
+            {"MLX_RANK": "1", "MLX_JACCL_COORDINATOR": "127.0.0.1:1", "MLX_IBV_DEVICES": "HOSTS"},
+            1,
+            2,
+            "jaccl",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, 2, 4, "mpi"),
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, 0, 1, "single"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_SIZE": "2"}, 1, 2, "mpi"),
@@ -50,7 +57,9 @@ def test_what_launchers_set_is_understood(
 ) -> None:
     found = read(hosts, **variables)
     assert (found.rank, found.world_size, found.backend) == (rank, world_size, backend)
-    assert found.ring_addresses == ([[("127.0.0.1", 5000)], [("127.0.0.1", 5001)]] if backend == "ring" else [])
+    assert found.ring_addresses == (
+        [[("127.0.0.1", 5000)], [("127.0.0.1", 5001)]] if backend == "ring" else []
+    )
 
 
 def test_an_empty_host_file_is_one_rank(tmp_path: Path) -> None:
@@ -82,11 +91,23 @@ def test_the_job_is_what_the_launcher_shows(hosts: Path, variables: dict[str, st
         ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "0"}, r"MLX_WORLD_SIZE must be .* above 0; got '0'"),
         ({"MLX_RANK": "0", "MLX_WORLD_SIZE": "²"}, r"MLX_WORLD_SIZE must be .* above 0; got '²'"),
         ({"MLX_RANK": "2", "MLX_WORLD_SIZE": "2"}, r"MLX_RANK must be .* got '2'"),
-        ({"MLX_RANK": "0", "MLX_HOSTFILE": "HOSTS", "MLX_WORLD_SIZE": "3"}, r"MLX_WORLD_SIZE is 3, .* has 2 ranks"),
+        (
+            {"MLX_RANK": "0", "MLX_HOSTFILE": "HOSTS", "MLX_WORLD_SIZE": "3"},
+            r"MLX_WORLD_SIZE is 3, .* has 2 ranks",
+        ),
         ({"MLX_RANK": "0", "MLX_JACCL_COORDINATOR": "127.0.0.1:1"}, r"MLX_IBV_DEVICES must list"),
-        ({"MLX_RANK": "0", "MLX_IBV_DEVICES": "HOSTS.absent"}, r"MLX_IBV_DEVICES names .*absent, .*No such file"),
-        ({"OMPI_COMM_WORLD_SIZE": "x", "OMPI_COMM_WORLD_RANK": "0"}, r"OMPI_COMM_WORLD_SIZE must be .* got 'x'"),
-        ({"OMPI_COMM_WORLD_SIZE": "0", "OMPI_COMM_WORLD_RANK": "0"}, r"OMPI_COMM_WORLD_SIZE must be .* got '0'"),
+        (
+            {"MLX_RANK": "0", "MLX_IBV_DEVICES": "HOSTS.absent"},
+            r"MLX_IBV_DEVICES names .*absent, .*No such file",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "x", "OMPI_COMM_WORLD_RANK": "0"},
+            r"OMPI_COMM_WORLD_SIZE must be .* got 'x'",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "0", "OMPI_COMM_WORLD_RANK": "0"},
+            r"OMPI_COMM_WORLD_SIZE must be .* got '0'",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, r"OMPI_COMM_WORLD_RANK must be .* got ''"),
     ],
 )
@@ -125,7 +146,7 @@ def test_a_wrong_host_file_is_refused_with_its_place(tmp_path: Path, content: by
 
 @pytest.mark.parametrize("variable", ["PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_other_launchers_are_refused(hosts: Path, variable: str) -> None:
-    with pytest.raises(ClusterError, match="started 3 ranks, .* each would train alone"):
+    with pytest.raises(ClusterError, match=r"started 3 ranks, .* each would train alone"):
         read(hosts, **{variable: "3"})
 
 
@@ -136,7 +157,9 @@ def test_the_launched_backend_may_be_asked_for(hosts: Path, backend: str) -> Non
 
 def test_another_backend_may_not(hosts: Path) -> None:
     ring = read(hosts, MLX_RANK="0", MLX_HOSTFILE="HOSTS")
-    with pytest.raises(ConfigError, match=r"cluster\.backend=mpi, .* 2 ranks for ring; launch with --backend mpi"):
+    with pytest.raises(
+        ConfigError, match=r"cluster\.backend=mpi, .* 2 ranks for ring; launch with --backend mpi"
+    ):
         ring.check_backend("cluster.backend", "mpi")
     read(hosts).check_backend("cluster.backend", "mpi")  # one rank needs no backend
 

@@ -3,9 +3,9 @@
 from mlx_ring.communicator import Communicator
 from mlx_ring.compression import CODECS
 from mlx_ring.strategies.all_reduce import AllReduce
-from mlx_ring.strategies.base import Applied, Strategy
+from mlx_ring.strategies.base import Reduced, Strategy
 
-__all__ = ["Applied", "Strategy", "build_strategy"]
+__all__ = ["Reduced", "Strategy", "build_strategy"]
 
 
 def build_strategy(

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, final
+from typing import final
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.compression import Codec
-from mlx_ring.strategies.base import Applied, Arrays, Strategy
+from mlx_ring.strategies.base import Arrays, Reduced, Strategy
 
 SCALARS = "scalars"  # the wire's name for [loss, targets / 2^12, targets % 2^12, flags…]; no parameter is called so
 TARGETS_BASE = 4096  # two float32 digits hold any int32 count exactly, also when summed over 4,096 ranks
@@ -24,30 +24,41 @@ class AllReduce(Strategy):
     def __init__(
         self, communicator: Communicator, codec: Codec, *, clip_gradient_norm: float | None, compile: bool
     ) -> None:
-        self._communicator, self._codec = communicator, codec
-        self._clip_gradient_norm, self._compile = clip_gradient_norm, compile
-        self._update: Callable[[Arrays, mx.array], tuple[mx.array, ...]]
+        self._communicator, self._codec, self._compiles = communicator, codec, compile
+        measure = partial(_measure, codec, clip_gradient_norm)
+        self._measure = mx.compile(measure) if compile else measure
+        self._update: Callable[[Arrays, mx.array], None]
 
     @property
     def replicas_agree(self) -> bool:
         return True
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> None:
-        update = partial(_update, model, optimizer, self._codec, self._clip_gradient_norm)
+        update = partial(_update, model, optimizer, self._codec)
         state = [model.state, optimizer.state]
-        self._update = mx.compile(update, inputs=state, outputs=state) if self._compile else update
+        self._update = mx.compile(update, inputs=state, outputs=state) if self._compiles else update
 
     def add(self, total: Arrays | None, gradients: Arrays) -> Arrays:
         return self._codec.add(total, gradients)
 
-    def apply(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Applied:
-        """One message for the gradients and what goes with them. Collective: every rank must call."""
+    def reduce(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Reduced:
         wire = dict(self._codec.encode(total))
         wire[SCALARS] = _pack(loss, targets, flags)
-        reduced = self._communicator.all_reduce(wire)
-        scalars = reduced.pop(SCALARS)
-        mean_loss, targets, norm, finite = self._update(reduced, scalars)
-        return Applied(mean_loss, targets, norm, finite, scalars[3:])
+        gradients = self._communicator.all_reduce(wire)
+        scalars = gradients.pop(SCALARS)
+        mean_loss, targets, norm, finite, scale = self._measure(gradients, scalars)
+        return Reduced(
+            gradients=gradients,
+            scale=scale,
+            loss=mean_loss,
+            targets=targets,
+            gradient_norm=norm,
+            finite=finite,
+            flags=scalars[3:],
+        )
+
+    def update(self, reduced: Reduced) -> None:
+        self._update(reduced.gradients, reduced.scale)
 
     def state(self) -> Arrays:
         return self._codec.state()
@@ -61,37 +72,20 @@ def _pack(loss: mx.array, targets: mx.array, flags: list[float]) -> mx.array:
     return mx.concatenate([loss.reshape(1), digits, mx.array(flags, dtype=mx.float32)])
 
 
-def _update(
-    model: nn.Module, optimizer: Optimizer, codec: Codec, clip: float | None, reduced: Arrays, scalars: mx.array
-) -> tuple[mx.array, ...]:
-    """One update from the reduced gradients; a non-finite one leaves weights and optimizer as they were.
-
-    Returns: mean loss, number of targets, L2 norm of the mean gradient before clipping, whether it was finite.
-    """
+def _measure(codec: Codec, clip: float | None, reduced: Arrays, scalars: mx.array) -> tuple[mx.array, ...]:
+    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, and what to scale by."""
     targets = scalars[1].astype(mx.int32) * TARGETS_BASE + scalars[2].astype(mx.int32)
     count = mx.maximum(targets, 1).astype(mx.float32)
-    gradients = codec.decode(reduced)
-    squares = [mx.square(gradient).sum() for gradient in gradients.values()]
+    squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]
     norm = mx.sqrt(mx.stack(squares).sum()) / count
     loss = scalars[0] / count
     finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
         scale = scale * mx.minimum(1.0, clip / mx.maximum(norm, 1e-12))
-    mean = [(path, gradient * scale) for path, gradient in gradients.items()]
-    before = tree_map(lambda old: old, [model.trainable_parameters(), optimizer.state])
+    return loss, targets, norm, finite, scale
+
+
+def _update(model: nn.Module, optimizer: Optimizer, codec: Codec, reduced: Arrays, scale: mx.array) -> None:
+    mean = [(path, gradient * scale) for path, gradient in codec.decode(reduced).items()]
     optimizer.update(model, tree_unflatten(mean))
-    after = [model.trainable_parameters(), optimizer.state]
-    weights, state = tree_map(lambda new, old: mx.where(finite, new, old), after, before)
-    model.update(weights)
-    _assign(optimizer.state, state)
-    return loss, targets, norm, finite
-
-
-def _assign(tree: Any, values: Any) -> None:
-    """Write values into a tree in place: `mx.compile` watches the very dictionaries that the optimizer holds."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, mx.array):
-            tree[key] = value
-        else:
-            _assign(tree[key], value)

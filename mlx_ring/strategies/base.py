@@ -10,14 +10,17 @@ from mlx.optimizers import Optimizer
 Arrays = dict[str, mx.array]
 
 
-@dataclass
-class Applied:
-    """The outcome of one update. Scalars that are not yet evaluated, equal on every rank.
+@dataclass(frozen=True, kw_only=True)
+class Reduced:
+    """What one global batch says, equal on every rank. Arrays that need not be computed yet.
 
-    `loss` is the mean over the whole global batch, weighted by targets; `finite` tells whether the update was made:
-    where it is false the weights and the optimizer are as they were.
+    `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the mean
+    gradient before clipping. `gradients` times `scale` is what the optimizer gets. Where `finite` is false there
+    must be no update.
     """
 
+    gradients: Arrays
+    scale: mx.array
     loss: mx.array
     targets: mx.array
     gradient_norm: mx.array
@@ -26,12 +29,12 @@ class Applied:
 
 
 class Strategy(ABC):
-    """Abstract; its subclasses are final. The trainer calls `add` in the compiled micro-batch, then `apply`."""
+    """Abstract; its subclasses are final. The trainer calls `add`, traced into its micro-batch, `reduce`, `update`."""
 
     @property
     @abstractmethod
     def replicas_agree(self) -> bool:
-        """Whether all ranks hold the same weights after every `apply`."""
+        """Whether all ranks hold the same weights after every `update`."""
 
     @abstractmethod
     def setup(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -42,12 +45,16 @@ class Strategy(ABC):
         """Add one micro-batch's gradients of the *sum* of losses to the total. Pure: traced by `mx.compile`."""
 
     @abstractmethod
-    def apply(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Applied:
-        """Share the total and update the model.
+    def reduce(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Reduced:
+        """Share this rank's total with the others.
 
         `loss` is the float32 sum of this rank's losses, `targets` the int32 number of them; `flags` are summed over
         ranks on the way. Collective: every rank must call.
         """
+
+    @abstractmethod
+    def update(self, reduced: Reduced) -> None:
+        """Update the model with what was reduced."""
 
     @abstractmethod
     def state(self) -> Arrays:
