@@ -83,7 +83,7 @@ class Evaluator:
         mean = total_loss / max(counted, 1)
         seconds = time.perf_counter() - start
         if self._dataset.spec.kind == "classifier":
-            accuracy = correct / max(counted, 1)
+            accuracy = correct / max(counted, 1) if correct >= 0 else None
             return Evaluation(loss=mean, samples=samples, seconds=seconds, accuracy=accuracy)
         width = self._dataset.bytes_per_target
         return Evaluation(
@@ -95,12 +95,16 @@ class Evaluator:
         )
 
     def _sums(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Sum of losses, number of targets, number of them predicted right, of one micro-batch."""
+        """Sum of losses, number of targets, number of them predicted right, of one micro-batch.
+
+        The last is negative where targets are no classes: a model with its own loss may learn real numbers.
+        """
         parameters = self._model.trainable_parameters()
         outputs = self._forward(parameters, inputs)
         self._model.update(parameters)
         loss, count = sum_of_losses(self._loss, outputs, targets)
-        right = mx.array(0)
-        if self._dataset.spec.kind == "classifier" and outputs.ndim == targets.ndim + 1:
+        right = mx.array(-1)
+        classes = self._dataset.spec.kind == "classifier" and mx.issubdtype(targets.dtype, mx.integer)
+        if classes and outputs.ndim == targets.ndim + 1:
             right = ((outputs.argmax(axis=-1) == targets) & (targets >= 0)).sum()
         return loss, count, right

@@ -158,8 +158,9 @@ def _hydra_error(error: HydraException) -> ConfigError:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
     if found := re.search(r"Could not override '([^']+)'", text):
+        choices = [item for item in sys.argv[1:] if re.fullmatch(r"\w+=\w+", item) and not item.startswith("seed=")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            hint = nearest_key(found[1], compose("config"))
+            hint = nearest_key(found[1], compose("config", overrides=choices))
         return ConfigError(f"unknown configuration key {found[1]}; {hint}")
     return ConfigError(text)
 

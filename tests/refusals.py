@@ -8,7 +8,7 @@ CONFIGURATION, CLUSTER, TRAINING, CHECKPOINT = 2, 3, 4, 5
 
 
 def assert_refused(ranks: Ranks, status: int, *words: str, agreed: bool = False) -> None:
-    """Every rank ended with `status`, and spoke one line that holds `words`: rank 0 alone where they `agreed`."""
+    """Every rank ended with `status` and one line that holds `words`; if `agreed`, rank 0 alone spoke."""
     assert ranks.statuses == [status] * len(ranks.members), ranks.report()
     for number, rank in enumerate(ranks.members):
         assert "Traceback" not in rank.stdout + rank.stderr, ranks.report()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -375,7 +375,7 @@ def test_a_flipped_bit_or_a_lost_byte_anywhere_is_found(newest: Path, name: str)
 
 
 def test_a_damaged_manifest_is_refused_or_means_the_same(newest: Path) -> None:
-    """The manifest has no checksum: a flipped bit may break it, or else leaves the files it lists as they were."""
+    """The manifest has no checksum: a flipped bit breaks it, or else leaves the files it lists as they were."""
     path = newest / disk.MANIFEST
     content = path.read_bytes()
     files = json.loads(content)["files"]
@@ -398,6 +398,7 @@ def test_a_link_to_a_checkpoint_is_no_checkpoint(checkpoints: Path, newest: Path
         disk.verify(checkpoints / "step_00000009")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_the_reader_stumble(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("fuzz")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from ranks import train
 
 from mlx_ring.config import CHOICES, SECTIONS, RunConfig, nearest_key, record, refuse_changes, to_yaml
 from mlx_ring.errors import ConfigError
@@ -166,6 +167,7 @@ def test_a_run_directory_has_a_name(name: str) -> None:
         RunConfig.parse(whole)
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.recursive(
         st.none() | st.integers() | st.floats() | st.text(),
@@ -327,3 +329,20 @@ def test_a_key_that_is_new_since_then_may_be_null() -> None:
     after["trainer"]["later"] = 3
     with pytest.raises(ConfigError, match=r"trainer\.later is 3 now and was None"):
         refuse_changes(before, after)
+
+
+# A secret in a real run
+
+
+OWN_DATA = "from mlx_ring.data.images import open_digits\n\ndef build(api_key):\n    return open_digits()\n"
+
+
+@pytest.mark.parametrize("arguments", ["{api_key: hunter2}", "{api_key: hunter2, more: 1}"])
+def test_a_secret_is_in_no_file_of_a_run(tmp_path: Path, arguments: str) -> None:
+    (tmp_path / "own.py").write_text(OWN_DATA)
+    own = ["data=custom", "data.import_path=own:build", f"data.arguments={arguments}"]
+    ranks = train(tmp_path, *own, "metrics.tensorboard=true", "metrics.log_every_steps=1")
+    assert ranks.statuses == ([2] if "more" in arguments else [0]), ranks.report()
+    assert "hunter2" not in ranks.report()
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"hunter2" in path.read_bytes()]

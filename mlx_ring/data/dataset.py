@@ -27,7 +27,8 @@ class Split(Protocol):
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The samples at `indices` (B,), in that order.
 
-        Returns (inputs, targets): for a classifier float32 (B, *input_shape) and int32 (B,); for a language
+        Returns (inputs, targets): for a classifier float32 (B, *input_shape) and int32 (B,)
+        (or, with a loss of one's own, float32 (B,)); for a language
         model both int32 (B, sequence_length). A target of -1 is not counted. Depends on `indices` alone.
 
         Raises: DataError naming the file when a stored sample is damaged.

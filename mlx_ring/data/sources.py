@@ -111,15 +111,15 @@ def _check_sample(key: str, dataset: Dataset) -> None:
     """One sample of each split must have the shapes and types that the specification promises."""
     language = dataset.spec.kind == "language"
     shapes = ((1, *dataset.spec.input_shape), (1, *dataset.spec.input_shape) if language else (1,))
-    dtypes = ("int32" if language else "float32", "int32")
+    dtypes = (("int32",) if language else ("float32",), ("int32",) if language else ("int32", "float32"))
     for split in (dataset.train, dataset.held_out):
         if not len(split):
             raise DataError(f"{key} gave a split without samples; training and evaluation need one at least")
-        for what, array, shape, dtype in zip(
+        for what, array, shape, allowed in zip(
             ("inputs", "targets"), split.batch(np.arange(1)), shapes, dtypes, strict=True
         ):
-            if array.shape != shape or array.dtype != dtype:
+            if array.shape != shape or array.dtype not in allowed:
                 raise DataError(
                     f"{key} gave {what} of shape {array.shape} and type {array.dtype} for one sample; its "
-                    f"specification asks for {shape} and {dtype}"
+                    f"specification asks for {shape} and {' or '.join(allowed)}"
                 )

@@ -1,0 +1,44 @@
+"""What a user brings: a model, a data set and a loss, named on the command line by import path."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_ring.data.sources import Dataset, DataSpec
+
+Path("imported").touch()  # lets a test see that this module was imported
+
+
+class Line(nn.Module):
+    """y = w x + b, with outputs of shape (B,)."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0], 1)
+        self.scale = scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.scale * self.linear(x).squeeze(-1)
+
+
+class Points:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x = np.stack([np.sin(indices), np.cos(indices)], axis=1).astype(np.float32)
+        return x, (3 * x[:, 0] - x[:, 1]).astype(np.float32)
+
+
+def points(count: int = 256) -> Dataset:
+    spec = DataSpec(kind="classifier", input_shape=(2,), num_classes=1)
+    return Dataset(spec=spec, digest=f"points-{count}", train=Points(count), held_out=Points(16))
+
+
+def squared(outputs: mx.array, targets: mx.array) -> mx.array:
+    return mx.square(outputs - targets)

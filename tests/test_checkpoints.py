@@ -1,0 +1,137 @@
+"""Checkpoints of real runs: kept, damaged, rewound, evaluated, taken as a start."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import rows, status, train
+from safetensors.numpy import load_file
+
+EVERY = ("checkpoint.every_steps=1", "schedule=constant")
+
+
+def steps(folder: Path, run: str = "run") -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / run / "checkpoints").glob("step_*"))
+
+
+def newest(folder: Path, run: str = "run") -> Path:
+    return folder / run / f"checkpoints/step_{steps(folder, run)[-1]:08d}"
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY, "checkpoint.keep_last=2", "checkpoint.keep_best=0").ok()
+    assert steps(tmp_path) == [5, 6]
+    assert [row["step"] for row in rows(tmp_path, "checkpoint")] == list(range(1, 7))
+    assert not list((tmp_path / "run/checkpoints").glob(".*")), "nothing half written stays"
+
+
+def test_the_best_is_kept_besides(tmp_path: Path) -> None:
+    """The rate grows far beyond what is good, so an early evaluation is the best."""
+    rising = ("optimizer=sgd", "optimizer.learning_rate=30", "schedule.warmup_steps=7", "trainer.steps=8")
+    options = (*EVERY, *rising, "evaluation.every_steps=1")
+    train(tmp_path, *options, "checkpoint.keep_last=1", "checkpoint.keep_best=1").ok()
+    losses = {row["step"]: row["loss"] for row in rows(tmp_path, "evaluation")}
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 8 and steps(tmp_path) == [best, 8]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, file: str, world_size: int) -> None:
+    train(tmp_path, *EVERY, world_size=world_size).ok()
+    whole = status(tmp_path)["parameters_sha256"]
+    if file == "manifest.json":
+        (newest(tmp_path) / file).write_text("{")
+    else:
+        flip_a_bit(newest(tmp_path) / file)
+    resumed = train(tmp_path, *EVERY, world_size=world_size).ok()
+    events = {row["event"]: str(row["message"]) for row in rows(tmp_path, "event")}
+    assert file in events["checkpoint_damaged"] and "step_00000005" in events["resumed"]
+    assert "fell back to step_00000005" in resumed.members[0].stdout
+    assert status(tmp_path)["parameters_sha256"] == whole, "the repeated step gives the same bits"
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 7))
+
+
+def test_a_rewind_leaves_the_later_steps(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY, "checkpoint.keep_last=9").ok()
+    back = "checkpoint.resume=run/checkpoints/step_00000002"
+    train(tmp_path, *EVERY, back, "trainer.steps=4", "checkpoint.keep_last=9").ok()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3, 4]
+
+
+def test_another_runs_checkpoint_can_be_continued_elsewhere(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    train(tmp_path, *EVERY, "checkpoint.resume=run", "trainer.steps=8", run="more").ok()
+    assert status(tmp_path, "more")["step"] == 8
+    assert [row["step"] for row in rows(tmp_path, "train", "more")] == [7, 8]
+
+
+def test_never_starts_anew_and_loses_nothing(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.steps=2").ok()
+    assert steps(tmp_path) == [1, 2] and status(tmp_path)["step"] == 2
+    assert (tmp_path / "run/previous_1/metrics.jsonl").read_text() == before
+    assert (tmp_path / "run/previous_1/checkpoints/step_00000006/manifest.json").exists()
+
+
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000006", "model.safetensors"])
+def test_initialize_from_takes_the_weights_alone(tmp_path: Path, source: str) -> None:
+    train(tmp_path, *EVERY).ok()
+    weights = newest(tmp_path) / "model.safetensors"
+    (tmp_path / "model.safetensors").write_bytes(weights.read_bytes())
+    options = ("optimizer=sgd", "optimizer.learning_rate=1e-30", "trainer.steps=1")
+    train(tmp_path, *options, f"checkpoint.initialize_from={source}", run="tuned").ok()
+    expected, found = load_file(weights), load_file(newest(tmp_path, "tuned") / "model.safetensors")
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert rows(tmp_path, "train", "tuned")[0]["step"] == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> None:
+    train(tmp_path, *EVERY).ok()
+    at_the_end = rows(tmp_path, "evaluation")[-1]
+    before = (tmp_path / "run/metrics.jsonl").read_bytes(), (tmp_path / "run/status.json").read_bytes()
+    shown = train(tmp_path, "evaluation.only=true", world_size=world_size).ok().members[0].stdout
+    assert f"accuracy {at_the_end['accuracy']:.6g}" in shown and f"loss {at_the_end['loss']:.5g}" in shown
+    after = (tmp_path / "run/metrics.jsonl").read_bytes(), (tmp_path / "run/status.json").read_bytes()
+    assert after == before
+    elsewhere = train(tmp_path, "evaluation.only=true", "checkpoint.resume=run", run="other").ok()
+    assert f"accuracy {at_the_end['accuracy']:.6g}" in elsewhere.members[0].stdout
+
+
+def test_evaluation_is_the_same_in_any_split(tmp_path: Path) -> None:
+    """355 held-out digits in micro-batches of 7, on 1, 2 and 4 ranks: one exact mean."""
+    train(tmp_path).ok()
+    shown = {
+        train(tmp_path, "evaluation.only=true", "evaluation.micro_batch_size=7", world_size=world_size)
+        .ok()
+        .members[0]
+        .stdout.split("seconds")[0]
+        for world_size in (1, 2, 4)
+    }
+    assert len(shown) == 1, shown
+
+
+def test_the_clock_saves_too(tmp_path: Path) -> None:
+    train(tmp_path, "checkpoint.every_steps=null", "checkpoint.every_seconds=0.0001", world_size=2).ok()
+    assert [row["step"] for row in rows(tmp_path, "checkpoint")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_manifest_holds_the_whole_state(tmp_path: Path) -> None:
+    train(tmp_path, world_size=2).ok()
+    manifest = json.loads((newest(tmp_path) / "manifest.json").read_text())
+    assert manifest["progress"] == {"step": 6, "next_sample": 6 * 32, "tokens": 0, "skipped": 0}
+    assert manifest["random"]["seed"] == 0 and manifest["world_size"] == 2
+    assert manifest["parameters_sha256"] == status(tmp_path)["parameters_sha256"]
+    moments = load_file(newest(tmp_path) / "optimizer.safetensors")
+    assert any(name.endswith(".m") for name in moments) and any(name.endswith("step") for name in moments)

@@ -1,0 +1,38 @@
+"""A user's own model, data and loss by import path: from the command line, never from a checkpoint."""
+
+import os
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, SMALL, Ranks, rows, start
+
+OWN = (
+    "model=custom", "model.import_path=own_code:Line", "model.arguments={scale: 2.0}", "data=custom",
+    "data.import_path=own_code:points", "trainer.loss=own_code:squared", "optimizer.learning_rate=0.1",
+    "trainer.steps=40",
+)  # fmt: skip
+
+
+def run(folder: Path, *overrides: str, world_size: int = 1) -> Ranks:
+    common = [item for item in SMALL if not item.startswith("model.")]
+    return start([*common, "run.dir=run", *overrides], folder, world_size=world_size).wait()
+
+
+@pytest.fixture(autouse=True)
+def own_code_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_own_model_data_and_loss(tmp_path: Path, world_size: int) -> None:
+    run(tmp_path, *OWN, world_size=world_size).ok()
+    assert rows(tmp_path, "evaluation")[-1]["loss"] < 0.05 * rows(tmp_path, "train")[0]["loss"]
+
+
+def test_a_checkpoint_names_no_code(tmp_path: Path) -> None:
+    """Exporting, evaluating or resuming without the import path on the command line runs nothing of it."""
+    run(tmp_path, *OWN).ok()
+    (tmp_path / "imported").unlink()
+    refused = run(tmp_path)
+    assert refused.statuses == [2] and len(refused.errors) == 1, refused.report()
+    assert not (tmp_path / "imported").exists()
