@@ -535,7 +535,7 @@ def _section(composed: DictConfig, key: str) -> Any:
     # A container of the whole, so that error messages and interpolations see full key names.
     whole = OmegaConf.create({})
     whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
-    resolved = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     typed = OmegaConf.create({key: OmegaConf.structured(schema)})
     for name, value in resolved.items():
         field = typed[key]._get_node(name)

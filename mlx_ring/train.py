@@ -1,5 +1,6 @@
 """The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of whatever ends the run."""
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -109,10 +110,11 @@ class Process:
         if self.coordinator is not None:
             self.coordinator.fail(message)
         several = self.environment.world_size > 1
-        if not (known and error.agreed and self.environment.rank):
+        together = known and error.agreed and self.communicator is not None
+        log.error("%s", message, exc_info=error)
+        if not (together and self.environment.rank):
             named = message.startswith(f"rank {self.environment.rank} ")
             where = f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
-            log.error("%s", message, exc_info=error)
             if not known:
                 sys.excepthook(type(error), error, error.__traceback__)
             print(f"error: {where}{message}", file=sys.stderr)
@@ -121,7 +123,10 @@ class Process:
         logging.shutdown()
         if not several or self.communicator is None:
             raise SystemExit(status)
-        if self.environment.backend == "mpi" and not (known and error.agreed):
+        if together:  # a launcher ends rank 0 as soon as another rank has left: not before it has spoken
+            with contextlib.suppress(MlxRingError):
+                self.communicator.barrier()
+        elif self.environment.backend == "mpi":
             _abort_mpi(status)
         os._exit(status)
 

@@ -375,7 +375,7 @@ def test_a_flipped_bit_or_a_lost_byte_anywhere_is_found(newest: Path, name: str)
 
 
 def test_a_damaged_manifest_is_refused_or_means_the_same(newest: Path) -> None:
-    """The manifest has no checksum: a flipped bit breaks it, or else leaves the files it lists as they were."""
+    """The manifest has no checksum: a flipped bit breaks it, or leaves the files it lists as they were."""
     path = newest / disk.MANIFEST
     content = path.read_bytes()
     files = json.loads(content)["files"]

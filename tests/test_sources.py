@@ -428,7 +428,7 @@ def test_own_data_is_imported_from_the_current_folder(own_module: str) -> None:
         (ConfigError, "absent", {}, "cannot be imported.*absent"),
         (ConfigError, "number", {}, "is a int; it must be a callable"),
         (ConfigError, "wrong", {}, "returned a list"),
-        (ConfigError, "build", {"sample": 3}, "does not take.*'sample': 3"),
+        (ConfigError, "build", {"sample": 3}, r"does not take data\.arguments \(sample\)"),
         (ConfigError, "build", {"kind": "language"}, "is of kind language.*of kind classifier"),
         (DataError, "build", {"samples": 0}, "a split without samples"),
         (DataError, "build", {"dtype": "float64"}, "inputs of shape.*float64.*float32"),

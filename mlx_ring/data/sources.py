@@ -95,7 +95,8 @@ def _open_custom(config: CustomData, kind: str) -> Dataset:
     try:
         inspect.signature(build).bind(**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key} does not take data.arguments={arguments}: {error}") from error
+        names = ", ".join(arguments) or "none"  # not the values: one may be a secret
+        raise ConfigError(f"{key} does not take data.arguments ({names}): {error}") from error
     dataset: Any = build(**arguments)
     if not isinstance(dataset, Dataset):
         raise ConfigError(
