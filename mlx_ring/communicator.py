@@ -153,7 +153,12 @@ class Communicator:
 
     def broadcast_bytes(self, content: bytes) -> bytes:
         """Rank 0's bytes. Collective: every rank must call; what the others give is not read."""
-        return self._gather_bytes(content if self.rank == 0 else b"")[0]
+        if self.world_size == 1:
+            return content
+        length = mx.array([len(content) if self.rank == 0 else 0], dtype=mx.int32)
+        size = int(self.all_sum(length).item())
+        own = np.frombuffer(content, np.uint8) if self.rank == 0 else np.zeros(size, np.uint8)
+        return bytes(memoryview(self.all_sum(mx.array(own)))) if size else b""
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's JSON value. Collective: every rank must call; what the others give is not read."""

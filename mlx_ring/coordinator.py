@@ -88,6 +88,7 @@ class Coordinator:
         self._metrics: MetricsTracker | None = None
         self._checkpoints: CheckpointManager | None = None
         self._interval = Interval()
+        self._saved_step: int | None = None
         self._failures, self._status_time = 0, 0.0
 
     def run(self) -> int:
@@ -132,7 +133,7 @@ class Coordinator:
         """Do what is due after a step. Returns whether the run stops before its end. Collective."""
         if not result.skipped or plan.stop:
             evaluation = self._evaluate(run, result.step) if plan.evaluate else None
-            if plan.save:
+            if plan.save and result.step != self._saved_step:
                 self._save(run, result.step, evaluation)
         return plan.stop and result.step < self._config.trainer.steps
 
@@ -218,7 +219,7 @@ class Coordinator:
             job=self.job,
             world_size=self._communicator.world_size,
             backend=self._communicator.backend,
-            device=str(mx.default_device()),
+            device=_device(),
             hosts=self._communicator.hosts,
         )
         self._status.update("starting")
@@ -247,6 +248,8 @@ class Coordinator:
         self._metrics.message(f"run directory {path}")
         digest = None
         if self._found is not None:
+            if self._found.path.parent == self._checkpoints.directory:
+                self._saved_step = progress.step
             digest = self._found.manifest.get("parameters_sha256")
             for problem in self._found.problems:
                 self._event("checkpoint_damaged", progress.step, f"fell back to {self._found.path.name}: {problem}")
@@ -282,6 +285,7 @@ class Coordinator:
         return evaluation
 
     def _save(self, run: Run, step: int, evaluation: Evaluation | None) -> None:
+        self._saved_step = step
         if self._checkpoints is None:
             return
         facts = {
@@ -364,6 +368,13 @@ class Coordinator:
     def _leave_at_once(self) -> None:
         RunStatus.mark_failed(self._directory.path, job=self.job, message="interrupted by a second signal")
         os._exit(130)
+
+
+def _device() -> str:
+    """What computes, such as `gpu NVIDIA H200`."""
+    device = mx.default_device()
+    name = mx.device_info(device).get("device_name", "")
+    return f"{'gpu' if device == mx.gpu else 'cpu'} {name}".strip()
 
 
 def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
