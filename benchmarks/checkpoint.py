@@ -1,7 +1,8 @@
-"""How long a checkpoint stalls the training loop, and how long it takes to write, for 100 MB and 1 GB of state.
+"""How long a checkpoint stalls the training loop, and how long it takes to write, for 100 MB and 1 GB of
+state.
 
-The loop goes on while the file is written; the stall is what `CheckpointManager.save` takes, all else is the thread's:
-digest, write, sync, read back for the manifest, rename.
+The loop goes on while the file is written; the stall is what `CheckpointManager.save` takes, all else is the
+thread's: digest, write, sync, read back for the manifest, rename.
 """
 
 import hashlib

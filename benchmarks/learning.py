@@ -1,8 +1,9 @@
-"""What the shipped experiments reach, run as a user would run them: held-out accuracy, bits per byte, and time.
+"""What the shipped experiments reach, run as a user would run them: held-out accuracy, bits per byte, and
+time.
 
-On a CPU: the default experiment with two ranks, and Fashion-MNIST with the perceptron (where its files are found).
-On a GPU: Fashion-MNIST with the convolutional network, and `text_small` against what `xz -9e` needs for the same text.
-A quick run is the default experiment alone.
+On a CPU: the default experiment with two ranks, and Fashion-MNIST with the perceptron (where its files are
+found). On a GPU: Fashion-MNIST with the convolutional network, and `text_small` against what `xz -9e` needs
+for the same text. A quick run is the default experiment alone.
 """
 
 import json

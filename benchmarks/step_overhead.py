@@ -1,9 +1,9 @@
 """Time per step of mlx_ring over a hand-written compiled MLX loop: one rank, same model, data and update.
 
-Both take turns in blocks of steps within one run, so that a slow moment of the machine meets both; the figure is the
-ratio of the medians. mlx_ring's step includes everything its loop does: loading, the decision, the record.
-On a GPU the model is the 124M transformer; on a CPU a perceptron and the tiny transformer, whose steps take 20 ms
-and more there.
+Both take turns in blocks of steps within one run, so that a slow moment of the machine meets both; the figure
+is the ratio of the medians. mlx_ring's step includes everything its loop does: loading, the decision, the
+record. On a GPU the model is the 124M transformer; on a CPU a perceptron and the tiny transformer, whose
+steps take 20 ms and more there.
 """
 
 import statistics

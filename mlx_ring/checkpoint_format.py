@@ -5,8 +5,8 @@
       model.safetensors      the model's own parameter names
       optimizer.safetensors  strategy.safetensors (where the strategy keeps something)
 
-Written to `.tmp-…` beside it, every file synced, the manifest last; the rename is the commit. Safetensors and JSON
-only: nothing in a checkpoint is ever executed.
+Written to `.tmp-…` beside it, every file synced, the manifest last; the rename is the commit. Safetensors and
+JSON only: nothing in a checkpoint is ever executed.
 """
 
 import errno
@@ -38,7 +38,8 @@ MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HostArray:
-    """An array in host memory: MLX's name of its dtype, its shape, and its bytes as a contiguous numpy array."""
+    """An array in host memory: MLX's name of its dtype, its shape, and its bytes as a contiguous numpy
+    array."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +50,8 @@ HostArrays = dict[str, HostArray]
 
 
 def parameters_sha256(parameters: HostArrays) -> str:
-    """SHA-256 over, for each parameter by sorted path: the path in UTF-8, a zero byte, the raw bytes, row-major."""
+    """SHA-256 over, for each parameter by sorted path: the path in UTF-8, a zero byte, the raw bytes,
+    row-major."""
     digest = hashlib.sha256()
     for path in sorted(parameters):
         digest.update(path.encode() + b"\0")
@@ -62,10 +64,13 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def write(checkpoints: Path, step: int, files: dict[str, HostArrays], facts: dict[str, Any]) -> tuple[Path, int]:
+def write(
+    checkpoints: Path, step: int, files: dict[str, HostArrays], facts: dict[str, Any]
+) -> tuple[Path, int]:
     """Write one checkpoint and commit it. Returns its directory and its size in bytes.
 
-    Raises: OSError from the disk; CheckpointError for too little space. Nothing that was there before is touched.
+    Raises: OSError from the disk; CheckpointError for too little space. Nothing that was there before is
+    touched.
     """
     size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
     checkpoints.mkdir(mode=0o700, exist_ok=True)
@@ -101,7 +106,10 @@ def write(checkpoints: Path, step: int, files: dict[str, HostArrays], facts: dic
 
 def _spec(array: HostArray) -> TensorSpec:
     return TensorSpec(
-        dtype=array.dtype, shape=array.shape, data_ptr=array.content.ctypes.data, data_len=array.content.nbytes
+        dtype=array.dtype,
+        shape=array.shape,
+        data_ptr=array.content.ctypes.data,
+        data_len=array.content.nbytes,
     )
 
 
@@ -147,15 +155,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no manifest: it lists no files")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring")
+        raise CheckpointError(
+            f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring"
+        )
     for name, rule, right in (
         ("files", "sizes and SHA-256s by name", all(map(_is_entry, manifest["files"].values()))),
         ("step", "a whole number", _is_count(manifest.get("step"))),
-        ("progress", "counters, its step the manifest's", _is_progress(manifest.get("progress"), manifest.get("step"))),
+        (
+            "progress",
+            "counters, its step the manifest's",
+            _is_progress(manifest.get("progress"), manifest.get("step")),
+        ),
         ("config", "a group of values", isinstance(manifest.get("config", {}), dict)),
     ):
         if not right:
-            raise CheckpointError(f"{path} is damaged: {name} must be {rule}; got {str(manifest.get(name))[:80]}")
+            raise CheckpointError(
+                f"{path} is damaged: {name} must be {rule}; got {str(manifest.get(name))[:80]}"
+            )
     return manifest
 
 
@@ -181,7 +197,9 @@ def verify(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
     for name, entry in manifest["files"].items():
         if not FILE_NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{directory / MANIFEST} names {name!r}: only plain .safetensors names are read")
+            raise CheckpointError(
+                f"{directory / MANIFEST} names {name!r}: only plain .safetensors names are read"
+            )
         path = directory / name
         try:
             with _open(path) as file:
@@ -192,7 +210,9 @@ def verify(directory: Path) -> dict[str, Any]:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         if digest != entry["sha256"]:
-            raise CheckpointError(f"{path} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…")
+            raise CheckpointError(
+                f"{path} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…"
+            )
         check_safetensors(path)
     if "model.safetensors" not in manifest["files"]:
         raise CheckpointError(f"{directory / MANIFEST} lists no model.safetensors")

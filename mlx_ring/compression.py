@@ -1,7 +1,7 @@
 """Gradient codecs: how a gradient travels.
 
-A codec is three pure functions over dictionaries of arrays, so that they can be traced by `mx.compile`:
-`add` collects one micro-batch's gradients into a total, `encode` gives what goes on the wire, and `decode` turns
+A codec is three pure functions over dictionaries of arrays, so that they can be traced by `mx.compile`: `add`
+collects one micro-batch's gradients into a total, `encode` gives what goes on the wire, and `decode` turns
 the sum over ranks back into float32 gradients.
 """
 

@@ -64,7 +64,9 @@ class RunSection:
     def __post_init__(self) -> None:
         name = Path(self.dir).name
         good = "\0" not in self.dir and 0 < len(name) <= 200
-        _require(good, "run.dir", repr(self.dir[:60]), "a path whose last part has 1 to 200 characters and no NUL")
+        _require(
+            good, "run.dir", repr(self.dir[:60]), "a path whose last part has 1 to 200 characters and no NUL"
+        )
 
 
 @dataclass(kw_only=True)
@@ -85,12 +87,18 @@ class TrainerSection:
             _require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1 sample")
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
-                f"trainer.global_batch_size must be a whole number of micro-batches; got {self.global_batch_size} "
+                "trainer.global_batch_size must be a whole number of micro-batches; got "
+                f"{self.global_batch_size} "
                 f"samples with trainer.micro_batch_size={self.micro_batch_size}"
             )
         if self.clip_gradient_norm is not None:
             _positive("trainer.clip_gradient_norm", self.clip_gradient_norm)
-        _require(self.max_skipped_batches >= 1, "trainer.max_skipped_batches", self.max_skipped_batches, "at least 1")
+        _require(
+            self.max_skipped_batches >= 1,
+            "trainer.max_skipped_batches",
+            self.max_skipped_batches,
+            "at least 1",
+        )
 
     @property
     def num_micro_batches(self) -> int:
@@ -105,7 +113,9 @@ class MLPModel:
     dropout: float  # probability that an activation is dropped
 
     def __post_init__(self) -> None:
-        _require(all(size >= 1 for size in self.hidden_sizes), "model.hidden_sizes", self.hidden_sizes, "positive")
+        _require(
+            all(size >= 1 for size in self.hidden_sizes), "model.hidden_sizes", self.hidden_sizes, "positive"
+        )
         _fraction("model.dropout", self.dropout)
 
 
@@ -162,7 +172,12 @@ class TransformerModel:
         per_head = self.dimensions // self.heads
         good = self.dimensions % self.heads == 0 and per_head % 2 == 0
         _require(good, "model.dimensions", self.dimensions, f"an even multiple of model.heads={self.heads}")
-        _require(self.heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, f"a divisor of heads={self.heads}")
+        _require(
+            self.heads % self.kv_heads == 0,
+            "model.kv_heads",
+            self.kv_heads,
+            f"a divisor of heads={self.heads}",
+        )
         _fraction("model.dropout", self.dropout)
         _positive("model.rope_base", self.rope_base)
 
@@ -210,7 +225,9 @@ class TokensData(BundledData):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sequence_length is not None:
-            _require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token")
+            _require(
+                self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token"
+            )
         good = 0 < self.held_out_fraction < 1
         _require(good, "data.held_out_fraction", self.held_out_fraction, "in (0, 1)")
 
@@ -244,7 +261,9 @@ class SyntheticData(BundledData):
         for key in ("classes", "vocabulary_size"):
             _require(getattr(self, key) >= 2, f"data.{key}", getattr(self, key), "at least 2")
         if self.sequence_length is not None:
-            _require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token")
+            _require(
+                self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token"
+            )
 
 
 @dataclass(kw_only=True)
@@ -344,11 +363,18 @@ class DecaySchedule(ConstantSchedule):
 
 @dataclass(kw_only=True)
 class WSDSchedule(DecaySchedule):
-    decay_steps: int | None  # the last steps of the run, over which the rate falls linearly; null: a fifth of the run
+    decay_steps: (
+        int | None
+    )  # the last steps of the run, over which the rate falls linearly; null: a fifth of the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.decay_steps is None or self.decay_steps >= 1, "schedule.decay_steps", self.decay_steps, "at least 1")
+        _require(
+            self.decay_steps is None or self.decay_steps >= 1,
+            "schedule.decay_steps",
+            self.decay_steps,
+            "at least 1",
+        )
 
 
 @dataclass(kw_only=True)
@@ -397,7 +423,12 @@ class CheckpointSection:
         for key in ("every_steps", "every_seconds"):
             value = getattr(self, key)
             _require(value is None or value > 0, f"checkpoint.{key}", value, "null or above 0")
-        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1: resuming needs the newest")
+        _require(
+            self.keep_last >= 1,
+            "checkpoint.keep_last",
+            self.keep_last,
+            "at least 1: resuming needs the newest",
+        )
         _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "at least 0")
         _require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, "at least 1")
 
@@ -449,7 +480,9 @@ CHOICES: dict[str, dict[str, type]] = {
         "adamw": AdamOptimizer, "sgd": SGDOptimizer, "lion": LionOptimizer, "adafactor": AdafactorOptimizer,
         "muon": MuonOptimizer,
     },
-    "schedule": {"constant": ConstantSchedule, "cosine": DecaySchedule, "linear": DecaySchedule, "wsd": WSDSchedule},
+    "schedule": {
+        "constant": ConstantSchedule, "cosine": DecaySchedule, "linear": DecaySchedule, "wsd": WSDSchedule,
+    },
     "strategy": {"all_reduce": StrategySection},
     "communicator": {"native": CommunicatorSection, "bf16": CommunicatorSection},
 }  # fmt: skip
@@ -483,7 +516,8 @@ class RunConfig:
         return Kind["language" if self.model.name == "transformer" else "classifier"]
 
     def flat(self) -> dict[str, Any]:
-        """Every value by its dotted key, but for what may differ between hosts. Secrets are not among them."""
+        """Every value by its dotted key, but for what may differ between hosts. Secrets are not among
+        them."""
         plain = asdict(self)
         del plain["record"]
         return {
@@ -524,14 +558,16 @@ def _section(composed: DictConfig, key: str) -> Any:
         raise ConfigError(f"{key} must be a group of values; got {node!r}")
     schema = SECTIONS.get(key)
     if schema is None:
-        name = node["name"] if "name" in node else None
+        name = node["name"] if "name" in node else None  # noqa: SIM401 - get() raises where it is ???
         if name not in CHOICES[key]:
             raise ConfigError(f"{key}.name is {name!r}; known: {', '.join(CHOICES[key])}")
         schema = CHOICES[key][name]
     unknown = sorted(str(field) for field in set(node) - {field.name for field in fields(schema)})
     if unknown:
         names = {f"{key}.{field.name}" for field in fields(schema)}
-        raise ConfigError(f"unknown configuration key {key}.{unknown[0]}; {_nearest(f'{key}.{unknown[0]}', names)}")
+        raise ConfigError(
+            f"unknown configuration key {key}.{unknown[0]}; {_nearest(f'{key}.{unknown[0]}', names)}"
+        )
     # A container of the whole, so that error messages and interpolations see full key names.
     whole = OmegaConf.create({})
     whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
@@ -551,7 +587,9 @@ def _refuse_targets(node: Any, path: str = "") -> None:
         for key in node:
             where = f"{path}.{key}" if path else str(key)
             if key == "_target_":
-                raise ConfigError(f"{where} is refused: choose a model, data set or loss by its name or import_path")
+                raise ConfigError(
+                    f"{where} is refused: choose a model, data set or loss by its name or import_path"
+                )
             _refuse_targets(node._get_node(key), where)  # pyright: ignore[reportPrivateUsage]
     elif isinstance(node, ListConfig) and not node._is_none() and not node._is_missing():  # pyright: ignore[reportPrivateUsage]
         for index, item in enumerate(node._iter_ex(resolve=False)):  # pyright: ignore[reportPrivateUsage]
@@ -559,9 +597,12 @@ def _refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    """What was meant: the same name in another group, a similar one in this group, a similar whole; else the choice."""
+    """What was meant: the same name in another group, a similar one in this group, a similar whole; else the
+    choice."""
     group, _, name = key.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group}
+    siblings = {
+        other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group
+    }
     meant = [other for other in sorted(known) if other.endswith(f".{name}")]
     meant += [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
     if not siblings:
@@ -606,8 +647,11 @@ def explain(error: BaseException) -> MlxRingError:
     return ConfigError(f"{key}: {first}")
 
 
-def record(composed: DictConfig) -> dict[str, Any]:
-    """The configuration as it goes on disk: interpolations unresolved, secret-like values redacted."""
+def record(composed: DictConfig | ListConfig) -> Any:
+    """The configuration as it goes on disk: interpolations unresolved, secret-like values redacted.
+
+    A list may hold overrides (`key=value`): one that speaks of a secret loses its value.
+    """
 
     def redact(node: Any) -> Any:
         if isinstance(node, dict):
@@ -617,6 +661,8 @@ def record(composed: DictConfig) -> dict[str, Any]:
             }
         if isinstance(node, list):
             return [redact(item) for item in node]
+        if isinstance(node, str) and "=" in node and SECRET_KEY.search(node):
+            return node.partition("=")[0] + "=<redacted>"
         return node
 
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
@@ -634,15 +680,18 @@ def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises: ConfigError for the first field that a resumed run may not change, with both values."""
     before, after = flatten(saved), flatten(now)
-    for key in sorted({*before, *after}, key=lambda key: (not key.endswith(".name"), key)):  # another model first
+    for key in sorted(
+        {*before, *after}, key=lambda key: (not key.endswith(".name"), key)
+    ):  # another model first
         if key.startswith(RESUMABLE) or before.get(key) == after.get(key):
             continue
         raise ConfigError(
-            f"{key} is {after.get(key)} now and was {before.get(key)} when the checkpoint was saved; a resumed run "
+            f"{key} is {after.get(key)} now and was {before.get(key)} when the checkpoint was saved; a "
+            "resumed run "
             "cannot change it: give the old value, or start a new run with checkpoint.initialize_from"
         )
 
 
-def to_yaml(recorded: dict[str, Any]) -> str:
-    """`config.yaml` of a run."""
+def to_yaml(recorded: Any) -> str:
+    """A record as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(recorded))

@@ -1,4 +1,5 @@
-"""Drives one run: restore; for each step of the trainer record it, ask the authority what is due, and do that."""
+"""Drives one run: restore; for each step of the trainer record it, ask the authority what is due, and do
+that."""
 
 import contextlib
 import logging
@@ -14,7 +15,7 @@ from mlx_ring import __version__, checkpoint_format, memory_manager
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring.checkpoint_manager import CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION, Communicator
-from mlx_ring.config import RunConfig, refuse_changes, to_yaml
+from mlx_ring.config import RunConfig, flatten, refuse_changes, to_yaml
 from mlx_ring.errors import (
     EXIT_COMPLETED,
     EXIT_STOPPED,
@@ -77,8 +78,18 @@ class Interval:
 class Coordinator:
     """One run on one rank. Rank 0 keeps the record: status, metrics, checkpoints."""
 
-    def __init__(self, config: RunConfig, communicator: Communicator, run_directory: Path) -> None:
-        """Collective: every rank must call."""
+    def __init__(
+        self,
+        config: RunConfig,
+        communicator: Communicator,
+        run_directory: Path,
+        hydra_files: dict[str, str] | None = None,
+    ) -> None:
+        """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml.
+
+        Collective: every rank must call.
+        """
+        self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
         self._directory = RunDirectory(run_directory)
         self._leads = communicator.rank == 0
@@ -144,7 +155,8 @@ class Coordinator:
         if asked is not None and asked != world_size:
             raise agreed(
                 ConfigError(
-                    f"cluster.ranks={asked}, but {world_size} {'rank was' if world_size == 1 else 'ranks were'} launched; "
+                    f"cluster.ranks={asked}, but {world_size} "
+                    f"{'rank was' if world_size == 1 else 'ranks were'} launched; "
                     f"launch {asked} (mlx.launch -n {asked} train.py …), or leave cluster.ranks=null"
                 )
             )
@@ -154,7 +166,8 @@ class Coordinator:
                 ConfigError(
                     f"{world_size} ranks cannot share {micro_batches} micro-batches "
                     f"(trainer.global_batch_size={self._config.trainer.global_batch_size}, micro_batch_size="
-                    f"{self._config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch or the ranks"
+                    f"{self._config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch "
+                    "or the ranks"
                 )
             )
 
@@ -165,10 +178,10 @@ class Coordinator:
             if self._leads:
                 self._directory.open()
                 self._found = self._find_checkpoint()
-            self._directory.log_to_file(self._communicator.rank)
         except MlxRingError as caught:
             error = caught
         self._communicator.agree_on_error(error)
+        self._directory.log_to_file(self._communicator.rank)
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
@@ -186,7 +199,8 @@ class Coordinator:
             if not checkpoint_format.scan(own / "checkpoints"):
                 if self._config.evaluation.only and settings.initialize_from is None:
                     raise CheckpointError(
-                        f"evaluation.only=true found no checkpoint in {own}; give run.dir=RUN or checkpoint.resume=PATH"
+                        f"evaluation.only=true found no checkpoint in {own}; give run.dir=RUN or "
+                        "checkpoint.resume=PATH"
                     )
                 return None
             path, manifest, problems = checkpoints.find(own)
@@ -234,7 +248,8 @@ class Coordinator:
         self._checkpoints = CheckpointManager(
             path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
-        self._directory.write_config(to_yaml({**config.record, "run": {"dir": str(path)}}))
+        own = {**config.record, "run": {"dir": str(path)}}
+        self._directory.write({"config.yaml": to_yaml(own), **self._hydra_files})
         self._checkpoints.set_aside(progress.step)
         self._metrics = MetricsTracker(
             path,
@@ -252,7 +267,9 @@ class Coordinator:
                 self._saved_step = progress.step
             digest = self._found.manifest.get("parameters_sha256")
             for problem in self._found.problems:
-                self._event("checkpoint_damaged", progress.step, f"fell back to {self._found.path.name}: {problem}")
+                self._event(
+                    "checkpoint_damaged", progress.step, f"fell back to {self._found.path.name}: {problem}"
+                )
             before = self._found.manifest.get("world_size")
             self._event("resumed", progress.step, f"from {self._found.path} ({before} ranks then)")
         self._status.update("running", step=progress.step, parameters_sha256=digest)
@@ -315,7 +332,9 @@ class Coordinator:
         limit = self._config.checkpoint.max_failures
         self._event("checkpoint_failed", saved.step, f"{saved.error} ({self._failures} of {limit} in a row)")
         if self._failures >= limit:
-            raise CheckpointError(f"{self._failures} checkpoints in a row could not be written: {saved.error}")
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written: {saved.error}"
+            )
 
     def _event(self, event: str, step: int, message: str) -> None:
         if self._metrics is not None:
@@ -355,7 +374,8 @@ class Coordinator:
         return EXIT_COMPLETED
 
     def fail(self, message: str) -> None:
-        """Leave a true record behind, with no collective: what is being written is finished, the status says why."""
+        """Leave a true record behind, with no collective: what is being written is finished, the status says
+        why."""
         if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
             with contextlib.suppress(OSError):  # the directory itself may be what failed
                 self._start_status()
@@ -382,6 +402,6 @@ def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
     groups = ("model", "data", "optimizer", "schedule", "trainer", "seed", "strategy", "communicator")
     return {
         key: value
-        for key, value in config.flat().items()
+        for key, value in flatten(config.record).items()
         if key.split(".")[0] in groups and isinstance(value, bool | int | float | str)
     }

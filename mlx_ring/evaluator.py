@@ -20,7 +20,8 @@ Loss = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over the held-out set, weighted by targets. Accuracy for a classifier, perplexity for a language model."""
+    """Means over the held-out set, weighted by targets. Accuracy for a classifier, perplexity for a language
+    model."""
 
     loss: float
     samples: int
@@ -59,8 +60,8 @@ class Evaluator:
     def evaluate(self) -> Evaluation:
         """Collective: every rank must call, with equal weights.
 
-        The sums of single micro-batches are gathered and added with one exact rounding (`math.fsum`), so their order,
-        and with it the number of ranks, changes nothing.
+        The sums of single micro-batches are gathered and added with one exact rounding (`math.fsum`), so
+        their order, and with it the number of ranks, changes nothing.
         """
         start = time.perf_counter()
         samples = len(self._dataset.held_out)

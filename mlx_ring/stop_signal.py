@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM: the first asks for an orderly stop, the second leaves at once.
 
-A Python signal handler does not run while the main thread waits in a collective, so the signals' numbers are read
-from a pipe by a thread of its own.
+A Python signal handler does not run while the main thread waits in a collective, so the signals' numbers are
+read from a pipe by a thread of its own.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of whatever ends the run."""
+"""The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of whatever ends the
+run."""
 
 import contextlib
 import faulthandler
@@ -10,7 +11,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -20,7 +21,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlx_ring.config import RunConfig, explain, nearest_key
+from mlx_ring.config import RunConfig, explain, nearest_key, record, to_yaml
 from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from mlx_ring.coordinator import Coordinator
 
 PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.exists())  # wheel, checkout
-LOOKS_ONLY = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.exists())  # wheel, checkout
+LOOKS_ONLY = {
+    "--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc",
+}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +48,8 @@ class Process:
         self._run_id = ""
 
     def join(self, root: DictConfig) -> "Communicator":
-        """The group, joined at the first call: Hydra needs a directory that all ranks agree on before anything runs."""
+        """The group, joined at the first call: Hydra needs a directory that all ranks agree on before
+        anything runs."""
         if self.communicator is None:
             from mlx_ring.communicator import Communicator, refuse_public_addresses
 
@@ -96,13 +100,16 @@ class Process:
             communicator.bucket_bytes = config.communicator.bucket_bytes
             communicator.overlap = config.communicator.overlap
             directory = Path(HydraConfig.get().runtime.output_dir)
-            self.coordinator = Coordinator(config, communicator, directory)
+            self.coordinator = Coordinator(config, communicator, directory, _hydra_files(composed))
             self.status = self.coordinator.run()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, this rank must end, and say why
             self.leave(error)
 
     def leave(self, error: BaseException) -> NoReturn:
-        """Say what happened, leave a true record, and end this rank before it can meet another collective."""
+        """Say what happened, leave a true record, and end this rank before it can meet another collective.
+
+        Collective: every rank must call where the error is an agreed one, so that rank 0 speaks first.
+        """
         error = _understood(error, before_run=self.coordinator is None)
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -114,7 +121,9 @@ class Process:
         log.error("%s", message, exc_info=error)
         if not (together and self.environment.rank):
             named = message.startswith(f"rank {self.environment.rank} ")
-            where = f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
+            where = (
+                f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
+            )
             if not known:
                 sys.excepthook(type(error), error, error.__traceback__)
             print(f"error: {where}{message}", file=sys.stderr)
@@ -142,6 +151,14 @@ def _check_options() -> None:
     parser.parse_args()
 
 
+def _hydra_files(composed: DictConfig) -> dict[str, str]:
+    """The content of `.hydra`: written by the run itself once it starts, and without secrets."""
+    own = HydraConfig.get()
+    hydra_config = OmegaConf.create({"hydra": own})
+    parts: dict[str, Any] = {"config": composed, "hydra": hydra_config, "overrides": own.overrides.task}
+    return {f".hydra/{name}.yaml": to_yaml(record(part)) for name, part in parts.items()}
+
+
 def _looks_only() -> bool:
     return any(argument.partition("=")[0] in LOOKS_ONLY for argument in sys.argv[1:])
 
@@ -163,7 +180,10 @@ def _hydra_error(error: HydraException) -> ConfigError:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
     if found := re.search(r"Could not override '([^']+)'", text):
-        choices = [item for item in sys.argv[1:] if re.fullmatch(r"\w+=\w+", item) and not item.startswith("seed=")]
+        groups = {
+            path.name for path in CONF.iterdir() if path.is_dir()
+        }  # the hint is for the choices made in them
+        choices = [item for item in sys.argv[1:] if "=" in item and item.partition("=")[0] in groups]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             hint = nearest_key(found[1], compose("config", overrides=choices))
         return ConfigError(f"unknown configuration key {found[1]}; {hint}")

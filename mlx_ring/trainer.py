@@ -60,7 +60,9 @@ class Issued:
 
     batch: GlobalBatch
     outcome: list[mx.array]  # loss, targets, gradient norm, whether finite, flags: of the whole global batch
-    before: State | None  # weights and optimizer state to go back to, where the host has not seen `finite` yet
+    before: (
+        State | None
+    )  # weights and optimizer state to go back to, where the host has not seen `finite` yet
     learning_rate: mx.array
     flags: list[float]  # this rank's own
     start: float
@@ -115,9 +117,9 @@ class Trainer:
     def steps(self) -> Iterator[StepResult]:
         """Train up to the total number of steps.
 
-        Where no peer forces the host to wait, the next step is issued before the last one's outcome is read, so
-        that the device never waits for Python; not past a step after which something is due: what is evaluated
-        or saved is the state of the step just yielded.
+        Where no peer forces the host to wait, the next step is issued before the last one's outcome is read,
+        so that the device never waits for Python; not past a step after which something is due: what is
+        evaluated or saved is the state of the step just yielded.
 
         Collective: every rank must call. Raises: TrainingError after too many non-finite batches in a row, on
         every rank at the same step; ClusterError when a peer was lost.
@@ -135,7 +137,8 @@ class Trainer:
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
                 message = (
-                    f"loss {result.loss} and gradient norm {result.gradient_norm} in {self._skipped_in_a_row} "
+                    f"loss {result.loss} and gradient norm {result.gradient_norm} in "
+                    f"{self._skipped_in_a_row} "
                     f"batches in a row after step {result.step} (trainer.max_skipped_batches="
                     f"{self._max_skipped_batches}); lower optimizer.learning_rate, or look at the data"
                 )
@@ -157,8 +160,8 @@ class Trainer:
     def _issue(self, batch: GlobalBatch, data_seconds: float) -> Issued:
         """Hand one global batch to the device, and with several ranks to the wire.
 
-        A non-finite batch makes no update. The host knows before the update, or, where it does not wait, it holds
-        the state before it and goes back: gating every weight on the device costs more than that.
+        A non-finite batch makes no update. The host knows before the update, or, where it does not wait, it
+        holds the state before it and goes back: gating every weight on the device costs more than that.
         """
         start = time.perf_counter()
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
@@ -210,15 +213,15 @@ class Trainer:
             progress.step += 1
             self._skipped_in_a_row = 0
         if self._counts_tokens:
-            progress.tokens += int(targets.item())
+            progress.tokens += int(_number(targets))
         return StepResult(
             step=progress.step,
             skipped=skipped,
             samples=progress.next_sample,
             tokens=progress.tokens,
-            loss=float(loss.item()),
-            learning_rate=float(issued.learning_rate.item()),
-            gradient_norm=float(norm.item()),
+            loss=_number(loss),
+            learning_rate=_number(issued.learning_rate),
+            gradient_norm=_number(norm),
             step_seconds=step_seconds,
             compute_seconds=max(0.0, step_seconds - issued.data_seconds - issued.communication_seconds),
             communication_seconds=issued.communication_seconds,
@@ -266,7 +269,8 @@ def _number(array: mx.array) -> float:
 
 
 def _assign(tree: Any, values: Any) -> None:
-    """Write values into a tree in place: `mx.compile` watches the very dictionaries that the optimizer holds."""
+    """Write values into a tree in place: `mx.compile` watches the very dictionaries that the optimizer
+    holds."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, mx.array):
             tree[key] = value

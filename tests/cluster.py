@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a bridge in a third, an sshd in each, real ssh.
 
-`ip netns exec` mounts /etc/netns/NAME over /etc, so that keys and ssh settings are each host's own and the user's
-are never touched. Nothing is attached to a real network. Needs root, iproute2 and openssh-server.
+`ip netns exec` mounts /etc/netns/NAME over /etc, so that keys and ssh settings are each host's own and the
+user's are never touched. Nothing is attached to a real network. Needs root, iproute2 and openssh-server.
 """
 
 import os
@@ -65,7 +65,21 @@ class Cluster:
             name = f"{self._prefix}-{number}"
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            _run("ip", "link", "add", f"port{number}", "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _run(
+                "ip",
+                "link",
+                "add",
+                f"port{number}",
+                "netns",
+                switch,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                name,
+            )
             _run("ip", "-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
             _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
@@ -87,7 +101,9 @@ class Cluster:
     def _down(self) -> None:
         for number in range(len(self.addresses) + 1):
             name = f"{self._prefix}-{number}"
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split()
+            pids = subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True
+            ).stdout.split()
             for pid in pids:
                 subprocess.run(["kill", "-9", pid], capture_output=True)
             subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -29,13 +29,17 @@ def check_all_reduce(wire: Communicator) -> None:
             reduced = wire.all_reduce(arrays)
             assert list(reduced) == list(arrays)
             size = sum(array.nbytes for array in arrays.values())
-            assert abs(wire.sent_bytes - sent - 2 * (wire.world_size - 1) * size / wire.world_size) <= len(arrays)
+            assert abs(wire.sent_bytes - sent - 2 * (wire.world_size - 1) * size / wire.world_size) <= len(
+                arrays
+            )
             reference = average_gradients(arrays, group=wire._group, communication_stream=wire._stream)
             for name, array in reduced.items():
                 assert array.shape == arrays[name].shape and array.dtype == arrays[name].dtype
                 tolerance = 0.05 if array.dtype == mx.bfloat16 else 1e-5
                 mean = array.astype(mx.float32) / wire.world_size
-                assert mx.allclose(mean, reference[name].astype(mx.float32), rtol=tolerance, atol=tolerance), name
+                assert mx.allclose(
+                    mean, reference[name].astype(mx.float32), rtol=tolerance, atol=tolerance
+                ), name
 
 
 def check_equal_bits(wire: Communicator) -> None:
@@ -50,7 +54,8 @@ def check_broadcast(wire: Communicator) -> None:
     """Rank 0's arrays bit for bit, with minus zero, NaN payloads and every dtype that a checkpoint holds."""
     odd = np.array([-0.0, np.nan, np.inf, 1e-40], dtype=np.float32)
     arrays = {
-        "odd": mx.array(odd), "step": mx.array(2**40 + 3, dtype=mx.uint64), "half": mx.array([1.5], dtype=mx.bfloat16),
+        "odd": mx.array(odd), "step": mx.array(2**40 + 3, dtype=mx.uint64),
+        "half": mx.array([1.5], dtype=mx.bfloat16),
         "flag": mx.array([True, False, True]), "many": mx.arange(100_000),
     }  # fmt: skip
     own = arrays if wire.rank == 0 else {name: mx.zeros_like(array) for name, array in arrays.items()}

@@ -10,7 +10,8 @@ from mlx_ring.data.sources import Dataset, DataSpec
 
 
 class Samples:
-    """32 easy samples; the fault happens when this rank's loader reaches the batch that starts at `at_call`."""
+    """32 easy samples; the fault happens when this rank's loader reaches the batch that starts at
+    `at_call`."""
 
     def __init__(self, fault: str, rank: int, at_call: int, repeats: int) -> None:
         self.fault, self.at_call, self.repeats, self.calls = fault, at_call, repeats, 0
@@ -38,5 +39,3 @@ def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1) -> Data
     spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
     calm = Samples("", rank, 0, 0)
     return Dataset(spec=spec, digest="0" * 64, train=Samples(fault, rank, at_call, repeats), held_out=calm)
-
-

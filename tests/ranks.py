@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 # The smallest run that still learns: a step takes a few milliseconds.
 SMALL = (
-    "trainer.steps=6", "trainer.global_batch_size=32", "trainer.micro_batch_size=4", "model.hidden_sizes=[16]",
-    "metrics.log_every_steps=1", "metrics.tensorboard=false", "evaluation.every_steps=null", "trainer.compile=false",
+    "trainer.steps=6", "trainer.global_batch_size=32", "trainer.micro_batch_size=4", "trainer.compile=false",
+    "model.hidden_sizes=[16]", "metrics.log_every_steps=1", "metrics.tensorboard=false",
+    "evaluation.every_steps=null",
 )  # fmt: skip
 TIMEOUT_SECONDS = 120
 
@@ -46,7 +47,9 @@ class Ranks:
         deadline = time.monotonic() + timeout_seconds
         try:
             for rank in self.members:
-                rank.stdout, rank.stderr = rank.process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+                rank.stdout, rank.stderr = rank.process.communicate(
+                    timeout=max(0.1, deadline - time.monotonic())
+                )
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"ranks still ran after {timeout_seconds} s\n{self.report()}") from None
@@ -106,7 +109,8 @@ def start(
     command: Sequence[str], folder: Path, *, world_size: int = 1, program: Sequence[str] = TRAIN,
     hostfile: Path | None = None, variables: Sequence[dict[str, str]] | None = None,
 ) -> Ranks:  # fmt: skip
-    """Start ranks of one ring (or one lone rank) in `folder`; `variables` are added to each rank's environment."""
+    """Start ranks of one ring (or one lone rank) in `folder`; `variables` are added to each rank's
+    environment."""
     if world_size > 1 and hostfile is None:
         hostfile = folder / f"ring-{time.monotonic_ns()}.json"
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(world_size)]))
@@ -145,7 +149,8 @@ def mpirun(world_size: int, overrides: Sequence[str], folder: Path, program: Seq
     """`mpirun -n N python train.py …`; root and too few cores are Open MPI's own rules."""
     return command(
         ["mpirun", "-n", str(world_size), *program, *overrides], folder,
-        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
+        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+        PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
     )  # fmt: skip
 
 
@@ -160,7 +165,13 @@ def launch(arguments: Sequence[str], printed: Path, cwd: Path, **variables: str)
         executable = shutil.which("mlx.launch", path=settings["PATH"])
         assert executable, "mlx.launch is not installed"
         with subprocess.Popen(
-            [executable, *arguments], cwd=cwd, env=settings, text=True, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr
+            [executable, *arguments],
+            cwd=cwd,
+            env=settings,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
         ) as process:
             try:
                 process.wait(TIMEOUT_SECONDS)

@@ -1,4 +1,5 @@
-"""Nothing trains unless all ranks are of one job, one version, one configuration, one model and one data set."""
+"""Nothing trains unless all ranks are of one job, one version, one configuration, one model and one data
+set."""
 
 import contextlib
 import json
@@ -51,7 +52,13 @@ def test_other_data(tmp_path: Path) -> None:
     for name, text in (("a", "to be or not to be " * 400), ("b", "to be or not to me " * 400)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "text.txt").write_text(text)
-    options = ["model=transformer", "~model.hidden_sizes", "data=text", "data.sequence_length=16", "data.cache_dir=cache"]
+    options = [
+        "model=transformer",
+        "~model.hidden_sizes",
+        "data=text",
+        "data.sequence_length=16",
+        "data.cache_dir=cache",
+    ]
     small = [item for item in SMALL if "hidden_sizes" not in item]
     hostfile = tmp_path / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
@@ -73,8 +80,9 @@ def test_rank_0s_data_is_sent_to_those_that_lack_it(tmp_path: Path) -> None:
     for number, name in enumerate(["a", "absent", "absent"]):
         launched = {"MLX_RANK": str(number), "MLX_HOSTFILE": str(hostfile)}
         arguments = [
-            *small, "model=transformer", "data=text", "data.sequence_length=16", f"data.path={tmp_path / name}",
-            f"data.cache_dir={tmp_path / f'cache_{number}'}", "data.distribute=true", "run.dir=run", "trainer.steps=2",
+            *small, "model=transformer", "data=text", "data.sequence_length=16", "data.distribute=true",
+            f"data.path={tmp_path / name}", f"data.cache_dir={tmp_path / f'cache_{number}'}", "run.dir=run",
+            "trainer.steps=2",
         ]  # fmt: skip
         ranks.members += start(arguments, tmp_path, variables=[launched]).members
     ranks.wait().ok()
@@ -105,7 +113,8 @@ def test_two_jobs_on_the_same_ports(tmp_path: Path) -> None:
     ]
     ranks = Ranks([rank for job in jobs for rank in job.members])
     try:
-        # A rank that finds its port taken ends by itself; its peer waits for it, as under a launcher that stops it.
+        # A rank that finds its port taken ends by itself; its peer waits for it, as under a launcher that
+        # stops it.
         loser = next_to_end(ranks)
         assert loser.status == 3 and "is in use by process" in loser.stderr, ranks.report()
     finally:
@@ -164,7 +173,12 @@ def test_what_is_compared(key: str, mine: str, theirs: str, word: str) -> None:
 
 def test_lone_singletons_are_refused(tmp_path: Path) -> None:
     """mpirun started two, but MLX finds no MPI: never two silent trainings."""
-    ranks = mpirun(2, [*SMALL, "run.dir=run"], tmp_path, ["env", "MLX_MPI_LIBNAME=absent.so", sys.executable, str(ROOT / "train.py")])
+    ranks = mpirun(
+        2,
+        [*SMALL, "run.dir=run"],
+        tmp_path,
+        ["env", "MLX_MPI_LIBNAME=absent.so", sys.executable, str(ROOT / "train.py")],
+    )
     assert ranks.statuses == [3], ranks.report()
     assert ranks.errors and "mpi" in ranks.errors[0] and "openmpi" in ranks.errors[0], ranks.report()
     assert not (tmp_path / "run/checkpoints").exists()

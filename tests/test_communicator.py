@@ -1,4 +1,5 @@
-"""One shared body of checks (communicator_checks.py), run by real groups of each backend; and the bucket plan."""
+"""One shared body of checks (communicator_checks.py), run by real groups of each backend; and the bucket
+plan."""
 
 import sys
 from pathlib import Path
@@ -38,5 +39,7 @@ def test_mpi(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -
         ([("a", "f4", 100), ("b", "f2", 100), ("c", "f4", 100)], 100, [["c"], ["b"], ["a"]]),
     ],
 )
-def test_plan_buckets(arrays: list[tuple[str, str, int]], bucket_bytes: int, expected: list[list[str]]) -> None:
+def test_plan_buckets(
+    arrays: list[tuple[str, str, int]], bucket_bytes: int, expected: list[list[str]]
+) -> None:
     assert plan_buckets(arrays, bucket_bytes) == expected

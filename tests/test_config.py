@@ -209,7 +209,17 @@ def test_the_nearest_key_is_told(key: str, hint: str) -> None:
 # Recorded
 
 
-SECRETS = "api_key apiKey password db_passwd passphrase HF_TOKEN client_secret credentials key".split()
+SECRETS = [
+    "api_key",
+    "apiKey",
+    "password",
+    "db_passwd",
+    "passphrase",
+    "HF_TOKEN",
+    "client_secret",
+    "credentials",
+    "key",
+]
 
 
 @pytest.mark.parametrize("name", SECRETS)

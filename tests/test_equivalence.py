@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import mpirun, rows, start, status, train, SMALL
+from ranks import SMALL, mpirun, rows, start, status, train
 from safetensors.numpy import load_file
 
 WEIGHTED = ("trainer.clip_gradient_norm=0.5",)
@@ -47,7 +47,9 @@ def test_accumulation_equals_one_large_batch(alone: Path, tmp_path: Path) -> Non
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=2e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("options", [("communicator=bf16",), ("communicator.overlap=true", "communicator.bucket_bytes=4096")])
+@pytest.mark.parametrize(
+    "options", [("communicator=bf16",), ("communicator.overlap=true", "communicator.bucket_bytes=4096")]
+)
 def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     train(tmp_path, *WEIGHTED, *options, world_size=2).ok()
     losses = [[row["loss"] for row in rows(folder, "train")] for folder in (alone, tmp_path)]
@@ -63,8 +65,11 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
 def test_stop_and_resume_is_no_stop(tmp_path: Path, world_size: int, optimizer: str) -> None:
     options = (f"optimizer={optimizer}", "model.dropout=0.3", "schedule=linear", "checkpoint.every_steps=2")
     train(tmp_path, *options, "trainer.steps=8", world_size=world_size, run="whole").ok()
-    # The same schedule needs the same trainer.steps: a run killed at step 4 left its first checkpoints behind.
-    train(tmp_path, *options, "trainer.steps=8", "checkpoint.keep_last=9", world_size=world_size, run="parts").ok()
+    # The same schedule needs the same trainer.steps: a run killed at step 4 left its first checkpoints
+    # behind.
+    train(
+        tmp_path, *options, "trainer.steps=8", "checkpoint.keep_last=9", world_size=world_size, run="parts"
+    ).ok()
     for step in (6, 8):
         folder = tmp_path / f"parts/checkpoints/step_{step:08d}"
         folder.rename(tmp_path / f"gone_{step}")
@@ -82,7 +87,11 @@ def test_stop_and_resume_is_no_stop(tmp_path: Path, world_size: int, optimizer: 
 
 def test_a_completed_run_stays_as_it_is(tmp_path: Path) -> None:
     train(tmp_path).ok()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.suffix != ".log" and path.name != "run.lock" and ".hydra" not in path.parts}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and path.suffix != ".log" and path.name != "run.lock" and ".hydra" not in path.parts
+    }
     train(tmp_path).ok()
     assert {path: path.stat().st_mtime_ns for path in before} == before
 

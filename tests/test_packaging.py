@@ -59,9 +59,18 @@ def test_the_installed_command_knows_its_version(installed: str, tmp_path: Path)
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["mpi"], *extras["text"]]]
+    asked = [
+        Requirement(text)
+        for text in [*project["dependencies"], *extras["cpu"], *extras["mpi"], *extras["text"]]
+    ]
     pins: dict[str, list[str]] = {}
-    for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE):
+    for name, version in re.findall(
+        r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    ):
         pins.setdefault(name, []).append(version)
-    wrong = [str(want) for want in asked if not all(want.specifier.contains(pin) for pin in pins.get(want.name, ["0"]))]
+    wrong = [
+        str(want)
+        for want in asked
+        if not all(want.specifier.contains(pin) for pin in pins.get(want.name, ["0"]))
+    ]
     assert wrong == []

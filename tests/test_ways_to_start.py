@@ -10,7 +10,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 # The default experiment, shortened.
 SHORT = ("trainer.steps=60", "evaluation.every_steps=60", "checkpoint.every_steps=60")
-RECORD = {"config.yaml", "status.json", "metrics.jsonl", "tensorboard", "checkpoints", "logs", "run.lock"}
+RECORD = {
+    "config.yaml",
+    "status.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "checkpoints",
+    "logs",
+    ".hydra",
+    "run.lock",
+}
 
 
 def check_run(run: Path, world_size: int, backend: str, report: str) -> float:
@@ -20,11 +29,17 @@ def check_run(run: Path, world_size: int, backend: str, report: str) -> float:
     assert (found["world_size"], found["backend"]) == (world_size, backend), report
     assert stat.S_IMODE(run.stat().st_mode) == 0o700
     assert {path.name for path in run.iterdir()} == RECORD
-    assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(world_size)}
+    assert {path.name for path in (run / "logs").iterdir()} == {
+        f"rank_{rank}.log" for rank in range(world_size)
+    }
     assert "trainer:\n  steps: 60\n" in (run / "config.yaml").read_text()
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert checkpoint.name == "step_00000060"
-    assert {path.name for path in checkpoint.iterdir()} >= {"manifest.json", "model.safetensors", "optimizer.safetensors"}
+    assert {path.name for path in checkpoint.iterdir()} >= {
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    }
     assert [row["step"] for row in rows(run.parent, "train", run.name)] == [1, 10, 20, 30, 40, 50, 60]
     assert EventAccumulator(str(run / "tensorboard")).Reload().Tags()["tensors"]
     (evaluation,) = rows(run.parent, "evaluation", run.name)
@@ -50,7 +65,9 @@ def test_python_train(alone: float) -> None:
 )
 def test_mlx_launch(alone: float, tmp_path: Path, way: str, world_size: int, backend: str) -> None:
     run = tmp_path / "run"
-    ranks = launch([*way.split(), ring_ports(world_size), "train.py", *SHORT, f"run.dir={run}"], tmp_path, ROOT)
+    ranks = launch(
+        [*way.split(), ring_ports(world_size), "train.py", *SHORT, f"run.dir={run}"], tmp_path, ROOT
+    )
     accuracy = check_run(run, world_size, backend, ranks.report())
     assert accuracy == pytest.approx(alone, abs=0.006)  # two of the 355 held-out samples
 
@@ -85,7 +102,9 @@ def test_a_look_at_the_configuration_touches_no_cluster(tmp_path: Path, look: li
     launched = {"MLX_RANK": "1", "MLX_HOSTFILE": str(hosts)}
     ranks = start(look, folder, program=program, variables=[launched]).wait(60).ok()
     assert "trainer" in ranks.members[0].stdout
-    assert not [line for line in ranks.members[0].stderr.splitlines() if line.endswith(("| mlx", " mlx.core"))]
+    assert not [
+        line for line in ranks.members[0].stderr.splitlines() if line.endswith(("| mlx", " mlx.core"))
+    ]
     assert list(folder.iterdir()) == []
 
 

@@ -21,7 +21,8 @@ class DataManager:
     ) -> None:
         """Collective: every rank must call.
 
-        Raises: DataError or ConfigError, the same on every rank, for data that is absent, damaged or does not fit.
+        Raises: DataError or ConfigError, the same on every rank, for data that is absent, damaged or does not
+        fit.
         """
         self._config, self._communicator = config, communicator
         self._kind, self._seed = kind, seed
@@ -73,7 +74,9 @@ class DataManager:
         names = communicator.broadcast_object({name: path.name for name, path in self._files.items()})
         folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
         files = {name: folder / filename for name, filename in names.items()}
-        lacks = (dataset is None or dataset.digest != digest) and not all(path.exists() for path in files.values())
+        lacks = (dataset is None or dataset.digest != digest) and not all(
+            path.exists() for path in files.values()
+        )
         if any(communicator.gather_objects(lacks)):
             for name, path in files.items():
                 self._send(name, path if lacks else None)
@@ -85,7 +88,8 @@ class DataManager:
             return None, error
 
     def _send(self, name: str, target: Path | None) -> None:
-        """Rank 0 reads one of its files and everybody hears it; those with a `target` write it, whole or not at all."""
+        """Rank 0 reads one of its files and everybody hears it; those with a `target` write it, whole or not
+        at all."""
         communicator = self._communicator
         source = self._files[name].open("rb") if communicator.rank == 0 else None
         temporary = None
@@ -112,7 +116,8 @@ def _sequence_length(config: Any, model_maximum: int | None) -> int | None:
     asked = getattr(config, "sequence_length", None)
     if asked is not None and model_maximum is not None and asked > model_maximum:
         raise ConfigError(
-            f"data.sequence_length={asked} is above the model's maximum of {model_maximum} positions; lower it, or raise "
+            f"data.sequence_length={asked} is above the model's maximum of {model_maximum} positions; lower "
+            "it, or raise "
             "model.max_sequence_length"
         )
     return asked or model_maximum

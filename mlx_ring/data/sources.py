@@ -88,7 +88,9 @@ def _open_custom(config: CustomData, kind: str) -> Dataset:
         build: Any = getattr(importlib.import_module(module_name), name)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{key} cannot be imported from {here} or sys.path: {reason}; correct it") from error
+        raise ConfigError(
+            f"{key} cannot be imported from {here} or sys.path: {reason}; correct it"
+        ) from error
     if not callable(build):
         raise ConfigError(f"{key} is a {type(build).__name__}; it must be a callable that returns a Dataset")
     arguments = config.arguments or {}

@@ -12,6 +12,7 @@ from mlx_ring.data.dataset import Dataset, DataSpec
 from mlx_ring.errors import DataError
 
 FORMAT_VERSION = 1
+SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a token file, read at every start
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 BLOCK_TOKENS = 1 << 20
 
@@ -145,7 +146,13 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
         for part, partial in ((tokens[:first_held_out], False), (tokens[first_held_out:], True))
     )
     cut = (sequence_length, first_held_out, side_car.vocabulary_size)
-    content = (side_car.sha256, size_bytes, side_car.dtype, side_car.vocabulary_sha256)
+    content = (
+        side_car.sha256,
+        size_bytes,
+        side_car.dtype,
+        side_car.vocabulary_sha256,
+        _sampled(path, size_bytes),
+    )
     return Dataset(
         spec=DataSpec(kind="language", input_shape=(sequence_length,), num_classes=side_car.vocabulary_size),
         digest=hashlib.sha256(repr((content, cut)).encode()).hexdigest(),
@@ -153,6 +160,17 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
         held_out=evaluation,
         bytes_per_target=_bytes_per_target(files, side_car, first_held_out + 1),
     )
+
+
+def _sampled(path: Path, size_bytes: int) -> str:
+    """SHA-256 of pieces all over the file: the side-car's own is of the file it was made with, maybe
+    another."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in np.linspace(0, max(0, size_bytes - SAMPLE_BYTES), num=SAMPLES, dtype=np.int64):
+            file.seek(int(start))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _check(tokens: np.ndarray, vocabulary_size: int, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Losses: one float32 number per target; a target of -1 does not count."""
 
+import inspect
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -25,6 +26,10 @@ def build_loss(name: str) -> Loss:
     if ":" not in name:
         raise ConfigError(f"trainer.loss is {name!r}; known: cross_entropy, or package.module:function")
     function = import_callable("trainer.loss", name)
+    try:
+        inspect.signature(function).bind(None, None)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer.loss={name} cannot be called with (outputs, targets): {error}") from error
 
     def loss(outputs: mx.array, targets: mx.array) -> mx.array:
         counted = _counted(targets)

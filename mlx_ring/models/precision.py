@@ -13,8 +13,8 @@ Forward = Callable[[Any, mx.array], mx.array]
 def build_forward(model: nn.Module, dtype: mx.Dtype) -> Forward:
     """A function of (parameters, inputs) that runs the model in `dtype` and gives its outputs.
 
-    It leaves the cast weights in the model: put the master weights back with `model.update`. Embedding tables are not
-    cast: their gradient is a sum over many rows, which bfloat16 would round away.
+    It leaves the cast weights in the model: put the master weights back with `model.update`. Embedding tables
+    are not cast: their gradient is a sum over many rows, which bfloat16 would round away.
     """
     embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
 

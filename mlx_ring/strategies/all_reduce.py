@@ -13,13 +13,16 @@ from mlx_ring.communicator import Communicator
 from mlx_ring.compression import Codec
 from mlx_ring.strategies.base import Arrays, Reduced, Strategy
 
-SCALARS = "scalars"  # the wire's name for [loss, targets / 2^12, targets % 2^12, flags…]; no parameter is called so
+SCALARS = (
+    "scalars"  # the wire's name for [loss, targets / 2^12, targets % 2^12, flags…]; no parameter is called so
+)
 TARGETS_BASE = 4096  # two float32 digits hold any int32 count exactly, also when summed over 4,096 ranks
 
 
 @final
 class AllReduce(Strategy):
-    """The mean is weighted by targets over the whole global batch, whatever rank computed how many of them."""
+    """The mean is weighted by targets over the whole global batch, whatever rank computed how many of
+    them."""
 
     def __init__(
         self, communicator: Communicator, codec: Codec, *, clip_gradient_norm: float | None, compile: bool
@@ -73,7 +76,8 @@ def _pack(loss: mx.array, targets: mx.array, flags: list[float]) -> mx.array:
 
 
 def _measure(codec: Codec, clip: float | None, reduced: Arrays, scalars: mx.array) -> tuple[mx.array, ...]:
-    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, and what to scale by."""
+    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, and what to scale
+    by."""
     targets = scalars[1].astype(mx.int32) * TARGETS_BASE + scalars[2].astype(mx.int32)
     count = mx.maximum(targets, 1).astype(mx.float32)
     squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]

@@ -14,9 +14,9 @@ Arrays = dict[str, mx.array]
 class Reduced:
     """What one global batch says, equal on every rank. Arrays that need not be computed yet.
 
-    `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the mean
-    gradient before clipping. `gradients` times `scale` is what the optimizer gets. Where `finite` is false there
-    must be no update.
+    `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the
+    mean gradient before clipping. `gradients` times `scale` is what the optimizer gets. Where `finite` is
+    false there must be no update.
     """
 
     gradients: Arrays
@@ -29,7 +29,8 @@ class Reduced:
 
 
 class Strategy(ABC):
-    """Abstract; its subclasses are final. The trainer calls `add`, traced into its micro-batch, `reduce`, `update`."""
+    """Abstract; its subclasses are final. The trainer calls `add`, traced into its micro-batch, `reduce`,
+    `update`."""
 
     @property
     @abstractmethod
@@ -42,14 +43,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def add(self, total: Arrays | None, gradients: Arrays) -> Arrays:
-        """Add one micro-batch's gradients of the *sum* of losses to the total. Pure: traced by `mx.compile`."""
+        """Add one micro-batch's gradients of the *sum* of losses to the total. Pure: traced by
+        `mx.compile`."""
 
     @abstractmethod
     def reduce(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Reduced:
         """Share this rank's total with the others.
 
-        `loss` is the float32 sum of this rank's losses, `targets` the int32 number of them; `flags` are summed over
-        ranks on the way. Collective: every rank must call.
+        `loss` is the float32 sum of this rank's losses, `targets` the int32 number of them; `flags` are
+        summed over ranks on the way. Collective: every rank must call.
         """
 
     @abstractmethod
