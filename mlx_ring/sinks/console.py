@@ -38,9 +38,10 @@ class ConsoleSink:
         if sys.stdout.isatty() and terminal.is_interactive and not launched:
             # No thread of its own: the view changes when a row comes. stderr, sent elsewhere, stays there.
             stderr_too = sys.stderr.isatty()
-            self._live = Live(self._view(), console=terminal, auto_refresh=False, redirect_stderr=stderr_too)
-            self._live.start(refresh=True)
-            terminal.show_cursor(True)  # a killed run must not leave the terminal without one
+            live = Live(self._view(), console=terminal, auto_refresh=False, redirect_stderr=stderr_too)
+            self._live = live
+            self._show(lambda: live.start(refresh=True))
+            self._show(lambda: terminal.show_cursor(True))  # a killed run must not take the cursor along
 
     def record(self, kind: str, row: Row) -> None:
         """Show a row."""
@@ -64,7 +65,7 @@ class ConsoleSink:
         else:
             self._show(lambda: print(text, flush=True))
 
-    def _show(self, write: Callable[[], None]) -> None:
+    def _show(self, write: Callable[[], object]) -> None:
         if self._gone:
             return
         try:
