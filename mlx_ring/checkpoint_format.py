@@ -75,8 +75,10 @@ def write(
     size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
     checkpoints.mkdir(mode=0o700, exist_ok=True)
     free = shutil.disk_usage(checkpoints).free
-    if free < size + 2**20:
-        raise CheckpointError(f"{checkpoints} has {free} bytes free, a checkpoint needs {size}; make room")
+    if free < 2 * size:
+        raise CheckpointError(
+            f"{checkpoints} has {free} bytes free, a checkpoint needs {2 * size}; make room"
+        )
     final = step_directory(checkpoints, step)
     temporary = checkpoints / f".tmp-{step:08d}-{os.getpid()}"
     temporary.mkdir(mode=0o700)
@@ -91,7 +93,7 @@ def write(
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
         manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
         _sync(temporary / MANIFEST)
         _sync(temporary)
         temporary.rename(final)

@@ -1,5 +1,7 @@
 """Saves and restores a run. Rank 0 writes, in a thread; the loop stalls only for the copy."""
 
+import contextlib
+import logging
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,7 @@ from mlx_ring import checkpoint_format as disk
 from mlx_ring.checkpoint_format import HostArray, HostArrays
 from mlx_ring.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 Arrays = dict[str, mx.array]
 
 
@@ -106,9 +109,13 @@ class CheckpointManager:
             }
             digest = disk.parameters_sha256(host["model"])
             path, size = disk.write(self.directory, step, host, {"parameters_sha256": digest, **facts})
-            self._prune()
         except (OSError, CheckpointError) as failure:
             error = str(failure)
+        else:
+            with contextlib.suppress(
+                OSError
+            ):  # what could not be deleted now is tried again after the next save
+                self._prune()
         return Saved(
             step=step,
             path=path,
@@ -226,5 +233,7 @@ def initial_weights(path: Path) -> Arrays:
     file."""
     if path.suffix == ".safetensors" and path.is_file():
         return load_arrays(path)
-    directory, _, _ = find(path)
+    directory, _, problems = find(path)
+    for problem in problems:
+        log.warning("passed over a damaged checkpoint: %s", problem)
     return load_arrays(directory / "model.safetensors")

@@ -113,15 +113,16 @@ class Communicator:
         buckets = plan_buckets(sizes, self.bucket_bytes)
         flat = [mx.concatenate([arrays[name].reshape(-1) for name in names]) for names in buckets]
         if self.overlap:
-            sums = [self._start_sum(bucket) for bucket in flat]
-            mx.eval(flat)
-            start = time.perf_counter()
-            self._call("all_reduce", lambda: sums)
-            self.wait_seconds += time.perf_counter() - start
+            mx.async_eval(
+                flat
+            )  # the first buckets, of the last layers, are ready while others are still computed
         else:
             mx.eval(flat)
+        sums: list[mx.array] = []
+        for bucket in flat:
+            mx.eval(bucket)
             start = time.perf_counter()
-            sums = [self.all_sum(bucket) for bucket in flat]
+            sums.append(self.all_sum(bucket))
             self.wait_seconds += time.perf_counter() - start
         reduced: dict[str, mx.array] = {}
         for names, total in zip(buckets, sums, strict=True):
@@ -131,12 +132,6 @@ class Communicator:
                 reduced[name] = total[offset : offset + like.size].reshape(like.shape)
                 offset += like.size
         return {name: reduced[name] for name in arrays}
-
-    def _start_sum(self, bucket: mx.array) -> mx.array:
-        self.sent_bytes += 2 * (self.world_size - 1) * bucket.nbytes // self.world_size
-        total = mx.distributed.all_sum(bucket, group=self._group, stream=self._stream)
-        mx.async_eval(total)
-        return total
 
     # Rank 0's values, everybody's values
 

@@ -23,7 +23,8 @@ from omegaconf.errors import (
 
 from mlx_ring.errors import ConfigError, MlxRingError
 
-SECRET_KEY = re.compile(r"token(?!iz|s$)|secret|passw|passphrase|credential|key$", re.IGNORECASE)
+SECRET_WORD = re.compile(r"token|key|secret|passw|passphrase|credential|auth", re.IGNORECASE)
+NOT_SECRET = {"tokenizer", "tokens"}
 
 # What a resumed run may change; data.path may move as long as the data's digest stays.
 RESUMABLE = (
@@ -523,7 +524,7 @@ class RunConfig:
         return {
             key: value.name if isinstance(value, Enum) else value
             for key, value in flatten(plain).items()
-            if key not in HOST_KEYS and not SECRET_KEY.search(key)
+            if key not in HOST_KEYS and not _secret(key)
         }
 
     @staticmethod
@@ -656,16 +657,22 @@ def record(composed: DictConfig | ListConfig) -> Any:
     def redact(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                str(key): "<redacted>" if SECRET_KEY.search(str(key)) and value is not None else redact(value)
+                str(key): "<redacted>" if _secret(str(key)) and value is not None else redact(value)
                 for key, value in node.items()
             }
         if isinstance(node, list):
             return [redact(item) for item in node]
-        if isinstance(node, str) and "=" in node and SECRET_KEY.search(node):
+        if isinstance(node, str) and "=" in node and any(map(_secret, re.findall(r"([\w.]+)\s*[:=]", node))):
             return node.partition("=")[0] + "=<redacted>"
         return node
 
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+
+
+def _secret(key: str) -> bool:
+    """Whether a key, by its last part, names a secret."""
+    name = key.rpartition(".")[2]
+    return name not in NOT_SECRET and SECRET_WORD.search(name) is not None
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -3,11 +3,13 @@ that."""
 
 import contextlib
 import logging
+import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -21,12 +23,13 @@ from mlx_ring.errors import (
     EXIT_STOPPED,
     CheckpointError,
     ConfigError,
+    Interrupted,
     MlxRingError,
     agreed,
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.metrics_tracker import MetricsTracker
-from mlx_ring.parameter_authority import Plan
+from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.run_builder import Found, Run, build
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
@@ -85,15 +88,14 @@ class Coordinator:
         run_directory: Path,
         hydra_files: dict[str, str] | None = None,
     ) -> None:
-        """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml.
-
-        Collective: every rank must call.
-        """
+        """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml."""
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
         self._directory = RunDirectory(run_directory)
         self._leads = communicator.rank == 0
-        self.job = communicator.broadcast_object(os.urandom(8).hex())
+        self.job = os.urandom(8).hex()  # rank 0's, once the ranks agree
+        self._run: Run | None = None
+        self._step = 0
         self._found: Found | None = None
         self._status: RunStatus | None = None
         self._metrics: MetricsTracker | None = None
@@ -107,14 +109,15 @@ class Coordinator:
 
         Raises: MlxRingError for everything that ends a run early.
         """
-        run = self.prepare()
-        if run is None:
-            return EXIT_COMPLETED
-        if self._config.evaluation.only:
-            return self._evaluate_only(run)
-        signals = StopSignal(lambda: setattr(run.authority, "stop_requested", True), self._leave_at_once)
-        stopped = False
+        signals = StopSignal(self._stop, lambda: self._leave_at_once("interrupted by a second signal"))
         try:
+            run = self.prepare()
+            if run is None:
+                return EXIT_COMPLETED
+            if self._config.evaluation.only:
+                return self._evaluate_only(run)
+            stopped = False
+            self._run = run
             for result in run.trainer.steps():
                 self.record(result)
                 plan = run.authority.decide(result.step, result.flags)
@@ -130,6 +133,11 @@ class Coordinator:
 
         Collective: every rank must call.
         """
+        agree(
+            self._communicator,
+            {"host": self._communicator.hosts[self._communicator.rank], "config": self._config.flat()},
+        )
+        self.job = self._communicator.broadcast_object(self.job)
         self._check_ranks()
         self._open()
         if self._already_completed():
@@ -143,7 +151,8 @@ class Coordinator:
     def follow(self, plan: Plan, run: Run, result: StepResult) -> bool:
         """Do what is due after a step. Returns whether the run stops before its end. Collective."""
         if not result.skipped or plan.stop:
-            evaluation = self._evaluate(run, result.step) if plan.evaluate else None
+            due = plan.evaluate and not result.skipped
+            evaluation = self._evaluate(run, result.step) if due else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, result.step, evaluation)
         return plan.stop and result.step < self._config.trainer.steps
@@ -176,11 +185,14 @@ class Coordinator:
         error: MlxRingError | None = None
         try:
             if self._leads:
-                self._directory.open()
+                if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
+                    self._directory.open()
                 self._found = self._find_checkpoint()
         except MlxRingError as caught:
             error = caught
         self._communicator.agree_on_error(error)
+        if self._config.evaluation.only:
+            return
         self._directory.log_to_file(self._communicator.rank)
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
@@ -191,9 +203,12 @@ class Coordinator:
     def _find_checkpoint(self) -> Found | None:
         settings, own = self._config.checkpoint, self._directory.path
         if settings.resume == "never":
-            aside = self._directory.set_record_aside()
-            if aside is not None:
-                log.warning("the earlier run's record was moved to %s", aside)
+            if not self._config.evaluation.only:
+                self._directory.set_record_aside()
+            elif settings.initialize_from is None:
+                raise ConfigError(
+                    "evaluation.only=true with checkpoint.resume=never has no weights; give checkpoint.initialize_from"
+                )
             return None
         if settings.resume == "auto":
             if not checkpoint_format.scan(own / "checkpoints"):
@@ -209,6 +224,8 @@ class Coordinator:
         found = Found(path=path, manifest=manifest, problems=problems)
         if not self._config.evaluation.only:
             refuse_changes(found.manifest.get("config", {}), self._config.record)
+            if path.resolve().parent != (own / "checkpoints").resolve():
+                self._directory.set_record_aside()  # of another run: two runs never share a record
         return found
 
     def _already_completed(self) -> bool:
@@ -221,6 +238,13 @@ class Coordinator:
         )
         done = self._communicator.broadcast_object(done)
         if done and self._leads and self._found is not None:
+            written = RunStatus.read(self._directory.path) or {}
+            if written.get("state") != "completed":  # it died between its last checkpoint and its last word
+                self._start_status()
+                assert self._status is not None
+                digest = self._found.manifest.get("parameters_sha256")
+                step = self._found.manifest["step"]
+                self._status.update("completed", step=step, parameters_sha256=digest)
             print(f"{self._directory.path} has completed its {self._found.manifest['step']} steps already")
         return done
 
@@ -263,7 +287,7 @@ class Coordinator:
         self._metrics.message(f"run directory {path}")
         digest = None
         if self._found is not None:
-            if self._found.path.parent == self._checkpoints.directory:
+            if self._found.path.resolve().parent == self._checkpoints.directory.resolve():
                 self._saved_step = progress.step
             digest = self._found.manifest.get("parameters_sha256")
             for problem in self._found.problems:
@@ -278,6 +302,7 @@ class Coordinator:
 
     def record(self, result: StepResult) -> None:
         """Note a step: a row once an interval is full, an event for a batch without an update."""
+        self._step = result.step
         if not self._leads:
             return
         assert self._metrics is not None and self._status is not None and self._checkpoints is not None
@@ -303,14 +328,17 @@ class Coordinator:
 
     def _save(self, run: Run, step: int, evaluation: Evaluation | None) -> None:
         self._saved_step = step
-        if self._checkpoints is None:
+        run.authority.saved()
+        if self._checkpoints is None or self._metrics is None:
             return
+        self._metrics.flush()  # a checkpoint never outlives the rows before it
+        finite = evaluation is not None and math.isfinite(evaluation.loss)
         facts = {
             "progress": asdict(run.trainer.progress),
             "world_size": self._communicator.world_size,
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
-            "evaluation": None if evaluation is None else evaluation.row(),
+            "evaluation": evaluation.row() if evaluation is not None and finite else None,
             "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
             "config": self._config.record,
         }
@@ -347,6 +375,9 @@ class Coordinator:
         """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
         error: MlxRingError | None = None
         run.trainer.close()
+        if self._communicator.broadcast_object(self._saved_step is None):
+            # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
+            self._save(run, run.trainer.progress.step, self._evaluate(run, run.trainer.progress.step))
         if self._checkpoints is not None and self._metrics is not None and self._status is not None:
             try:
                 for saved in self._checkpoints.wait():
@@ -369,25 +400,42 @@ class Coordinator:
         run.trainer.close()
         if self._leads:
             source = self._found.path if self._found else self._config.checkpoint.initialize_from
+            for problem in self._found.problems if self._found else []:
+                print(f"passed over a damaged checkpoint: {problem}", file=sys.stderr)
             figures = "  ".join(f"{name} {value:.6g}" for name, value in evaluation.row().items())
             print(f"evaluation of {source}: {figures}")
         return EXIT_COMPLETED
 
     def fail(self, message: str) -> None:
-        """Leave a true record behind, with no collective: what is being written is finished, the status says
-        why."""
-        if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
-            with contextlib.suppress(OSError):  # the directory itself may be what failed
-                self._start_status()
-        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-        if self._metrics is not None:
-            self._metrics.close(succeeded=False)
+        """Leave a true record behind, with no collective: what is being written is finished, the status says why.
 
-    def _leave_at_once(self) -> None:
-        RunStatus.mark_failed(self._directory.path, job=self.job, message="interrupted by a second signal")
-        os._exit(130)
+        Best effort: what cannot be written now must not hide the error that led here.
+        """
+        with contextlib.suppress(OSError, MlxRingError):
+            if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
+                self._start_status()
+        with contextlib.suppress(OSError, MlxRingError):
+            for saved in self._checkpoints.wait() if self._checkpoints is not None else []:
+                self._saved(saved)
+        with contextlib.suppress(OSError):
+            if self._status is not None and self._metrics is not None:
+                self._status.update(step=max(self._step, self._status.step))
+        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
+        with contextlib.suppress(OSError):
+            if self._metrics is not None:
+                self._metrics.close(succeeded=False)
+
+    def _stop(self) -> None:
+        """The first signal: finish the step and save, or leave where nothing was trained yet. In its thread."""
+        if self._run is None:
+            self._leave_at_once("interrupted before the first step")
+        else:
+            self._run.authority.stop_requested = True
+
+    def _leave_at_once(self, message: str) -> NoReturn:
+        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(Interrupted.exit_status)
 
 
 def _device() -> str:

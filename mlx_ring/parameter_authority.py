@@ -8,12 +8,16 @@ gradient's own reduction.
 
 import hashlib
 import json
+import os
+import socket
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+import mlx_ring
 from mlx_ring.communicator import Communicator
 from mlx_ring.errors import ClusterError, agreed
 
@@ -48,6 +52,39 @@ def parameter_shapes(parameters: Arrays) -> dict[str, str]:
     return {path: f"{array.dtype} {array.shape}" for path, array in parameters.items()}
 
 
+def agree(communicator: Communicator, record: dict[str, Any]) -> None:
+    """Refuse to go on unless all ranks show the same record; `host` alone may differ.
+
+    Two rounds: the records, then every rank's verdict, so that all leave together. Collective: every rank must
+    call. Raises: ClusterError naming the rank, the host and both values.
+    """
+    records = communicator.gather_objects(record)
+    differences = [text for rank in range(1, len(records)) for text in _differences(rank, records)]
+    verdicts = communicator.gather_objects(differences)
+    refused = list(dict.fromkeys(text for verdict in verdicts for text in verdict))
+    if refused:
+        more = f" (and {len(refused) - 1} more differences)" if len(refused) > 1 else ""
+        raise agreed(ClusterError(f"the ranks do not agree: {refused[0]}{more}"))
+
+
+def program_record() -> dict[str, Any]:
+    """What this rank runs: its host, the versions, and a digest of this package's own code.
+
+    A stale checkout bears the same version.
+    """
+    root = Path(mlx_ring.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return {
+        "host": socket.gethostname(),
+        "mlx_ring": mlx_ring.__version__,
+        "source": digest.hexdigest(),
+        "mlx": mx.__version__,
+        "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", ""),
+    }
+
+
 class ParameterAuthority:
     """Decides for all ranks; built on every rank, with the same arguments."""
 
@@ -68,21 +105,6 @@ class ParameterAuthority:
         self._last_save = time.monotonic()
         self.stop_requested = False  # set from a signal
 
-    def agree(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Refuse to train unless all ranks show the same record; `host` alone may differ.
-
-        Two rounds: the records, then every rank's verdict, so that all leave together. Returns all records.
-        Collective: every rank must call. Raises: ClusterError naming the rank, the host and both values.
-        """
-        records = self._communicator.gather_objects(record)
-        differences = [text for rank in range(1, len(records)) for text in _differences(rank, records)]
-        verdicts = self._communicator.gather_objects(differences)
-        refused = [text for verdict in verdicts for text in verdict]
-        if refused:
-            more = f" (and {len(set(refused)) - 1} more differences)" if len(set(refused)) > 1 else ""
-            raise agreed(ClusterError(f"the ranks do not agree: {refused[0]}{more}"))
-        return records
-
     def broadcast(self, arrays: Arrays) -> Arrays:
         """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes."""
         return self._communicator.broadcast(arrays)
@@ -95,6 +117,10 @@ class ParameterAuthority:
             and time.monotonic() - self._last_save >= self._save_every_seconds
         )
         return [float(self.stop_requested), float(by_clock)]
+
+    def saved(self) -> None:
+        """A checkpoint is on its way: the clock of `save_every_seconds` starts anew."""
+        self._last_save = time.monotonic()
 
     def may_be_due(self, step: int) -> bool:
         """Whether the step's number alone asks for something: then no later step may be issued before it is
@@ -110,8 +136,6 @@ class ParameterAuthority:
         stop, by_clock = flags[0] > 0, flags[1] > 0
         last = stop or step >= self._total_steps
         save = last or by_clock or _due(step, self._save_every_steps)
-        if save:
-            self._last_save = time.monotonic()
         evaluate = step >= self._total_steps or _due(step, self._evaluate_every_steps)
         return Plan(evaluate=evaluate, save=save, stop=last)
 

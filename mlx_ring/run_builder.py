@@ -1,8 +1,6 @@
 """Builds the parts of a run from its configuration, the same on every rank, and fills them with rank 0's
 weights."""
 
-import hashlib
-import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +11,9 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
-import mlx_ring
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring import memory_manager
-from mlx_ring.communicator import MLX_VERSION, Communicator
+from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
@@ -26,7 +23,7 @@ from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
 from mlx_ring.optimizers import build_optimizer
-from mlx_ring.parameter_authority import ParameterAuthority, parameter_shapes, sha256_of
+from mlx_ring.parameter_authority import ParameterAuthority, agree, parameter_shapes, sha256_of
 from mlx_ring.scheduler import build_schedule
 from mlx_ring.strategies import Strategy, build_strategy
 from mlx_ring.trainer import Progress, Trainer
@@ -70,12 +67,10 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     Raises: ConfigError or DataError, the same on every rank; ClusterError where the ranks do not agree;
     CheckpointError where the checkpoint does not fit.
     """
-    memory_manager.apply_limits(config.memory)
     mx.random.seed(config.seed)
-    data, model = _data_and_model(config, communicator)
-    optimizer = _optimizer(config, model)
+    data, model, optimizer = _parts(config, communicator)
     authority = _authority(config, communicator)
-    authority.agree(_record(config, data, model))
+    agree(communicator, _record(config, data, model))
     strategy = _strategy(config, communicator)
     progress = _fill(config, communicator, authority, found, data, model, optimizer, strategy)
     strategy.setup(model, optimizer)
@@ -150,7 +145,8 @@ def _loader(config: RunConfig, data: DataManager, progress: Progress) -> Loader:
     )
 
 
-def _data_and_model(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module]:
+def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
+    """What a user's mistake can spoil; where it does on any rank, all say so together."""
     data = DataManager(
         config.data,
         communicator,
@@ -159,43 +155,39 @@ def _data_and_model(config: RunConfig, communicator: Communicator) -> tuple[Data
         model_maximum=getattr(config.model, "max_sequence_length", None),
     )
     spec = data.dataset.spec
-    model: nn.Module | None = None
+    parts: tuple[nn.Module, Optimizer] | None = None
     error: MlxRingError | None = None
     try:
+        memory_manager.apply_limits(config.memory)
         model = build_model(
             config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes
         )
         if config.memory.activation_checkpointing:
             memory_manager.checkpoint_activations(model)
+        _refuse_batch_statistics(model)
         build_loss(config.trainer.loss)
+        parts = model, _optimizer(config, model)
     except MlxRingError as caught:
         error = caught
     communicator.agree_on_error(error)
-    assert model is not None
-    return data, model
+    assert parts is not None
+    return data, *parts
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    """Running statistics of a batch would be each rank's own, and only rank 0's would be saved."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm) and "running_mean" in module:
+            raise ConfigError(
+                f"the model's {path} is a BatchNorm, whose running statistics differ from rank to rank; "
+                "use nn.GroupNorm or nn.LayerNorm"
+            )
 
 
 def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:
-    """What every rank shows before the first weight moves."""
-    return {
-        "host": socket.gethostname(),
-        "mlx_ring": mlx_ring.__version__,
-        "source": _source_sha256(),
-        "mlx": MLX_VERSION,
-        "config": config.flat(),
-        "data": data.dataset.digest,
-        "parameters": sha256_of(parameter_shapes(dict(tree_flatten(model.parameters())))),
-        "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", ""),
-    }
-
-
-def _source_sha256() -> str:
-    """Digest of this package's own code: a stale checkout bears the same version."""
-    root = Path(mlx_ring.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    """What every rank shows before the first weight moves, beside the program and the configuration."""
+    shapes = parameter_shapes(dict(tree_flatten(model.parameters())))
+    return {"host": socket.gethostname(), "data": data.dataset.digest, "parameters": sha256_of(shapes)}
 
 
 def _fill(

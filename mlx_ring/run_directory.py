@@ -44,6 +44,7 @@ class RunDirectory:
         """Send this process's log to logs/rank_N.log. Every rank."""
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            self.path.chmod(0o700)
             handler = logging.FileHandler(self.path / "logs" / f"rank_{rank}.log")
         except OSError as error:
             raise ConfigError(

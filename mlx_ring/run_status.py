@@ -52,6 +52,11 @@ class RunStatus:
             self._status = status
             _replace(run_directory, status)
 
+    @property
+    def step(self) -> int:
+        """The last step written."""
+        return int(self._status["step"])
+
     def update(
         self,
         state: State | None = None,

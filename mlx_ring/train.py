@@ -2,6 +2,7 @@
 run."""
 
 import contextlib
+import errno
 import faulthandler
 import logging
 import os
@@ -21,8 +22,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlx_ring.config import RunConfig, explain, nearest_key, record, to_yaml
-from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.config import HOST_KEYS, RunConfig, explain, flatten, nearest_key, record, to_yaml
+from mlx_ring.errors import CheckpointError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path
 LOOKS_ONLY = {
     "--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc",
 }  # fmt: skip
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,7 @@ class Process:
         self.coordinator: Coordinator | None = None
         self.status = 0
         self._run_id = ""
+        self._agreed = False
 
     def join(self, root: DictConfig) -> "Communicator":
         """The group, joined at the first call: Hydra needs a directory that all ranks agree on before
@@ -67,8 +70,25 @@ class Process:
         if not self._run_id:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
             suffix = os.urandom(2).hex()  # two runs may start in one second
-            self._run_id = self.join(_root_).broadcast_object(f"{stamp}_{suffix}")
+            communicator = self.join(_root_)
+            self.agree_on_command(_root_)
+            self._run_id = communicator.broadcast_object(f"{stamp}_{suffix}")
         return self._run_id
+
+    def agree_on_command(self, root: DictConfig) -> None:
+        """The first word between ranks, whatever each was told to do: versions and configuration as typed.
+
+        Collective: every rank must call, before any collective that the configuration decides on.
+        """
+        if self._agreed or self.communicator is None:
+            return
+        from mlx_ring.parameter_authority import agree, program_record
+
+        self._agreed = True
+        typed = {key: value for key, value in flatten(record(root)).items() if not key.startswith("hydra.")}
+        for key in HOST_KEYS - {"run.dir"}:
+            typed.pop(key, None)
+        agree(self.communicator, {**program_record(), "command": typed})
 
     def main(self) -> int:
         """Everything from the environment to the end of the run. Returns the exit status."""
@@ -93,17 +113,30 @@ class Process:
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run."""
         try:
-            config = RunConfig.parse(composed)
+            config, error = self._parse(composed)
             from mlx_ring.coordinator import Coordinator  # loads MLX: not before the configuration is right
 
             communicator = self.join(composed)
+            if config is not None:
+                directory = Path(HydraConfig.get().runtime.output_dir)
+                self.coordinator = Coordinator(config, communicator, directory, _hydra_files(composed))
+            self.agree_on_command(composed)
+            communicator.agree_on_error(error)
+            assert config is not None and self.coordinator is not None
             communicator.bucket_bytes = config.communicator.bucket_bytes
             communicator.overlap = config.communicator.overlap
-            directory = Path(HydraConfig.get().runtime.output_dir)
-            self.coordinator = Coordinator(config, communicator, directory, _hydra_files(composed))
             self.status = self.coordinator.run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, this rank must end, and say why
             self.leave(error)
+
+    def _parse(self, composed: DictConfig) -> tuple[RunConfig | None, MlxRingError | None]:
+        """The configuration, or what is wrong with it: with several ranks it is told once, after they have met."""
+        try:
+            return RunConfig.parse(composed), None
+        except MlxRingError as error:
+            if self.environment.world_size == 1:
+                raise
+            return None, error
 
     def leave(self, error: BaseException) -> NoReturn:
         """Say what happened, leave a true record, and end this rank before it can meet another collective.
@@ -169,6 +202,12 @@ def _understood(error: BaseException, *, before_run: bool) -> BaseException:
         return explain(error)
     if isinstance(error, HydraException):
         return _hydra_error(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted before the run began")
+    if isinstance(error, OSError) and not before_run and error.errno in DISK_ERRORS:
+        return CheckpointError(
+            f"the run's record cannot be written: {error}; make room, then the same command continues"
+        )
     if isinstance(error, OSError) and before_run and error.filename:  # Hydra makes the run's directory
         return ConfigError(f"run.dir {error.filename} cannot be written: {error.strerror}; choose another")
     return error
@@ -229,6 +268,6 @@ def main() -> NoReturn:
     process = Process()
     try:
         status = process.main()
-    except Exception as error:  # noqa: BLE001 - whatever it is, this rank must end, and say why
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this rank must end, and say why
         process.leave(error)
     raise SystemExit(status)

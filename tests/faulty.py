@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,10 @@ def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1) -> Data
     spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
     calm = Samples("", rank, 0, 0)
     return Dataset(spec=spec, digest="0" * 64, train=Samples(fault, rank, at_call, repeats), held_out=calm)
+
+
+def slow() -> Dataset:
+    """Takes for ever, as a long preparation seems to."""
+    Path("reached").touch()
+    threading.Event().wait()
+    raise AssertionError

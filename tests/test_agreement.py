@@ -13,7 +13,7 @@ import pytest
 from ranks import ROOT, SMALL, Rank, Ranks, free_ports, mpirun, start, status
 
 from mlx_ring.errors import ClusterError
-from mlx_ring.parameter_authority import ParameterAuthority
+from mlx_ring.parameter_authority import agree
 
 
 def refused(ranks: Ranks, *words: str) -> None:
@@ -46,6 +46,34 @@ def test_another_configuration(tmp_path: Path) -> None:
     assert status(tmp_path)["state"] == "failed"
     assert "learning_rate" in str(status(tmp_path)["message"])
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["trainer.global_batch_size=4"],  # too small for two ranks: this rank alone would refuse
+        ["cluster.ranks=3"],
+        ["data=fashion_mnist", "data.distribute=true"],
+        ["evaluation.only=true"],
+        ["trainer.compute_dtype=float8"],  # cannot even be parsed
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_alone_was_told_hangs_nobody(tmp_path: Path, own: list[str], rank: int) -> None:
+    options: list[list[str]] = [[], []]
+    options[rank] = own
+    refused(two_different(tmp_path, options), "on rank 1", "on rank 0", "same command")
+
+
+def test_a_directory_named_on_one_rank_alone(tmp_path: Path) -> None:
+    common = [item for item in SMALL if not item.startswith("run.")]
+    hostfile = tmp_path / "ring.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    ranks = Ranks()
+    for number, own in enumerate([[], ["run.dir=run"]]):
+        launched = {"MLX_RANK": str(number), "MLX_HOSTFILE": str(hostfile)}
+        ranks.members += start([*common, *own], tmp_path, variables=[launched]).members
+    refused(ranks.wait(), "run.dir is", "on rank 1", "on rank 0")
 
 
 def test_other_data(tmp_path: Path) -> None:
@@ -163,11 +191,8 @@ class CrossedWire:
 )
 def test_what_is_compared(key: str, mine: str, theirs: str, word: str) -> None:
     wire = CrossedWire({"host": "studio-1", key: mine}, {"host": "mini-2", key: theirs})
-    authority = ParameterAuthority(
-        wire, total_steps=1, evaluate_every_steps=None, save_every_steps=None, save_every_seconds=None
-    )  # pyright: ignore
     with pytest.raises(ClusterError, match=word) as caught:
-        authority.agree({})
+        agree(wire, {})  # pyright: ignore
     assert "rank 1 (host mini-2)" in str(caught.value) and "host studio-1" in str(caught.value)
 
 

@@ -109,6 +109,40 @@ def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> Non
     assert f"accuracy {at_the_end['accuracy']:.6g}" in elsewhere.members[0].stdout
 
 
+def test_evaluation_only_never_moves_a_record(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    refused = train(tmp_path, "evaluation.only=true", "checkpoint.resume=never")
+    assert refused.statuses == [2] and "checkpoint.initialize_from" in refused.errors[0], refused.report()
+    assert steps(tmp_path)[-1] == 6 and not (tmp_path / "run/previous_1").exists()
+
+
+def test_a_finished_checkpoint_elsewhere_ends_with_its_own(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    train(tmp_path, *EVERY, "checkpoint.resume=run", world_size=2, run="copy").ok()
+    assert steps(tmp_path, "copy") == [6] and len(rows(tmp_path, "evaluation", "copy")) == 1
+    assert status(tmp_path, "copy")["parameters_sha256"] == status(tmp_path)["parameters_sha256"]
+
+
+def test_another_runs_checkpoint_never_mixes_with_a_record(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(tmp_path, *EVERY, "seed=3", run=name).ok()
+    back = "checkpoint.resume=two/checkpoints/step_00000004"
+    train(tmp_path, *EVERY, "seed=3", back, run="one").ok()
+    assert [row["step"] for row in rows(tmp_path, "train", "one")] == [5, 6]
+    assert len((tmp_path / "one/previous_1/metrics.jsonl").read_text().splitlines()) > 6
+    assert (tmp_path / "one/previous_1/checkpoints/step_00000006/manifest.json").exists()
+
+
+def test_a_completed_run_gets_its_true_status(tmp_path: Path) -> None:
+    """As if it had died between the last commit and the last word."""
+    train(tmp_path).ok()
+    path = tmp_path / "run/status.json"
+    path.write_text(path.read_text().replace("completed", "running"))
+    digest = status(tmp_path)["parameters_sha256"]
+    train(tmp_path, world_size=2).ok()
+    assert status(tmp_path)["state"] == "completed" and status(tmp_path)["parameters_sha256"] == digest
+
+
 def test_evaluation_is_the_same_in_any_split(tmp_path: Path) -> None:
     """355 held-out digits in micro-batches of 7, on 1, 2 and 4 ranks: one exact mean."""
     train(tmp_path).ok()

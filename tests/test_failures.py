@@ -107,6 +107,33 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: si
     assert rows(tmp_path, "train")[-1]["step"] == step + 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals) -> None:
+    """While the data is being prepared: nothing to save, one line, a true status."""
+    command = [*FAULTY, "data.import_path=faulty:slow", "data.arguments=null"]
+    ranks = start(command, tmp_path)
+    wait_for(tmp_path / "reached", ranks)
+    ranks.members[0].process.send_signal(number)
+    ranks.wait()
+    assert ranks.statuses == [130] and len(ranks.errors) == 1 and "Traceback" not in ranks.report()
+    assert status(tmp_path)["state"] == "failed" and "before the first step" in str(
+        status(tmp_path)["message"]
+    )
+
+
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_killed_peer_with_several_buckets(tmp_path: Path, overlap: str) -> None:
+    options = [
+        f"communicator.overlap={overlap}",
+        "communicator.bucket_bytes=4096",
+        "model.hidden_sizes=[64,64]",
+    ]
+    given = "data.arguments={fault: kill, rank: 1, at_call: 20}"
+    ranks = start([*FAULTY, given, *options], tmp_path, world_size=3).wait(60)
+    assert ranks.statuses == [3, -signal.SIGKILL, 3], ranks.report()
+    assert "Traceback" not in ranks.report() and status(tmp_path)["state"] == "failed"
+
+
 def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not path.exists():

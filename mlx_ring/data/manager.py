@@ -1,6 +1,6 @@
 """The data of one rank: found or made on its host, or received from rank 0, then opened and dealt."""
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class DataManager:
         """
         self._config, self._communicator = config, communicator
         self._kind, self._seed = kind, seed
-        self._sequence_length = _sequence_length(config, model_maximum)
-        dataset, error = self._open_own()
+        self._sequence_length: int | None = None
+        dataset, error = self._open_own(model_maximum)
         if getattr(config, "distribute", False) and communicator.world_size > 1:
             communicator.agree_on_error(error if communicator.rank == 0 else None)
             dataset, error = self._receive_missing(dataset)
@@ -59,8 +59,10 @@ class DataManager:
             self._config, kind=self._kind, seed=self._seed, sequence_length=self._sequence_length, files=files
         )
 
-    def _open_own(self) -> tuple[Dataset | None, MlxRingError | None]:
+    def _open_own(self, model_maximum: int | None) -> tuple[Dataset | None, MlxRingError | None]:
+        self._files: dict[str, Path] = {}
         try:
+            self._sequence_length = _sequence_length(self._config, model_maximum)
             self._files = prepare(self._config)
             return self._open(self._files), None
         except (ConfigError, DataError) as error:
@@ -74,41 +76,49 @@ class DataManager:
         names = communicator.broadcast_object({name: path.name for name, path in self._files.items()})
         folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
         files = {name: folder / filename for name, filename in names.items()}
-        lacks = (dataset is None or dataset.digest != digest) and not all(
-            path.exists() for path in files.values()
-        )
-        if any(communicator.gather_objects(lacks)):
-            for name, path in files.items():
-                self._send(name, path if lacks else None)
-        if dataset is not None and dataset.digest == digest:
+        if dataset is None or dataset.digest != digest:
+            dataset, _ = self._open_files(files)  # received by an earlier run
+        lacks = dataset is None or dataset.digest != digest
+        if not any(communicator.gather_objects(lacks)):
             return dataset, None
+        error: OSError | None = None
+        for name, path in files.items():
+            error = self._send(name, path if lacks and error is None else None) or error
+        if error is not None:
+            return None, DataError(f"{folder} cannot hold what rank 0 sent: {error.strerror}; make room")
+        return self._open_files(files) if lacks else (dataset, None)
+
+    def _open_files(self, files: dict[str, Path]) -> tuple[Dataset | None, MlxRingError | None]:
         try:
             return self._open(files), None
         except (ConfigError, DataError) as error:
             return None, error
+        except OSError as error:
+            return None, DataError(f"{error.filename} cannot be read: {error.strerror}")
 
-    def _send(self, name: str, target: Path | None) -> None:
-        """Rank 0 reads one of its files and everybody hears it; those with a `target` write it, whole or not
-        at all."""
-        communicator = self._communicator
+    def _send(self, name: str, target: Path | None) -> OSError | None:
+        """Rank 0 reads one of its files and everybody hears it; a rank with a `target` writes it, whole or not at all.
+
+        Returns what kept it from writing: it goes on listening, for the others do.
+        """
+        communicator, failure = self._communicator, None
         source = self._files[name].open("rb") if communicator.rank == 0 else None
-        temporary = None
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(target.parent).free < CHUNK_BYTES:
-                target = None  # opening will fail on this rank, with the reason
-        if target is not None:
-            temporary = target.with_name(f".{target.name}-{communicator.rank}")
-            temporary.unlink(missing_ok=True)
+        part = target.with_name(f".{target.name}-{os.getpid()}") if target is not None else None
         while chunk := communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""):
-            if temporary is not None:
-                with temporary.open("ab") as file:
-                    file.write(chunk)
-        if temporary is not None and target is not None:
-            temporary.touch()
-            temporary.replace(target)
+            if part is not None and failure is None:
+                try:
+                    part.parent.mkdir(parents=True, exist_ok=True)
+                    with part.open("ab") as file:
+                        file.write(chunk)
+                except OSError as error:
+                    failure = error
         if source is not None:
             source.close()
+        if part is not None and target is not None and failure is None:
+            part.replace(target)
+        elif part is not None:
+            part.unlink(missing_ok=True)
+        return failure
 
 
 def _sequence_length(config: Any, model_maximum: int | None) -> int | None:
