@@ -23,8 +23,7 @@ from omegaconf.errors import (
 
 from mlx_ring.errors import ConfigError, MlxRingError
 
-SECRET_WORD = re.compile(r"token|key|secret|passw|passphrase|credential|auth", re.IGNORECASE)
-NOT_SECRET = {"tokenizer", "tokens"}
+SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "passphrase", "credential", "auth"}
 
 # What a resumed run may change; data.path may move as long as the data's digest stays.
 RESUMABLE = (
@@ -670,9 +669,10 @@ def record(composed: DictConfig | ListConfig) -> Any:
 
 
 def _secret(key: str) -> bool:
-    """Whether a key, by its last part, names a secret."""
+    """Whether a word of a key's last part (apiKey, hf_tokens) names a secret; `tokens` alone is data."""
     name = key.rpartition(".")[2]
-    return name not in NOT_SECRET and SECRET_WORD.search(name) is not None
+    words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
+    return name != "tokens" and not words.isdisjoint(SECRET_WORDS)
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -7,13 +7,13 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import mlx.core as mx
 
-from mlx_ring import __version__, checkpoint_format, memory_manager
+from mlx_ring import __version__, checkpoint_format
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring.checkpoint_manager import CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION, Communicator
@@ -28,6 +28,7 @@ from mlx_ring.errors import (
     agreed,
 )
 from mlx_ring.evaluator import Evaluation
+from mlx_ring.interval import Interval
 from mlx_ring.metrics_tracker import MetricsTracker
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.run_builder import Found, Run, build
@@ -38,44 +39,6 @@ from mlx_ring.trainer import StepResult
 
 log = logging.getLogger(__name__)
 STATUS_SECONDS = 1.0  # status.json is renewed at most this often while training
-
-
-@dataclass
-class Interval:
-    """The steps between two rows of metrics: times and rates are means over them."""
-
-    results: list[StepResult] = field(default_factory=list[StepResult])
-    tokens_before: int = 0
-
-    def row(self, config: RunConfig, world_size: int) -> dict[str, Any]:
-        """One `train` row, and the start of the next interval."""
-        last, count = self.results[-1], len(self.results)
-
-        def mean(name: str) -> float:
-            return sum(getattr(result, name) for result in self.results) / count
-
-        step_seconds = mean("step_seconds")
-        tokens = (last.tokens - self.tokens_before) / count
-        row = {
-            "step": last.step,
-            "samples": last.samples,
-            "tokens": last.tokens,
-            "loss": last.loss,
-            "learning_rate": last.learning_rate,
-            "gradient_norm": last.gradient_norm,
-            "step_seconds": step_seconds,
-            "compute_seconds": mean("compute_seconds"),
-            "communication_seconds": mean("communication_seconds"),
-            "data_seconds": mean("data_seconds"),
-            "samples_per_second": config.trainer.global_batch_size / step_seconds,
-            "tokens_per_second": tokens / step_seconds,
-            "peak_memory_bytes": memory_manager.peak_bytes(),
-            "world_size": world_size,
-            "wire_bytes": last.wire_bytes,
-            "wall_time": time.time(),
-        }
-        self.results, self.tokens_before = [], last.tokens
-        return row
 
 
 class Coordinator:
@@ -207,7 +170,8 @@ class Coordinator:
                 self._directory.set_record_aside()
             elif settings.initialize_from is None:
                 raise ConfigError(
-                    "evaluation.only=true with checkpoint.resume=never has no weights; give checkpoint.initialize_from"
+                    "evaluation.only=true with checkpoint.resume=never has no weights; give "
+                    "checkpoint.initialize_from"
                 )
             return None
         if settings.resume == "auto":
@@ -315,7 +279,10 @@ class Coordinator:
         self._interval.results.append(result)
         every = self._config.metrics.log_every_steps
         if result.step == 1 or result.step % every == 0 or result.step == self._config.trainer.steps:
-            self._metrics.record("train", self._interval.row(self._config, self._communicator.world_size))
+            self._metrics.record(
+                "train",
+                self._interval.row(self._config.trainer.global_batch_size, self._communicator.world_size),
+            )
             if time.monotonic() - self._status_time >= STATUS_SECONDS:
                 self._status_time = time.monotonic()
                 self._status.update(step=result.step)
@@ -407,7 +374,7 @@ class Coordinator:
         return EXIT_COMPLETED
 
     def fail(self, message: str) -> None:
-        """Leave a true record behind, with no collective: what is being written is finished, the status says why.
+        """Leave a true record, with no collective: what is being written is finished, the status says why.
 
         Best effort: what cannot be written now must not hide the error that led here.
         """
@@ -426,7 +393,7 @@ class Coordinator:
                 self._metrics.close(succeeded=False)
 
     def _stop(self) -> None:
-        """The first signal: finish the step and save, or leave where nothing was trained yet. In its thread."""
+        """The first signal: finish the step and save, or leave where nothing was trained. In its thread."""
         if self._run is None:
             self._leave_at_once("interrupted before the first step")
         else:

@@ -55,8 +55,8 @@ def parameter_shapes(parameters: Arrays) -> dict[str, str]:
 def agree(communicator: Communicator, record: dict[str, Any]) -> None:
     """Refuse to go on unless all ranks show the same record; `host` alone may differ.
 
-    Two rounds: the records, then every rank's verdict, so that all leave together. Collective: every rank must
-    call. Raises: ClusterError naming the rank, the host and both values.
+    Two rounds: the records, then every rank's verdict, so that all leave together.
+    Collective: every rank must call. Raises: ClusterError naming the rank, the host and both values.
     """
     records = communicator.gather_objects(record)
     differences = [text for rank in range(1, len(records)) for text in _differences(rank, records)]

@@ -64,7 +64,10 @@ class Process:
         return self.communicator
 
     def run_id(self, *, _root_: DictConfig) -> str:
-        """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster."""
+        """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster.
+
+        Collective: every rank must call.
+        """
         if _looks_only():
             return "<time>"
         if not self._run_id:
@@ -111,7 +114,7 @@ class Process:
         return self.status
 
     def train(self, composed: DictConfig) -> None:
-        """Hydra's task: one run."""
+        """Hydra's task: one run. Collective: every rank must call."""
         try:
             config, error = self._parse(composed)
             from mlx_ring.coordinator import Coordinator  # loads MLX: not before the configuration is right
@@ -130,7 +133,7 @@ class Process:
             self.leave(error)
 
     def _parse(self, composed: DictConfig) -> tuple[RunConfig | None, MlxRingError | None]:
-        """The configuration, or what is wrong with it: with several ranks it is told once, after they have met."""
+        """The configuration, or what is wrong with it: several ranks tell it once, after they have met."""
         try:
             return RunConfig.parse(composed), None
         except MlxRingError as error:

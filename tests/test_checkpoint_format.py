@@ -107,9 +107,9 @@ def test_too_little_space_is_told_before_anything_is_written(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, 10))
     with pytest.raises(
-        CheckpointError, match=r"checkpoints has 1000 bytes free, a checkpoint needs 64; make room"
+        CheckpointError, match=r"checkpoints has 10 bytes free, a checkpoint needs 64; make room"
     ):
         save(checkpoints, 4)
     assert len(list(checkpoints.iterdir())) == 3

@@ -97,7 +97,7 @@ class DataManager:
             return None, DataError(f"{error.filename} cannot be read: {error.strerror}")
 
     def _send(self, name: str, target: Path | None) -> OSError | None:
-        """Rank 0 reads one of its files and everybody hears it; a rank with a `target` writes it, whole or not at all.
+        """Rank 0 reads one of its files, everybody hears it; a rank with a `target` writes it, whole or not.
 
         Returns what kept it from writing: it goes on listening, for the others do.
         """
