@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_ring
-from mlx_ring.communicator import Communicator
+from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.errors import ClusterError, agreed
 
 Arrays = dict[str, mx.array]
@@ -80,7 +80,7 @@ def program_record() -> dict[str, Any]:
         "host": socket.gethostname(),
         "mlx_ring": mlx_ring.__version__,
         "source": digest.hexdigest(),
-        "mlx": mx.__version__,
+        "mlx": MLX_VERSION,
         "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", ""),
     }
 
