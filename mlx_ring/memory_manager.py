@@ -48,13 +48,8 @@ def _apply(key: str, limit_bytes: int | None, apply: Callable[[int], int]) -> No
 
 
 def peak_bytes() -> int:
-    """The most memory that MLX's arrays took at once since the start, or since `reset_peak`."""
+    """The most memory that MLX's arrays took at once since the start."""
     return mx.get_peak_memory()
-
-
-def reset_peak() -> None:
-    """Measure the peak from now on."""
-    mx.reset_peak_memory()
 
 
 def checkpoint_activations(model: nn.Module) -> int:

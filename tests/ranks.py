@@ -17,7 +17,7 @@ TRAIN = [sys.executable, str(ROOT / "train.py")]
 # The smallest run that still learns: a step takes a few milliseconds.
 SMALL = (
     "trainer.steps=6", "trainer.global_batch_size=32", "trainer.micro_batch_size=4", "trainer.compile=false",
-    "model.hidden_sizes=[16]", "metrics.log_every_steps=1", "metrics.tensorboard=false",
+    "model.hidden_sizes=[16]", "model.dropout=0", "metrics.log_every_steps=1", "metrics.tensorboard=false",
     "evaluation.every_steps=null",
 )  # fmt: skip
 TIMEOUT_SECONDS = 120

@@ -102,7 +102,7 @@ def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> Non
     at_the_end = rows(tmp_path, "evaluation")[-1]
     before = (tmp_path / "run/metrics.jsonl").read_bytes(), (tmp_path / "run/status.json").read_bytes()
     shown = train(tmp_path, "evaluation.only=true", world_size=world_size).ok().members[0].stdout
-    assert f"accuracy {at_the_end['accuracy']:.6g}" in shown and f"loss {at_the_end['loss']:.5g}" in shown
+    assert f"accuracy {at_the_end['accuracy']:.6g}" in shown and f"loss {at_the_end['loss']:.6g}" in shown
     after = (tmp_path / "run/metrics.jsonl").read_bytes(), (tmp_path / "run/status.json").read_bytes()
     assert after == before
     elsewhere = train(tmp_path, "evaluation.only=true", "checkpoint.resume=run", run="other").ok()
