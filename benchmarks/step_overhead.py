@@ -99,8 +99,7 @@ def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
 def by_mlx_ring(coordinator: Coordinator, run: Run) -> Iterator[None]:
     """The coordinator's own loop, a step at a time."""
     for result in run.trainer.steps():
-        coordinator.record(result)
-        coordinator.follow(run.authority.decide(result.step, result.flags), run, result)
+        coordinator.follow(run, result)
         yield
 
 

@@ -19,6 +19,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -38,6 +39,7 @@ from mlx_ring.process_lock import LockHeld, ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
 BROADCAST_BYTES = 64 * 2**20  # a broadcast travels in pieces of this size
 
 
@@ -293,6 +295,19 @@ def _listener(port: int) -> str:
     except psutil.Error:
         pass
     return "another process"
+
+
+def refuse_old_mlx() -> None:
+    """Raises: ConfigError where the MLX that is installed is older than what is needed."""
+
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
+    if numbers(MLX_VERSION) < numbers(MINIMUM_MLX):
+        raise ConfigError(
+            f"MLX {MLX_VERSION} on {socket.gethostname()} is older than the {MINIMUM_MLX} that mlx_ring "
+            f'needs; install it: pip install "mlx>={MINIMUM_MLX}"'
+        )
 
 
 def refuse_public_addresses(environment: RankEnvironment) -> None:

@@ -1,51 +1,18 @@
-"""The configuration, typed: one dataclass a group, filled from the YAML files under `conf/`.
+"""The configuration, typed: one dataclass a group, with units and rules.
 
-Defaults live in YAML alone; here are the types, the units and the rules. Only this file (and the launcher)
-knows OmegaConf: the rest of the program sees plain dataclasses.
+Defaults live in the YAML files under `conf/` alone. A dataclass whose values break a rule raises ConfigError
+with the key, the rule and the value.
 """
 
-import difflib
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigKeyError,
-    InterpolationKeyError,
-    InterpolationResolutionError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
-
-from mlx_ring.errors import ConfigError, MlxRingError
-
-SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "passphrase", "credential", "auth"}
-
-# What a resumed run may change; data.path may move as long as the data's digest stays.
-RESUMABLE = (
-    "trainer.steps", "trainer.split", "run.", "cluster.", "metrics.", "checkpoint.", "evaluation.", "memory.",
-    "communicator.backend", "communicator.overlap", "communicator.bucket_bytes", "data.path",
-)  # fmt: skip
-CONTAINERS = {ListConfig: (list, "a list: [1,2]"), DictConfig: (dict, "a group of values: {name:value}")}
-HOST_KEYS = {"data.path", "data.cache_dir", "cluster.hostfile", "metrics.console", "run.dir"}
-
-
-def _require(accepted: bool, key: str, value: object, rule: str) -> None:
-    if not accepted:
-        raise ConfigError(f"{key} must be {rule}; got {value}")
-
-
-def _positive(key: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, key, value, "a finite number above 0")
-
-
-def _fraction(key: str, value: float) -> None:
-    _require(0 <= value < 1, key, value, "in [0, 1)")
-
+from mlx_ring.config_record import HOST_KEYS, flatten, is_secret
+from mlx_ring.errors import ConfigError
 
 Split = Enum("Split", ["even"])
 DType = Enum("DType", ["float32", "bfloat16"])
@@ -57,20 +24,57 @@ Size = Enum("Size", ["tiny", "small", "gpt2_124m"])
 Kind = Enum("Kind", ["classifier", "language"])
 
 
+def require(accepted: bool, key: str, value: object, rule: str) -> None:
+    """Raises: ConfigError where a value was not accepted."""
+    if not accepted:
+        raise ConfigError(f"{key} must be {rule}; got {value}")
+
+
+class Section:
+    """Checks of one group's fields, named by their whole key. A field that is null passes: its type says
+    whether it may be."""
+
+    group: ClassVar[str]
+
+    def require(self, accepted: bool, field: str, rule: str) -> None:
+        require(accepted, f"{self.group}.{field}", getattr(self, field), rule)
+
+    def at_least(self, least: int, *fields: str, unit: str = "", or_null: bool = False) -> None:
+        rule = f"{'null or ' if or_null else ''}at least {least}{unit}"
+        for field in fields:
+            value = getattr(self, field)
+            self.require((or_null and value is None) or value >= least, field, rule)
+
+    def positive(self, *fields: str) -> None:
+        for field in fields:
+            value = getattr(self, field)
+            good = value is None or (math.isfinite(value) and value > 0)
+            self.require(good, field, "a finite number above 0")
+
+    def fraction(self, *fields: str) -> None:
+        for field in fields:
+            self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
+
+    def importable(self, field: str) -> None:
+        value = getattr(self, field)
+        good = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None
+        require(good, f"{self.group}.{field}", repr(value), "of the form package.module:name")
+
+
 @dataclass(kw_only=True)
-class RunSection:
+class RunSection(Section):
+    group = "run"
     dir: str  # the run's directory, relative to where the command was typed
 
     def __post_init__(self) -> None:
-        name = Path(self.dir).name
-        good = "\0" not in self.dir and 0 < len(name) <= 200
-        _require(
-            good, "run.dir", repr(self.dir[:60]), "a path whose last part has 1 to 200 characters and no NUL"
-        )
+        good = "\0" not in self.dir and 0 < len(Path(self.dir).name) <= 200
+        rule = "a path whose last part has 1 to 200 characters and no NUL"
+        require(good, "run.dir", repr(self.dir[:60]), rule)
 
 
 @dataclass(kw_only=True)
-class TrainerSection:
+class TrainerSection(Section):
+    group = "trainer"
     steps: int  # updates in all, counted from step 0 also after a resume
     global_batch_size: int  # samples an update is made of, over all ranks
     micro_batch_size: int  # samples a rank computes at once; divides the global batch
@@ -82,23 +86,14 @@ class TrainerSection:
     compile: bool  # mx.compile the step
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "trainer.steps", self.steps, "at least 1")
-        for key in ("global_batch_size", "micro_batch_size"):
-            _require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "at least 1 sample")
+        self.at_least(1, "steps", "max_skipped_batches")
+        self.at_least(1, "global_batch_size", "micro_batch_size", unit=" sample")
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 "trainer.global_batch_size must be a whole number of micro-batches; got "
-                f"{self.global_batch_size} "
-                f"samples with trainer.micro_batch_size={self.micro_batch_size}"
+                f"{self.global_batch_size} samples with trainer.micro_batch_size={self.micro_batch_size}"
             )
-        if self.clip_gradient_norm is not None:
-            _positive("trainer.clip_gradient_norm", self.clip_gradient_norm)
-        _require(
-            self.max_skipped_batches >= 1,
-            "trainer.max_skipped_batches",
-            self.max_skipped_batches,
-            "at least 1",
-        )
+        self.positive("clip_gradient_norm")
 
     @property
     def num_micro_batches(self) -> int:
@@ -106,21 +101,23 @@ class TrainerSection:
         return self.global_batch_size // self.micro_batch_size
 
 
+class Model(Section):
+    group = "model"
+
+
 @dataclass(kw_only=True)
-class MLPModel:
+class MLPModel(Model):
     name: str
     hidden_sizes: list[int]  # widths of the hidden layers
     dropout: float  # probability that an activation is dropped
 
     def __post_init__(self) -> None:
-        _require(
-            all(size >= 1 for size in self.hidden_sizes), "model.hidden_sizes", self.hidden_sizes, "positive"
-        )
-        _fraction("model.dropout", self.dropout)
+        self.require(all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", "positive")
+        self.fraction("dropout")
 
 
 @dataclass(kw_only=True)
-class CNNModel:
+class CNNModel(Model):
     name: str
     channels: list[int]  # output channels of each stage; every stage halves the image
     hidden_size: int  # width of the layer before the classes
@@ -128,9 +125,9 @@ class CNNModel:
 
     def __post_init__(self) -> None:
         good = len(self.channels) > 0 and all(size >= 1 for size in self.channels)
-        _require(good, "model.channels", self.channels, "one or more positive numbers")
-        _require(self.hidden_size >= 1, "model.hidden_size", self.hidden_size, "at least 1")
-        _fraction("model.dropout", self.dropout)
+        self.require(good, "channels", "one or more positive numbers")
+        self.at_least(1, "hidden_size")
+        self.fraction("dropout")
 
 
 TRANSFORMER_SIZES: dict[Size, dict[str, int]] = {
@@ -150,7 +147,7 @@ TRANSFORMER_SIZES: dict[Size, dict[str, int]] = {
 
 
 @dataclass(kw_only=True)
-class TransformerModel:
+class TransformerModel(Model):
     name: str
     size: Size  # fills every dimension left null below
     layers: int | None
@@ -164,47 +161,37 @@ class TransformerModel:
     rope_base: float  # base of the rotary frequencies
 
     def __post_init__(self) -> None:
-        for key, preset in TRANSFORMER_SIZES[self.size].items():
-            value = getattr(self, key)
-            setattr(self, key, preset if value is None else value)
-            _require(getattr(self, key) >= 1, f"model.{key}", value, "at least 1")
+        for field, preset in TRANSFORMER_SIZES[self.size].items():
+            if getattr(self, field) is None:
+                setattr(self, field, preset)
+            self.at_least(1, field)
         assert self.dimensions and self.heads and self.kv_heads
-        per_head = self.dimensions // self.heads
-        good = self.dimensions % self.heads == 0 and per_head % 2 == 0
-        _require(good, "model.dimensions", self.dimensions, f"an even multiple of model.heads={self.heads}")
-        _require(
-            self.heads % self.kv_heads == 0,
-            "model.kv_heads",
-            self.kv_heads,
-            f"a divisor of heads={self.heads}",
-        )
-        _fraction("model.dropout", self.dropout)
-        _positive("model.rope_base", self.rope_base)
-
-
-def _import_path(key: str, value: str) -> None:
-    good = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value) is not None
-    _require(good, key, repr(value), "of the form package.module:name")
+        good = self.dimensions % (2 * self.heads) == 0
+        self.require(good, "dimensions", f"an even multiple of model.heads={self.heads}")
+        self.require(self.heads % self.kv_heads == 0, "kv_heads", f"a divisor of heads={self.heads}")
+        self.fraction("dropout")
+        self.positive("rope_base")
 
 
 @dataclass(kw_only=True)
-class CustomModel:
+class CustomModel(Model):
     name: str
     import_path: str  # package.module:name of a callable(arguments…, data_spec=DataSpec) -> nn.Module
     kind: Kind  # what the model reads: feature or image samples, or token sequences
     arguments: dict[str, Any] | None  # keyword arguments of that callable
 
     def __post_init__(self) -> None:
-        _import_path("model.import_path", self.import_path)
+        self.importable("import_path")
 
 
 @dataclass(kw_only=True)
-class BundledData:
+class BundledData(Section):
+    group = "data"
     name: str
     prefetch: int  # global batches prepared ahead of the trainer
 
     def __post_init__(self) -> None:
-        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        self.at_least(1, "prefetch")
 
 
 @dataclass(kw_only=True)
@@ -224,12 +211,8 @@ class TokensData(BundledData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sequence_length is not None:
-            _require(
-                self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token"
-            )
-        good = 0 < self.held_out_fraction < 1
-        _require(good, "data.held_out_fraction", self.held_out_fraction, "in (0, 1)")
+        self.at_least(1, "sequence_length", unit=" token", or_null=True)
+        self.require(0 < self.held_out_fraction < 1, "held_out_fraction", "in (0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -241,8 +224,7 @@ class TextData(TokensData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = 257 <= self.vocabulary_size <= 2**31
-        _require(good, "data.vocabulary_size", self.vocabulary_size, "at least 257")
+        self.require(257 <= self.vocabulary_size <= 2**31, "vocabulary_size", "at least 257")
 
 
 @dataclass(kw_only=True)
@@ -256,14 +238,9 @@ class SyntheticData(BundledData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("samples", "held_out_samples", "features"):
-            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "at least 1")
-        for key in ("classes", "vocabulary_size"):
-            _require(getattr(self, key) >= 2, f"data.{key}", getattr(self, key), "at least 2")
-        if self.sequence_length is not None:
-            _require(
-                self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1 token"
-            )
+        self.at_least(1, "samples", "held_out_samples", "features")
+        self.at_least(2, "classes", "vocabulary_size")
+        self.at_least(1, "sequence_length", unit=" token", or_null=True)
 
 
 @dataclass(kw_only=True)
@@ -273,11 +250,12 @@ class CustomData(BundledData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _import_path("data.import_path", self.import_path)
+        self.importable("import_path")
 
 
 @dataclass(kw_only=True)
-class OptimizerSection:
+class OptimizerSection(Section):
+    group = "optimizer"
     name: str
     learning_rate: float  # peak, at trainer.global_batch_size unless scaled below
     scale_learning_rate: Scaling  # by global_batch_size / reference_batch_size
@@ -285,11 +263,14 @@ class OptimizerSection:
     weight_decay: float  # on matrices; never on norms and biases
 
     def __post_init__(self) -> None:
-        _positive("optimizer.learning_rate", self.learning_rate)
+        self.positive("learning_rate")
         good = math.isfinite(self.weight_decay) and self.weight_decay >= 0
-        _require(good, "optimizer.weight_decay", self.weight_decay, "a finite number of at least 0")
-        good = self.reference_batch_size >= 1
-        _require(good, "optimizer.reference_batch_size", self.reference_batch_size, "at least 1 sample")
+        self.require(good, "weight_decay", "a finite number of at least 0")
+        self.at_least(1, "reference_batch_size", unit=" sample")
+
+    def betas_in_range(self, betas: list[float]) -> None:
+        good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        self.require(good, "betas", "two numbers in [0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -299,9 +280,8 @@ class AdamOptimizer(OptimizerSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(good, "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _positive("optimizer.eps", self.eps)
+        self.betas_in_range(self.betas)
+        self.positive("eps")
 
 
 @dataclass(kw_only=True)
@@ -310,8 +290,7 @@ class LionOptimizer(OptimizerSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(good, "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        self.betas_in_range(self.betas)
 
 
 @dataclass(kw_only=True)
@@ -321,7 +300,7 @@ class SGDOptimizer(OptimizerSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("optimizer.momentum", self.momentum)
+        self.fraction("momentum")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("optimizer.nesterov=true needs optimizer.momentum above 0; got 0")
 
@@ -339,17 +318,18 @@ class MuonOptimizer(OptimizerSection):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _fraction("optimizer.momentum", self.momentum)
-        _positive("optimizer.adam_learning_rate", self.adam_learning_rate)
+        self.fraction("momentum")
+        self.positive("adam_learning_rate")
 
 
 @dataclass(kw_only=True)
-class ConstantSchedule:
+class ConstantSchedule(Section):
+    group = "schedule"
     name: str
     warmup_steps: int  # from 0 to the peak, linearly
 
     def __post_init__(self) -> None:
-        _require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "at least 0")
+        self.at_least(0, "warmup_steps")
 
 
 @dataclass(kw_only=True)
@@ -358,23 +338,16 @@ class DecaySchedule(ConstantSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.final_fraction <= 1, "schedule.final_fraction", self.final_fraction, "in [0, 1]")
+        self.require(0 <= self.final_fraction <= 1, "final_fraction", "in [0, 1]")
 
 
 @dataclass(kw_only=True)
 class WSDSchedule(DecaySchedule):
-    decay_steps: (
-        int | None
-    )  # the last steps of the run, over which the rate falls linearly; null: a fifth of the run
+    decay_steps: int | None  # the last steps of the run, on a line down; null: a fifth of the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            self.decay_steps is None or self.decay_steps >= 1,
-            "schedule.decay_steps",
-            self.decay_steps,
-            "at least 1",
-        )
+        self.at_least(1, "decay_steps", or_null=True)
 
 
 @dataclass(kw_only=True)
@@ -383,7 +356,8 @@ class StrategySection:
 
 
 @dataclass(kw_only=True)
-class CommunicatorSection:
+class CommunicatorSection(Section):
+    group = "communicator"
     name: str  # the codec: how a gradient travels
     backend: Backend
     bucket_bytes: int  # gradients are reduced in buckets of about this size
@@ -391,11 +365,12 @@ class CommunicatorSection:
 
     def __post_init__(self) -> None:
         good = 4096 <= self.bucket_bytes <= 2**30
-        _require(good, "communicator.bucket_bytes", self.bucket_bytes, "between 4096 and 1073741824 bytes")
+        self.require(good, "bucket_bytes", "between 4096 and 1073741824 bytes")
 
 
 @dataclass(kw_only=True)
-class MemorySection:
+class MemorySection(Section):
+    group = "memory"
     limit_bytes: int | None  # MLX waits for memory above this
     cache_limit_bytes: int | None  # freed buffers kept for reuse
     wired_limit_bytes: int | None  # kept resident (macOS)
@@ -403,67 +378,62 @@ class MemorySection:
     issue_ahead: bool  # one rank: issue a step before the last one has ended; faster, more memory at once
 
     def __post_init__(self) -> None:
-        for key in ("limit_bytes", "cache_limit_bytes", "wired_limit_bytes"):
-            value = getattr(self, key)
-            _require(value is None or value >= 0, f"memory.{key}", value, "null or at least 0 bytes")
+        self.at_least(0, "limit_bytes", "cache_limit_bytes", "wired_limit_bytes", unit=" bytes", or_null=True)
 
 
 @dataclass(kw_only=True)
-class CheckpointSection:
+class CheckpointSection(Section):
+    group = "checkpoint"
     every_steps: int | None  # null: never by steps; the last step is always saved
     every_seconds: float | None
     keep_last: int  # newest checkpoints kept
-    keep_best: int  # besides these, those with the lowest evaluation loss
+    keep_best: int  # besides these, those with the lowest evaluation loss, where saved at an evaluated step
     resume: str  # auto, never, or the path of a run or a checkpoint
     initialize_from: str | None  # weights only: a run, a checkpoint or a safetensors file
     copies: Copies  # which ranks keep a copy
     max_failures: int  # saves in a row that may fail (a full disk) before the run stops
 
     def __post_init__(self) -> None:
-        for key in ("every_steps", "every_seconds"):
-            value = getattr(self, key)
-            _require(value is None or value > 0, f"checkpoint.{key}", value, "null or above 0")
-        _require(
-            self.keep_last >= 1,
-            "checkpoint.keep_last",
-            self.keep_last,
-            "at least 1: resuming needs the newest",
-        )
-        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "at least 0")
-        _require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, "at least 1")
+        for field in ("every_steps", "every_seconds"):
+            value = getattr(self, field)
+            self.require(value is None or value > 0, field, "null or above 0")
+        self.require(self.keep_last >= 1, "keep_last", "at least 1: resuming needs the newest")
+        self.at_least(0, "keep_best")
+        self.at_least(1, "max_failures")
 
 
 @dataclass(kw_only=True)
-class EvaluationSection:
+class EvaluationSection(Section):
+    group = "evaluation"
     every_steps: int | None  # null: only at the end
     micro_batch_size: int | None  # null: the trainer's
     only: bool  # evaluate a checkpoint and leave
 
     def __post_init__(self) -> None:
-        for key in ("every_steps", "micro_batch_size"):
-            value = getattr(self, key)
-            _require(value is None or value >= 1, f"evaluation.{key}", value, "null or at least 1")
+        self.at_least(1, "every_steps", "micro_batch_size", or_null=True)
 
 
 @dataclass(kw_only=True)
-class MetricsSection:
+class MetricsSection(Section):
+    group = "metrics"
     log_every_steps: int
     console: bool
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        _require(self.log_every_steps >= 1, "metrics.log_every_steps", self.log_every_steps, "at least 1")
+        self.at_least(1, "log_every_steps")
 
 
 @dataclass(kw_only=True)
-class ClusterSection:
+class ClusterSection(Section):
+    group = "cluster"
     ranks: int | None  # null, or the world size that this run must have
     hostfile: str | None
     backend: Backend
     allow_public_addresses: bool  # the ring's traffic is neither encrypted nor signed
 
     def __post_init__(self) -> None:
-        _require(self.ranks is None or self.ranks >= 1, "cluster.ranks", self.ranks, "null or at least 1")
+        self.at_least(1, "ranks", or_null=True)
 
 
 SECTIONS: dict[str, type] = {
@@ -523,182 +493,5 @@ class RunConfig:
         return {
             key: value.name if isinstance(value, Enum) else value
             for key, value in flatten(plain).items()
-            if key not in HOST_KEYS and not _secret(key)
+            if key not in HOST_KEYS and not is_secret(key)
         }
-
-    @staticmethod
-    def parse(composed: DictConfig) -> "RunConfig":
-        """Check and convert a composed configuration.
-
-        Raises: ConfigError naming the key, the value and the rule.
-        """
-        _refuse_targets(composed)
-        known = {*SECTIONS, *CHOICES, "seed"}
-        for key in composed:
-            if str(key) not in known:
-                raise ConfigError(f"unknown configuration key {key}; {_nearest(str(key), known)}")
-        if missing := sorted(known - {str(key) for key in composed}):
-            raise ConfigError(f"{missing[0]} is missing from the configuration; it cannot be left out")
-        try:
-            values = {key: _section(composed, key) for key in known - {"seed"}}
-            seed = composed["seed"]
-        except OmegaConfBaseException as error:
-            raise explain(error) from error
-        _require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
-        config = RunConfig(seed=seed, record=record(composed), **values)
-        if config.schedule.warmup_steps >= config.trainer.steps:
-            rule = f"below trainer.steps={config.trainer.steps}"
-            _require(False, "schedule.warmup_steps", config.schedule.warmup_steps, rule)
-        return config
-
-
-def _section(composed: DictConfig, key: str) -> Any:
-    node = composed[key]
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{key} must be a group of values; got {node!r}")
-    schema = SECTIONS.get(key)
-    if schema is None:
-        name = node["name"] if "name" in node else None  # noqa: SIM401 - get() raises where it is ???
-        if name not in CHOICES[key]:
-            raise ConfigError(f"{key}.name is {name!r}; known: {', '.join(CHOICES[key])}")
-        schema = CHOICES[key][name]
-    unknown = sorted(str(field) for field in set(node) - {field.name for field in fields(schema)})
-    if unknown:
-        names = {f"{key}.{field.name}" for field in fields(schema)}
-        raise ConfigError(
-            f"unknown configuration key {key}.{unknown[0]}; {_nearest(f'{key}.{unknown[0]}', names)}"
-        )
-    # A container of the whole, so that error messages and interpolations see full key names.
-    whole = OmegaConf.create({})
-    whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
-    resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    typed = OmegaConf.create({key: OmegaConf.structured(schema)})
-    for name, value in resolved.items():
-        field = typed[key]._get_node(name)
-        wanted, what = CONTAINERS.get(type(field), (object, ""))
-        accepted = isinstance(value, wanted) or (value is None and field._is_optional())
-        _require(accepted, f"{key}.{name}", value, what)
-    return OmegaConf.to_object(OmegaConf.merge(typed, {key: resolved}))[key]  # type: ignore[index]
-
-
-def _refuse_targets(node: Any, path: str = "") -> None:
-    """`_target_` would let a file name any callable; objects are built from short names instead."""
-    if isinstance(node, DictConfig):
-        for key in node:
-            where = f"{path}.{key}" if path else str(key)
-            if key == "_target_":
-                raise ConfigError(
-                    f"{where} is refused: choose a model, data set or loss by its name or import_path"
-                )
-            _refuse_targets(node._get_node(key), where)  # pyright: ignore[reportPrivateUsage]
-    elif isinstance(node, ListConfig) and not node._is_none() and not node._is_missing():  # pyright: ignore[reportPrivateUsage]
-        for index, item in enumerate(node._iter_ex(resolve=False)):  # pyright: ignore[reportPrivateUsage]
-            _refuse_targets(item, f"{path}[{index}]")
-
-
-def _nearest(key: str, known: set[str]) -> str:
-    """What was meant: the same name in another group, a similar one in this group, a similar whole; else the
-    choice."""
-    group, _, name = key.rpartition(".")
-    siblings = {
-        other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group
-    }
-    meant = [other for other in sorted(known) if other.endswith(f".{name}")]
-    meant += [siblings[near] for near in difflib.get_close_matches(name, siblings, n=1)]
-    if not siblings:
-        meant += difflib.get_close_matches(key, known, n=1)
-        siblings = {other: other for other in sorted(known) if "." not in other}
-    return f"did you mean {meant[0]}?" if meant else f"known: {', '.join(siblings.values())}"
-
-
-def _all_keys(node: Any, path: str = "") -> set[str]:
-    if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():  # pyright: ignore[reportPrivateUsage]
-        return {path} if path else set()
-    keys: set[str] = {path} if path else set()
-    for key in node:
-        keys |= _all_keys(node._get_node(key), f"{path}.{key}" if path else str(key))  # pyright: ignore[reportPrivateUsage]
-    return keys
-
-
-def nearest_key(key: str, composed: DictConfig) -> str:
-    """A hint for a mistyped key, from the keys of a composed configuration."""
-    return _nearest(key, {name for name in _all_keys(composed) if not name.startswith("hydra")})
-
-
-def explain(error: BaseException) -> MlxRingError:
-    """Turn OmegaConf's error into one line that names the key, or find our own error inside it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MlxRingError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    key = str(getattr(error, "full_key", None) or "configuration")
-    text = str(getattr(error, "msg", None) or error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
-    if isinstance(error, MissingMandatoryValue):
-        return ConfigError(f"{key} has no value; give it on the command line: {key}=…")
-    if isinstance(error, InterpolationKeyError):
-        return ConfigError(f"{key} refers to a key that does not exist: {first}")
-    if isinstance(error, InterpolationResolutionError):
-        loop = "; it refers to itself" if "recursion" in text.lower() else ""
-        return ConfigError(f"{key} cannot be resolved: {first}{loop}")
-    if isinstance(error, ConfigKeyError):
-        return ConfigError(f"unknown configuration key {key}: {first}")
-    return ConfigError(f"{key}: {first}")
-
-
-def record(composed: DictConfig | ListConfig) -> Any:
-    """The configuration as it goes on disk: interpolations unresolved, secret-like values redacted.
-
-    A list may hold overrides (`key=value`): one that speaks of a secret loses its value.
-    """
-
-    def redact(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {
-                str(key): "<redacted>" if _secret(str(key)) and value is not None else redact(value)
-                for key, value in node.items()
-            }
-        if isinstance(node, list):
-            return [redact(item) for item in node]
-        if isinstance(node, str) and "=" in node and any(map(_secret, re.findall(r"([\w.]+)\s*[:=]", node))):
-            return node.partition("=")[0] + "=<redacted>"
-        return node
-
-    return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
-
-
-def _secret(key: str) -> bool:
-    """Whether a word of a key's last part (apiKey, hf_tokens) names a secret; `tokens` alone is data."""
-    name = key.rpartition(".")[2]
-    words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
-    return name != "tokens" and not words.isdisjoint(SECRET_WORDS)
-
-
-def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested dictionary by dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else str(key)
-        flat |= flatten(value, where) if isinstance(value, dict) and value else {where: value}
-    return flat
-
-
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises: ConfigError for the first field that a resumed run may not change, with both values."""
-    before, after = flatten(saved), flatten(now)
-    for key in sorted(
-        {*before, *after}, key=lambda key: (not key.endswith(".name"), key)
-    ):  # another model first
-        if key.startswith(RESUMABLE) or before.get(key) == after.get(key):
-            continue
-        raise ConfigError(
-            f"{key} is {after.get(key)} now and was {before.get(key)} when the checkpoint was saved; a "
-            "resumed run "
-            "cannot change it: give the old value, or start a new run with checkpoint.initialize_from"
-        )
-
-
-def to_yaml(recorded: Any) -> str:
-    """A record as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(recorded))

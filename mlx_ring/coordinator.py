@@ -3,11 +3,8 @@ that."""
 
 import contextlib
 import logging
-import math
 import os
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,9 +12,9 @@ import mlx.core as mx
 
 from mlx_ring import __version__, checkpoint_format
 from mlx_ring import checkpoint_manager as checkpoints
-from mlx_ring.checkpoint_manager import CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION, Communicator
-from mlx_ring.config import RunConfig, flatten, refuse_changes, to_yaml
+from mlx_ring.config import RunConfig
+from mlx_ring.config_record import fixed_sha256, refuse_changes
 from mlx_ring.errors import (
     EXIT_COMPLETED,
     EXIT_STOPPED,
@@ -28,17 +25,15 @@ from mlx_ring.errors import (
     agreed,
 )
 from mlx_ring.evaluator import Evaluation
-from mlx_ring.interval import Interval
-from mlx_ring.metrics_tracker import MetricsTracker
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.run_builder import Found, Run, build
 from mlx_ring.run_directory import RunDirectory
+from mlx_ring.run_record import RunRecord
 from mlx_ring.run_status import RunStatus
 from mlx_ring.stop_signal import StopSignal
 from mlx_ring.trainer import StepResult
 
 log = logging.getLogger(__name__)
-STATUS_SECONDS = 1.0  # status.json is renewed at most this often while training
 
 
 class Coordinator:
@@ -58,14 +53,10 @@ class Coordinator:
         self._leads = communicator.rank == 0
         self.job = os.urandom(8).hex()  # rank 0's, once the ranks agree
         self._run: Run | None = None
-        self._step = 0
         self._found: Found | None = None
         self._status: RunStatus | None = None
-        self._metrics: MetricsTracker | None = None
-        self._checkpoints: CheckpointManager | None = None
-        self._interval = Interval()
+        self._record: RunRecord | None = None
         self._saved_step: int | None = None
-        self._failures, self._status_time = 0, 0.0
 
     def run(self) -> int:
         """Train, or evaluate, to the end. Collective: every rank must call. Returns the exit status.
@@ -82,9 +73,8 @@ class Coordinator:
             stopped = False
             self._run = run
             for result in run.trainer.steps():
-                self.record(result)
-                plan = run.authority.decide(result.step, result.flags)
-                stopped = self.follow(plan, run, result)
+                plan = self.follow(run, result)
+                stopped = plan.stop and result.step < self._config.trainer.steps
                 if plan.stop:
                     break
             return self._finish(run, stopped)
@@ -111,14 +101,16 @@ class Coordinator:
             self._begin(run)
         return run
 
-    def follow(self, plan: Plan, run: Run, result: StepResult) -> bool:
-        """Do what is due after a step. Returns whether the run stops before its end. Collective."""
+    def follow(self, run: Run, result: StepResult) -> Plan:
+        """Record a step and do what is due after it. Collective: every rank must call."""
+        if self._record is not None:
+            self._record.step(result)
+        plan = run.authority.decide(result.step, result.flags)
         if not result.skipped or plan.stop:
-            due = plan.evaluate and not result.skipped
-            evaluation = self._evaluate(run, result.step) if due else None
+            evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
-                self._save(run, result.step, evaluation)
-        return plan.stop and result.step < self._config.trainer.steps
+                self._save(run, evaluation)
+        return plan
 
     # Opening
 
@@ -187,10 +179,16 @@ class Coordinator:
             path, manifest, problems = checkpoints.find(Path(settings.resume).expanduser())
         found = Found(path=path, manifest=manifest, problems=problems)
         if not self._config.evaluation.only:
-            refuse_changes(found.manifest.get("config", {}), self._config.record)
-            if path.resolve().parent != (own / "checkpoints").resolve():
+            digest = fixed_sha256(self._config.flat())
+            alike = found.manifest.get("config_sha256", digest) == digest
+            refuse_changes(found.manifest.get("config", {}), self._config.record, resolved_alike=alike)
+            if not self._is_own(path):
                 self._directory.set_record_aside()  # of another run: two runs never share a record
         return found
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint lies in this run's directory."""
+        return checkpoint.resolve().parent == (self._directory.path / "checkpoints").resolve()
 
     def _already_completed(self) -> bool:
         """A run that has reached its last step is left as it is."""
@@ -228,113 +226,34 @@ class Coordinator:
 
     def _begin(self, run: Run) -> None:
         """Open the record of a run that will train."""
-        if not self._leads:
+        if self._status is None:
             return
-        assert self._status is not None
-        self._interval.tokens_before = run.trainer.progress.tokens
-        config, path, progress = self._config, self._directory.path, run.trainer.progress
-        self._checkpoints = CheckpointManager(
-            path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        progress, found = run.trainer.progress, self._found
+        if found is not None and self._is_own(found.path):
+            self._saved_step = progress.step
+        self._record = RunRecord(
+            self._directory,
+            self._status,
+            self._config,
+            world_size=self._communicator.world_size,
+            progress=progress,
+            found=found,
+            hydra_files=self._hydra_files,
         )
-        own = {**config.record, "run": {"dir": str(path)}}
-        self._directory.write({"config.yaml": to_yaml(own), **self._hydra_files})
-        self._checkpoints.set_aside(progress.step)
-        self._metrics = MetricsTracker(
-            path,
-            total_steps=config.trainer.steps,
-            restored_step=progress.step,
-            console=config.metrics.console,
-            tensorboard=config.metrics.tensorboard,
-            hyperparameters=_hyperparameters(config),
-            title=f"{config.model.name} on {config.data.name}, {self._communicator.world_size} rank(s)",
-        )
-        self._metrics.message(f"run directory {path}")
-        digest = None
-        if self._found is not None:
-            if self._found.path.resolve().parent == self._checkpoints.directory.resolve():
-                self._saved_step = progress.step
-            digest = self._found.manifest.get("parameters_sha256")
-            for problem in self._found.problems:
-                self._event(
-                    "checkpoint_damaged", progress.step, f"fell back to {self._found.path.name}: {problem}"
-                )
-            before = self._found.manifest.get("world_size")
-            self._event("resumed", progress.step, f"from {self._found.path} ({before} ranks then)")
-        self._status.update("running", step=progress.step, parameters_sha256=digest)
 
     # What is due
 
-    def record(self, result: StepResult) -> None:
-        """Note a step: a row once an interval is full, an event for a batch without an update."""
-        self._step = result.step
-        if not self._leads:
-            return
-        assert self._metrics is not None and self._status is not None and self._checkpoints is not None
-        for saved in self._checkpoints.poll():
-            self._saved(saved)
-        if result.skipped:
-            message = f"non-finite loss {result.loss} or gradient norm {result.gradient_norm}: no update"
-            self._event("nonfinite_skipped", result.step, message)
-            return
-        self._interval.results.append(result)
-        every = self._config.metrics.log_every_steps
-        if result.step == 1 or result.step % every == 0 or result.step == self._config.trainer.steps:
-            self._metrics.record(
-                "train",
-                self._interval.row(self._config.trainer.global_batch_size, self._communicator.world_size),
-            )
-            if time.monotonic() - self._status_time >= STATUS_SECONDS:
-                self._status_time = time.monotonic()
-                self._status.update(step=result.step)
-
-    def _evaluate(self, run: Run, step: int) -> Evaluation:
+    def _evaluate(self, run: Run) -> Evaluation:
         evaluation = run.evaluator.evaluate()
-        if self._metrics is not None:
-            self._metrics.record("evaluation", {"step": step, **evaluation.row()})
+        if self._record is not None:
+            self._record.evaluation(run.trainer.progress.step, evaluation)
         return evaluation
 
-    def _save(self, run: Run, step: int, evaluation: Evaluation | None) -> None:
-        self._saved_step = step
+    def _save(self, run: Run, evaluation: Evaluation | None) -> None:
+        self._saved_step = run.trainer.progress.step
         run.authority.saved()
-        if self._checkpoints is None or self._metrics is None:
-            return
-        self._metrics.flush()  # a checkpoint never outlives the rows before it
-        finite = evaluation is not None and math.isfinite(evaluation.loss)
-        facts = {
-            "progress": asdict(run.trainer.progress),
-            "world_size": self._communicator.world_size,
-            "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
-            "data_sha256": run.data.dataset.digest,
-            "evaluation": evaluation.row() if evaluation is not None and finite else None,
-            "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
-            "config": self._config.record,
-        }
-        for saved in self._checkpoints.save(step, run.files(), facts):
-            self._saved(saved)
-
-    def _saved(self, saved: Saved) -> None:
-        """Record a save that ended; give up after too many failed ones."""
-        assert self._metrics is not None and self._status is not None
-        if saved.error is None:
-            self._failures = 0
-            path = saved.path.relative_to(self._directory.path)
-            row = {"step": saved.step, "path": str(path), "bytes": saved.bytes}
-            times = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
-            self._metrics.record("checkpoint", {**row, **times})
-            self._status.update(step=saved.step, parameters_sha256=saved.parameters_sha256)
-            return
-        self._failures += 1
-        limit = self._config.checkpoint.max_failures
-        self._event("checkpoint_failed", saved.step, f"{saved.error} ({self._failures} of {limit} in a row)")
-        if self._failures >= limit:
-            raise CheckpointError(
-                f"{self._failures} checkpoints in a row could not be written: {saved.error}"
-            )
-
-    def _event(self, event: str, step: int, message: str) -> None:
-        if self._metrics is not None:
-            self._metrics.record("event", {"event": event, "step": step, "message": message})
-        log.info("%s at step %d: %s", event, step, message)
+        if self._record is not None:
+            self._record.save(run, evaluation)
 
     # The end
 
@@ -344,21 +263,15 @@ class Coordinator:
         run.trainer.close()
         if self._communicator.broadcast_object(self._saved_step is None):
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
-            self._save(run, run.trainer.progress.step, self._evaluate(run, run.trainer.progress.step))
-        if self._checkpoints is not None and self._metrics is not None and self._status is not None:
-            try:
-                for saved in self._checkpoints.wait():
-                    if saved.error is not None:
-                        raise CheckpointError(f"the last checkpoint could not be written: {saved.error}")
-                    self._saved(saved)
-            except MlxRingError as caught:
-                error = caught
+            self._save(run, self._evaluate(run))
+        try:
+            if self._record is not None:
+                self._record.finish_saving()
+        except MlxRingError as caught:
+            error = caught
         self._communicator.agree_on_error(error)
-        if self._metrics is not None and self._status is not None:
-            step = run.trainer.progress.step
-            message = "stopped on request; the same command continues" if stopped else None
-            self._status.update("stopped" if stopped else "completed", step=step, message=message)
-            self._metrics.close(succeeded=not stopped)
+        if self._record is not None:
+            self._record.close(step=run.trainer.progress.step, stopped=stopped)
         return EXIT_STOPPED if stopped else EXIT_COMPLETED
 
     def _evaluate_only(self, run: Run) -> int:
@@ -381,16 +294,9 @@ class Coordinator:
         with contextlib.suppress(OSError, MlxRingError):
             if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
                 self._start_status()
-        with contextlib.suppress(OSError, MlxRingError):
-            for saved in self._checkpoints.wait() if self._checkpoints is not None else []:
-                self._saved(saved)
-        with contextlib.suppress(OSError):
-            if self._status is not None and self._metrics is not None:
-                self._status.update(step=max(self._step, self._status.step))
+        if self._record is not None:
+            self._record.fail()
         RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
-        with contextlib.suppress(OSError):
-            if self._metrics is not None:
-                self._metrics.close(succeeded=False)
 
     def _stop(self) -> None:
         """The first signal: finish the step and save, or leave where nothing was trained. In its thread."""
@@ -410,13 +316,3 @@ def _device() -> str:
     device = mx.default_device()
     name = mx.device_info(device).get("device_name", "")
     return f"{'gpu' if device == mx.gpu else 'cpu'} {name}".strip()
-
-
-def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
-    """The scalar values of the configuration that describe the experiment."""
-    groups = ("model", "data", "optimizer", "schedule", "trainer", "seed", "strategy", "communicator")
-    return {
-        key: value
-        for key, value in flatten(config.record).items()
-        if key.split(".")[0] in groups and isinstance(value, bool | int | float | str)
-    }

@@ -222,7 +222,6 @@ def _fill(
     optimizer.state = tree_unflatten(list(authority.broadcast(state).items()))
     optimizer.init(model.trainable_parameters())
     strategy.load(authority.broadcast(kept) if kept else kept)
-    mx.eval(model.state, optimizer.state)
     return progress
 
 

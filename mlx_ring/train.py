@@ -22,7 +22,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlx_ring.config import HOST_KEYS, RunConfig, explain, flatten, nearest_key, record, to_yaml
+from mlx_ring.config import RunConfig
+from mlx_ring.config_parser import explain, nearest_key, parse
+from mlx_ring.config_record import HOST_KEYS, flatten, record, to_yaml
 from mlx_ring.errors import CheckpointError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
@@ -54,8 +56,9 @@ class Process:
         """The group, joined at the first call: Hydra needs a directory that all ranks agree on before
         anything runs."""
         if self.communicator is None:
-            from mlx_ring.communicator import Communicator, refuse_public_addresses
+            from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
 
+            refuse_old_mlx()
             self.environment.check_backend("communicator.backend", str(root.communicator.backend))
             self.environment.check_backend("cluster.backend", str(root.cluster.backend))
             if not root.cluster.allow_public_addresses:
@@ -135,7 +138,7 @@ class Process:
     def _parse(self, composed: DictConfig) -> tuple[RunConfig | None, MlxRingError | None]:
         """The configuration, or what is wrong with it: several ranks tell it once, after they have met."""
         try:
-            return RunConfig.parse(composed), None
+            return parse(composed), None
         except MlxRingError as error:
             if self.environment.world_size == 1:
                 raise
@@ -252,7 +255,7 @@ def compose_run(*overrides: str) -> RunConfig:
     _register_look_ups()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return RunConfig.parse(compose("config", overrides=list(overrides)))
+            return parse(compose("config", overrides=list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise _understood(error, before_run=True) from error
 

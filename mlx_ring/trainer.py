@@ -40,7 +40,8 @@ class StepResult:
     """One global batch. Times in seconds, sizes in bytes; `flags` are the authority's, summed over ranks."""
 
     step: int
-    skipped: bool
+    skipped: bool  # there was no update
+    targets: int  # in this global batch
     samples: int
     tokens: int
     loss: float
@@ -52,6 +53,13 @@ class StepResult:
     data_seconds: float
     wire_bytes: int
     flags: list[float]
+
+    @property
+    def why_skipped(self) -> str:
+        """What kept a skipped batch from an update."""
+        if self.targets == 0:
+            return "no target to learn from"
+        return f"non-finite loss {self.loss} or gradient norm {self.gradient_norm}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +145,9 @@ class Trainer:
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
                 message = (
-                    f"loss {result.loss} and gradient norm {result.gradient_norm} in "
-                    f"{self._skipped_in_a_row} "
-                    f"batches in a row after step {result.step} (trainer.max_skipped_batches="
-                    f"{self._max_skipped_batches}); lower optimizer.learning_rate, or look at the data"
+                    f"{result.why_skipped} in {self._skipped_in_a_row} batches in a row after step "
+                    f"{result.step} (trainer.max_skipped_batches={self._max_skipped_batches}); lower "
+                    "optimizer.learning_rate, or look at the data"
                 )
                 raise agreed(TrainingError(message))
 
@@ -217,6 +224,7 @@ class Trainer:
         return StepResult(
             step=progress.step,
             skipped=skipped,
+            targets=int(_number(targets)),
             samples=progress.next_sample,
             tokens=progress.tokens,
             loss=_number(loss),

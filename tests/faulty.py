@@ -33,7 +33,8 @@ class Samples:
             os.kill(os.getpid(), signal.SIGKILL)
         elif due and self.fault == "tell":
             Path("reached").touch()
-        return inputs, (indices % 3).astype(np.int32)
+        unlabelled = due and self.fault == "unlabelled"
+        return inputs, np.where(unlabelled, -1, indices % 3).astype(np.int32)
 
 
 def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1) -> Dataset:

@@ -11,7 +11,7 @@ import pytest
 from ranks import ROOT, free_ports, start
 from refusals import CLUSTER, CONFIGURATION, assert_refused
 
-from mlx_ring.communicator import Communicator
+from mlx_ring.communicator import MINIMUM_MLX, Communicator
 from mlx_ring.errors import ConfigError
 from mlx_ring.rank_environment import RankEnvironment
 
@@ -150,3 +150,13 @@ def test_other_code_on_one_rank_is_refused(tmp_path: Path, file: str, line: str,
     trees = [{"PYTHONPATH": str(tree)} for tree in (ROOT, other)]
     ranks = start(SMALLEST, tmp_path, world_size=2, program=program, variables=trees).wait()
     assert_refused(ranks, CLUSTER, "the ranks do not agree", "on rank 1", "on rank 0", *words, agreed=True)
+
+
+def test_an_old_mlx_is_refused(tmp_path: Path) -> None:
+    old = "import mlx.core; mlx.core.__version__ = '0.31.2'; from mlx_ring.train import main; main()"
+    ranks = start(SMALLEST, tmp_path, program=[sys.executable, "-c", old]).wait()
+    assert_refused(ranks, CONFIGURATION, "MLX 0.31.2", MINIMUM_MLX, "pip install")
+
+
+def test_the_oldest_mlx_is_the_one_that_is_declared() -> None:
+    assert f'"mlx>={MINIMUM_MLX},' in (ROOT / "pyproject.toml").read_text()

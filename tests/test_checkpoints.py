@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import rows, status, train
+from ranks import SMALL, rows, start, status, train
 from safetensors.numpy import load_file
 
 EVERY = ("checkpoint.every_steps=1", "schedule=constant")
@@ -81,6 +81,16 @@ def test_never_starts_anew_and_loses_nothing(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2] and status(tmp_path)["step"] == 2
     assert (tmp_path / "run/previous_1/metrics.jsonl").read_text() == before
     assert (tmp_path / "run/previous_1/checkpoints/step_00000006/manifest.json").exists()
+
+
+def test_a_look_up_that_gives_another_value_is_refused(tmp_path: Path) -> None:
+    """Its text is the same as before, and its value is on no disk."""
+    rate = [*SMALL, *EVERY, "run.dir=run", "optimizer.learning_rate=${oc.env:RATE}"]
+    start(rate, tmp_path, variables=[{"RATE": "1e-3"}]).wait().ok()
+    longer = [*rate, "trainer.steps=8"]
+    refused = start(longer, tmp_path, variables=[{"RATE": "2e-3"}]).wait()
+    assert refused.statuses == [2] and "optimizer.learning_rate looks up" in refused.errors[0]
+    start(longer, tmp_path, variables=[{"RATE": "1e-3"}]).wait().ok()
 
 
 @pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000006", "model.safetensors"])

@@ -80,6 +80,12 @@ def test_a_non_finite_batch_is_skipped_everywhere(tmp_path: Path, world_size: in
     assert manifest["progress"]["skipped"] == 1
 
 
+def test_a_batch_without_targets_makes_no_update(tmp_path: Path) -> None:
+    faulty(tmp_path, 1, fault="unlabelled", rank=0, at_call=10, repeats=8).wait().ok()
+    messages = {row["message"] for row in rows(tmp_path, "event")}
+    assert messages == {"no target to learn from: no update"}
+
+
 def test_too_many_non_finite_batches_stop_the_run(tmp_path: Path) -> None:
     ranks = faulty(tmp_path, 2, fault="not_finite", rank=1, at_call=10, repeats=10_000).wait()
     assert ranks.statuses == [4, 4], ranks.report()

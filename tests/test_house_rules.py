@@ -19,9 +19,9 @@ SENTENCE = "Collective: every rank must call"
 FUNCTION_LINES = 50
 FILE_LINES = 300
 LONGER_FILES = {
-    "config.py": 720,  # one dataclass a group, its units and rules: a list to look things up in
-    "communicator.py": 360,  # every rule of the wire in the only file that may touch it
-    "coordinator.py": 430,  # one run from opening to end; its parts share one record
+    "config.py": 500,  # one dataclass a group, its units and rules: a list to look things up in
+    "communicator.py": 370,  # every rule of the wire in the only file that may touch it
+    "coordinator.py": 320,  # one run from opening to end
 }
 COMPUTES = {
     "trainer",
@@ -29,7 +29,6 @@ COMPUTES = {
     "checkpoint_manager",
     "communicator",
     "memory_manager",
-    "run_builder",
 }  # at most
 FILLED = {  # what a group leaves to the user
     "model/custom": {"import_path": "package.module:name"},

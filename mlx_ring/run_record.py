@@ -1,0 +1,175 @@
+"""Rank 0's record of a run while it trains: metrics, checkpoints, and what status.json says of them."""
+
+import contextlib
+import logging
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+from mlx_ring import __version__
+from mlx_ring.checkpoint_manager import CheckpointManager, Saved
+from mlx_ring.communicator import MLX_VERSION
+from mlx_ring.config import RunConfig
+from mlx_ring.config_record import fixed_sha256, flatten, to_yaml
+from mlx_ring.errors import CheckpointError, MlxRingError
+from mlx_ring.evaluator import Evaluation
+from mlx_ring.interval import Interval
+from mlx_ring.metrics_tracker import MetricsTracker
+from mlx_ring.run_builder import Found, Run
+from mlx_ring.run_directory import RunDirectory
+from mlx_ring.run_status import RunStatus
+from mlx_ring.trainer import Progress, StepResult
+
+log = logging.getLogger(__name__)
+STATUS_SECONDS = 1.0  # status.json is renewed at most this often while training
+
+
+class RunRecord:
+    """The record of one run. Other ranks have none."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        status: RunStatus,
+        config: RunConfig,
+        *,
+        world_size: int,
+        progress: Progress,
+        found: Found | None,
+        hydra_files: dict[str, str],
+    ) -> None:
+        """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml."""
+        self._directory, self._status, self._config, self._world_size = directory, status, config, world_size
+        self._checkpoints = CheckpointManager(
+            directory.path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        )
+        own = {**config.record, "run": {"dir": str(directory.path)}}
+        directory.write({"config.yaml": to_yaml(own), **hydra_files})
+        self._checkpoints.set_aside(progress.step)
+        self._metrics = MetricsTracker(
+            directory.path,
+            total_steps=config.trainer.steps,
+            restored_step=progress.step,
+            console=config.metrics.console,
+            tensorboard=config.metrics.tensorboard,
+            hyperparameters=_hyperparameters(config),
+            title=f"{config.model.name} on {config.data.name}, {world_size} rank(s)",
+        )
+        self._interval = Interval(tokens_before=progress.tokens)
+        self._step, self._failures, self._status_time = progress.step, 0, 0.0
+        self._metrics.message(f"run directory {directory.path}")
+        if found is not None:
+            self._resumed(found, progress.step)
+        digest = None if found is None else found.manifest.get("parameters_sha256")
+        self._status.update("running", step=progress.step, parameters_sha256=digest)
+
+    def _resumed(self, found: Found, step: int) -> None:
+        for problem in found.problems:
+            self._event("checkpoint_damaged", step, f"fell back to {found.path.name}: {problem}")
+        self._event("resumed", step, f"from {found.path} ({found.manifest.get('world_size')} ranks then)")
+
+    # While it trains
+
+    def step(self, result: StepResult) -> None:
+        """Note a step: a row once an interval is full, an event for a batch without an update.
+
+        Raises: CheckpointError after too many failed saves; OSError where the record cannot be written.
+        """
+        self._step = result.step
+        for saved in self._checkpoints.poll():
+            self._saved(saved)
+        if result.skipped:
+            self._event("nonfinite_skipped", result.step, f"{result.why_skipped}: no update")
+            return
+        self._interval.results.append(result)
+        every, last = self._config.metrics.log_every_steps, self._config.trainer.steps
+        if result.step == 1 or result.step % every == 0 or result.step == last:
+            row = self._interval.row(self._config.trainer.global_batch_size, self._world_size)
+            self._metrics.record("train", row)
+            if time.monotonic() - self._status_time >= STATUS_SECONDS:
+                self._status_time = time.monotonic()
+                self._status.update(step=result.step)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Note an evaluation."""
+        self._metrics.record("evaluation", {"step": step, **evaluation.row()})
+
+    def save(self, run: Run, evaluation: Evaluation | None) -> None:
+        """Start a checkpoint of the run as it is; `evaluation` is that of these weights, where there is one.
+
+        Raises: CheckpointError after too many failed saves.
+        """
+        self._metrics.flush()  # a checkpoint never outlives the rows before it
+        progress = run.trainer.progress
+        finite = evaluation is not None and math.isfinite(evaluation.loss)
+        facts: dict[str, Any] = {
+            "progress": asdict(progress),
+            "world_size": self._world_size,
+            "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
+            "data_sha256": run.data.dataset.digest,
+            "evaluation": evaluation.row() if evaluation is not None and finite else None,
+            "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
+            "config": self._config.record,
+            "config_sha256": fixed_sha256(self._config.flat()),
+        }
+        for saved in self._checkpoints.save(progress.step, run.files(), facts):
+            self._saved(saved)
+
+    def _saved(self, saved: Saved) -> None:
+        """Record a save that ended; give up after too many failed ones."""
+        if saved.error is None:
+            self._failures = 0
+            path = saved.path.relative_to(self._directory.path)
+            row = {"step": saved.step, "path": str(path), "bytes": saved.bytes}
+            times = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}
+            self._metrics.record("checkpoint", {**row, **times})
+            self._status.update(step=saved.step, parameters_sha256=saved.parameters_sha256)
+            return
+        self._failures += 1
+        limit = self._config.checkpoint.max_failures
+        self._event("checkpoint_failed", saved.step, f"{saved.error} ({self._failures} of {limit} in a row)")
+        if self._failures >= limit:
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be written: {saved.error}"
+            )
+
+    def _event(self, event: str, step: int, message: str) -> None:
+        self._metrics.record("event", {"event": event, "step": step, "message": message})
+        log.info("%s at step %d: %s", event, step, message)
+
+    # The end
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises: CheckpointError where it could not be
+        written."""
+        for saved in self._checkpoints.wait():
+            if saved.error is not None:
+                raise CheckpointError(f"the last checkpoint could not be written: {saved.error}")
+            self._saved(saved)
+
+    def close(self, *, step: int, stopped: bool) -> None:
+        """The last word of a run that ended well: completed, or stopped on request."""
+        message = "stopped on request; the same command continues" if stopped else None
+        self._status.update("stopped" if stopped else "completed", step=step, message=message)
+        self._metrics.close(succeeded=not stopped)
+
+    def fail(self) -> None:
+        """Finish what is being written and note the last step, as far as that is still possible."""
+        with contextlib.suppress(OSError, MlxRingError):
+            for saved in self._checkpoints.wait():
+                self._saved(saved)
+        with contextlib.suppress(OSError):
+            self._status.update(step=max(self._step, self._status.step))
+        with contextlib.suppress(OSError):
+            self._metrics.close(succeeded=False)
+
+
+def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
+    """The scalar values of the configuration that describe the experiment."""
+    groups = ("model", "data", "optimizer", "schedule", "trainer", "seed", "strategy", "communicator")
+    return {
+        key: value
+        for key, value in flatten(config.record).items()
+        if key.split(".")[0] in groups and isinstance(value, bool | int | float | str)
+    }
