@@ -48,9 +48,7 @@ def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
     """What a user would write: one compiled function, waited for at every step."""
     spec, trainer = run.data.dataset.spec, config.trainer
     mx.random.seed(0)
-    model = build_model(
-        config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes
-    )
+    model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
     optimizer = optim.MultiOptimizer(
         [
             optim.AdamW(config.optimizer.learning_rate, weight_decay=decay, bias_correction=True)

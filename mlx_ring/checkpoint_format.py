@@ -136,6 +136,19 @@ def scan(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def named(path: Path) -> list[Path]:
+    """The checkpoints that a path names, newest first: itself, or those of a run or of its checkpoints/.
+
+    Raises: CheckpointError where the path does not exist or is a file.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; give a run's directory or one of its checkpoints/step_…")
+    if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
+        return [path]
+    return scan(path / "checkpoints") or scan(path)
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint's directory name."""
     match = STEP_NAME.fullmatch(path.name)

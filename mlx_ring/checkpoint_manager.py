@@ -166,20 +166,14 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """
     if path.suffix in {".npz", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt"}:
         raise CheckpointError(f"{path} is not supported: checkpoints are safetensors and JSON, never pickles")
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; give a run's directory or one of its checkpoints/step_…"
-        )
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is a file; give a run's directory or one of its checkpoints/step_…")
-    if (path / disk.MANIFEST).exists() or disk.STEP_NAME.fullmatch(path.name):
+    candidates = disk.named(path)
+    if candidates == [path]:
         try:
             return path, disk.verify(path), []
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; give another checkpoint, or its run for the newest valid one"
             ) from None
-    candidates = disk.scan(path / "checkpoints") or disk.scan(path)
     found, manifest, problems = disk.newest_valid(candidates)
     if found is None:
         reason = problems[0] if problems else "it has no checkpoints/step_… in it"

@@ -24,15 +24,8 @@ def checkpoint() -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that RUN names, newest first: a run's directory, its checkpoints/, or one
-    checkpoint."""
-    if not run.exists():
-        raise CheckpointError(
-            f"{run} does not exist; give a run's directory or one of its checkpoints/step_…"
-        )
-    if (run / checkpoint_format.MANIFEST).exists() or checkpoint_format.STEP_NAME.fullmatch(run.name):
-        return [run]
-    found = checkpoint_format.scan(run / "checkpoints") or checkpoint_format.scan(run)
+    """The checkpoints that RUN names, newest first."""
+    found = checkpoint_format.named(run)
     if not found:
         raise CheckpointError(f"{run} has no checkpoints/step_… in it")
     return found

@@ -159,9 +159,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
     error: MlxRingError | None = None
     try:
         memory_manager.apply_limits(config.memory)
-        model = build_model(
-            config.model, kind=spec.kind, input_shape=spec.input_shape, num_classes=spec.num_classes
-        )
+        model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.memory.activation_checkpointing:
             memory_manager.checkpoint_activations(model)
         _refuse_batch_statistics(model)

@@ -86,13 +86,13 @@ def transformer(dropout: float, layers: int = 3) -> tuple[nn.Module, mx.array, m
         rope_base=10000.0,
     )
     tokens = mx.random.randint(0, 50, (4, 24), key=mx.random.key(1))
-    model = build_model(config, kind="language", input_shape=(24,), num_classes=50)
+    model = build_model(config, input_shape=(24,), num_classes=50)
     return model, tokens, (tokens + 1) % 50
 
 
 def classifier(config: Any) -> tuple[nn.Module, mx.array, mx.array]:
     images = mx.random.normal((4, 8, 8, 1), key=mx.random.key(1))
-    model = build_model(config, kind="classifier", input_shape=(8, 8, 1), num_classes=5)
+    model = build_model(config, input_shape=(8, 8, 1), num_classes=5)
     return model, images, mx.array([0, 1, 4, -1])
 
 

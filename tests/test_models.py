@@ -45,12 +45,12 @@ def transformer(size: str = "tiny", **changes: Any) -> TransformerModel:
 
 def classifier(config: Any, shape: tuple[int, ...], num_classes: int = 10) -> nn.Module:
     mx.random.seed(0)
-    return build_model(config, kind="classifier", input_shape=shape, num_classes=num_classes)
+    return build_model(config, input_shape=shape, num_classes=num_classes)
 
 
 def language(config: Any, tokens: int = 16, vocabulary_size: int = 256) -> nn.Module:
     mx.random.seed(0)
-    return build_model(config, kind="language", input_shape=(tokens,), num_classes=vocabulary_size)
+    return build_model(config, input_shape=(tokens,), num_classes=vocabulary_size)
 
 
 def flat(tree: Any) -> dict[str, mx.array]:
@@ -130,14 +130,6 @@ def test_gpt2_124m_has_about_124_million_parameters() -> None:
 def test_transformer_refuses_sequences_longer_than_its_positions() -> None:
     with pytest.raises(ConfigError, match=r"65 tokens.*max_sequence_length=64.*data.sequence_length=64"):
         language(transformer(), tokens=65)
-
-
-@pytest.mark.parametrize(
-    ("config", "kind"), [(mlp(), "language"), (cnn(), "language"), (transformer(), "classifier")]
-)
-def test_model_and_data_of_different_kinds_are_refused(config: Any, kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"model={config.name} .*{kind}"):
-        build_model(config, kind=kind, input_shape=(8, 8, 1), num_classes=10)
 
 
 @pytest.mark.parametrize("name", MODELS)

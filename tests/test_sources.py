@@ -426,9 +426,9 @@ def test_own_data_is_imported_from_the_current_folder(own_module: str) -> None:
     ("error", "name", "arguments", "message"),
     [
         (ConfigError, "absent", {}, "cannot be imported.*absent"),
-        (ConfigError, "number", {}, "is a int; it must be a callable"),
+        (ConfigError, "number", {}, "is a int; it must be a class or a function"),
         (ConfigError, "wrong", {}, "returned a list"),
-        (ConfigError, "build", {"sample": 3}, r"does not take data\.arguments \(sample\)"),
+        (ConfigError, "build", {"sample": 3}, r"does not take the arguments sample:"),
         (ConfigError, "build", {"kind": "language"}, "is of kind language.*of kind classifier"),
         (DataError, "build", {"samples": 0}, "a split without samples"),
         (DataError, "build", {"dtype": "float64"}, "inputs of shape.*float64.*float32"),

@@ -3,14 +3,11 @@
 The steps are apart because the files may come from another host: rank 0 prepares, others may receive.
 """
 
-import importlib
-import inspect
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from mlx_ring import import_path
 from mlx_ring.config import BundledData, CustomData, FashionMNISTData, SyntheticData, TextData, TokensData
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.images import find_fashion_mnist, open_digits, open_fashion_mnist
@@ -81,25 +78,7 @@ def _misfit(data: str, gives: str, kind: str) -> str:
 
 def _open_custom(config: CustomData, kind: str) -> Dataset:
     key = f"data.import_path={config.import_path}"
-    module_name, _, name = config.import_path.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        build: Any = getattr(importlib.import_module(module_name), name)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(
-            f"{key} cannot be imported from {here} or sys.path: {reason}; correct it"
-        ) from error
-    if not callable(build):
-        raise ConfigError(f"{key} is a {type(build).__name__}; it must be a callable that returns a Dataset")
-    arguments = config.arguments or {}
-    try:
-        inspect.signature(build).bind(**arguments)
-    except (TypeError, ValueError) as error:
-        names = ", ".join(arguments) or "none"  # not the values: one may be a secret
-        raise ConfigError(f"{key} does not take data.arguments ({names}): {error}") from error
-    dataset: Any = build(**arguments)
+    dataset = import_path.call("data", config.import_path, config.arguments or {})
     if not isinstance(dataset, Dataset):
         raise ConfigError(
             f"{key} returned a {type(dataset).__name__}; it must return a mlx_ring.data.sources.Dataset"

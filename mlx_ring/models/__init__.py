@@ -12,27 +12,18 @@ from mlx_ring.models.transformer import Transformer
 ModelConfig = MLPModel | CNNModel | TransformerModel | CustomModel
 
 
-def build_model(
-    config: ModelConfig, *, kind: str, input_shape: tuple[int, ...], num_classes: int
-) -> nn.Module:
+def build_model(config: ModelConfig, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Build a model for the data, its weights drawn from mx.random's current state and not yet evaluated.
 
     Args:
         config: the `model` group.
-        kind: what the data gives, `classifier` (samples with a class) or `language` (token sequences).
         input_shape: shape of one sample, (features,), (height, width, channels) or (tokens,).
         num_classes: classes, or tokens of the vocabulary.
 
     Returns: a classifier, float32 samples (B, *input_shape) → logits (B, num_classes), or a language model,
     integer tokens (B, T) → logits (B, T, num_classes).
-    Raises: ConfigError if the model does not fit the data, or a custom one cannot be built.
+    Raises: ConfigError if the data's sequences are too long, or a custom model cannot be built.
     """
-    reads = _reads(config)
-    if reads != kind:
-        raise ConfigError(
-            f"model={config.name} is a {reads} model but the data is for a {kind} model; "
-            "choose another model or data"
-        )
     match config:
         case MLPModel():
             return MLP(config, input_shape, num_classes)
@@ -43,16 +34,6 @@ def build_model(
             return Transformer(config, num_classes)
         case CustomModel():
             return build_custom(config, input_shape, num_classes)
-
-
-def _reads(config: ModelConfig) -> str:
-    match config:
-        case CustomModel():
-            return config.kind.name
-        case TransformerModel():
-            return "language"
-        case _:
-            return "classifier"
 
 
 def _check_sequence_length(config: TransformerModel, input_shape: tuple[int, ...]) -> None:
