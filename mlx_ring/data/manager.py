@@ -127,7 +127,6 @@ def _sequence_length(config: Any, model_maximum: int | None) -> int | None:
     if asked is not None and model_maximum is not None and asked > model_maximum:
         raise ConfigError(
             f"data.sequence_length={asked} is above the model's maximum of {model_maximum} positions; lower "
-            "it, or raise "
-            "model.max_sequence_length"
+            "it, or raise model.max_sequence_length"
         )
     return asked or model_maximum
