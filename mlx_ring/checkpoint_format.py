@@ -38,8 +38,7 @@ MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HostArray:
-    """An array in host memory: MLX's name of its dtype, its shape, and its bytes as a contiguous numpy
-    array."""
+    """An array in host memory: MLX's name of its dtype, its shape, and its contiguous bytes."""
 
     dtype: str
     shape: tuple[int, ...]

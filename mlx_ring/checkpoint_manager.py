@@ -185,8 +185,7 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def load(path: Path, manifest: dict[str, Any]) -> dict[str, Arrays]:
-    """The arrays of a verified checkpoint, by file, in memory at once: MLX's loading is lazy, and the files
-    may go."""
+    """The arrays of a verified checkpoint, by file, read at once: MLX's loading is lazy, and files may go."""
     return {name.removesuffix(".safetensors"): load_arrays(path / name) for name in manifest["files"]}
 
 
@@ -223,8 +222,7 @@ def match(loaded: Arrays, expected: Arrays, where: str, remedy: str) -> Arrays:
 
 
 def initial_weights(path: Path) -> Arrays:
-    """The model's arrays for `checkpoint.initialize_from`: a run, a checkpoint, or a plain safetensors
-    file."""
+    """The model's arrays for `checkpoint.initialize_from`: a run, a checkpoint, or a safetensors file."""
     if path.suffix == ".safetensors" and path.is_file():
         return load_arrays(path)
     directory, _, problems = find(path)

@@ -138,8 +138,7 @@ class Communicator:
     # Rank 0's values, everybody's values
 
     def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes and
-        dtypes."""
+        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of like shape and dtype."""
         if self.world_size == 1:
             return arrays
         received: dict[str, mx.array] = {}
@@ -176,8 +175,7 @@ class Communicator:
         return [json.loads(part) for part in self._gather_bytes(json.dumps(value).encode())]
 
     def gather_floats(self, values: list[float]) -> list[float]:
-        """Every rank's float32 values, as Python floats, rank after rank. Collective: every rank must
-        call."""
+        """Every rank's float32 values, rank after rank. Collective: every rank must call."""
         parts = self._gather_bytes(np.asarray(values, dtype=np.float32).tobytes())
         return [float(value) for part in parts for value in np.frombuffer(part, dtype=np.float32)]
 

@@ -486,8 +486,7 @@ class RunConfig:
         return Kind["language" if self.model.name == "transformer" else "classifier"]
 
     def flat(self) -> dict[str, Any]:
-        """Every value by its dotted key, but for what may differ between hosts. Secrets are not among
-        them."""
+        """Every value by its dotted key, without secrets and without what may differ between hosts."""
         plain = asdict(self)
         del plain["record"]
         return {

@@ -90,8 +90,7 @@ def _refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    """What was meant: the same name in another group, a similar one in this group, a similar whole; else the
-    choice."""
+    """What was meant: the same name in another group, a similar one in this group, or all."""
     group, _, name = key.rpartition(".")
     siblings = {
         other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group

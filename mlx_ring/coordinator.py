@@ -1,5 +1,4 @@
-"""Drives one run: restore; for each step of the trainer record it, ask the authority what is due, and do
-that."""
+"""Drives one run: restore; for each step of the trainer record it and do what the authority says is due."""
 
 import contextlib
 import logging

@@ -20,8 +20,7 @@ Loss = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over the held-out set, weighted by targets. Accuracy for a classifier, perplexity for a language
-    model."""
+    """Means over the held-out set, weighted by targets; accuracy for classes, perplexity for tokens."""
 
     loss: float
     samples: int

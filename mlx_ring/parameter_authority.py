@@ -123,8 +123,7 @@ class ParameterAuthority:
         self._last_save = time.monotonic()
 
     def may_be_due(self, step: int) -> bool:
-        """Whether the step's number alone asks for something: then no later step may be issued before it is
-        done."""
+        """Whether the step's number alone asks for something, to be done before any later step is issued."""
         return (
             step >= self._total_steps
             or _due(step, self._evaluate_every_steps)

@@ -1,5 +1,4 @@
-"""Builds the parts of a run from its configuration, the same on every rank, and fills them with rank 0's
-weights."""
+"""Builds the parts of a run, the same on every rank, and fills them with rank 0's weights."""
 
 import socket
 from dataclasses import asdict, dataclass

@@ -141,8 +141,7 @@ class RunRecord:
     # The end
 
     def finish_saving(self) -> None:
-        """Wait until the last checkpoint is on disk. Raises: CheckpointError where it could not be
-        written."""
+        """Wait until the last checkpoint is on disk. Raises: CheckpointError where it is not."""
         for saved in self._checkpoints.wait():
             if saved.error is not None:
                 raise CheckpointError(f"the last checkpoint could not be written: {saved.error}")

@@ -1,5 +1,4 @@
-"""The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of whatever ends the
-run."""
+"""The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of what ends it."""
 
 import contextlib
 import errno
@@ -53,8 +52,7 @@ class Process:
         self._agreed = False
 
     def join(self, root: DictConfig) -> "Communicator":
-        """The group, joined at the first call: Hydra needs a directory that all ranks agree on before
-        anything runs."""
+        """The group, joined at the first call: Hydra first needs a directory that all agree on."""
         if self.communicator is None:
             from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
 

@@ -277,8 +277,7 @@ def _number(array: mx.array) -> float:
 
 
 def _assign(tree: Any, values: Any) -> None:
-    """Write values into a tree in place: `mx.compile` watches the very dictionaries that the optimizer
-    holds."""
+    """Write values into a tree in place: `mx.compile` watches the optimizer's very dictionaries."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, mx.array):
             tree[key] = value

@@ -109,8 +109,7 @@ def start(
     command: Sequence[str], folder: Path, *, world_size: int = 1, program: Sequence[str] = TRAIN,
     hostfile: Path | None = None, variables: Sequence[dict[str, str]] | None = None,
 ) -> Ranks:  # fmt: skip
-    """Start ranks of one ring (or one lone rank) in `folder`; `variables` are added to each rank's
-    environment."""
+    """Start ranks of one ring (or one lone rank) in `folder`; `variables` go to each rank's environment."""
     if world_size > 1 and hostfile is None:
         hostfile = folder / f"ring-{time.monotonic_ns()}.json"
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(world_size)]))

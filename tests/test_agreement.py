@@ -1,5 +1,4 @@
-"""Nothing trains unless all ranks are of one job, one version, one configuration, one model and one data
-set."""
+"""Nothing trains unless all ranks are of one job, one version, one configuration, one model and data."""
 
 import contextlib
 import json

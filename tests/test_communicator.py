@@ -1,5 +1,4 @@
-"""One shared body of checks (communicator_checks.py), run by real groups of each backend; and the bucket
-plan."""
+"""One shared body of checks (communicator_checks.py), run by real groups of each backend."""
 
 import sys
 from pathlib import Path

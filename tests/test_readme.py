@@ -24,8 +24,7 @@ def test_the_example_of_own_parts_learns(tmp_path: Path) -> None:
 
 
 def test_every_named_path_is_there() -> None:
-    """Files of the repository that the text or a command names; hostfiles/macs.json is the reader's to
-    write."""
+    """Files of the repository that it names; hostfiles/macs.json is the reader's to write."""
     named = set(re.findall(r"(?:benchmarks|hostfiles|conf|docs)/[\w./-]*\w", README)) - {
         "hostfiles/macs.json"
     }

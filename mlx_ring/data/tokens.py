@@ -163,8 +163,7 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
 
 
 def _sampled(path: Path, size_bytes: int) -> str:
-    """SHA-256 of pieces all over the file: the side-car's own is of the file it was made with, maybe
-    another."""
+    """SHA-256 of pieces all over the file: the side-car's own may be of another one."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for start in np.linspace(0, max(0, size_bytes - SAMPLE_BYTES), num=SAMPLES, dtype=np.int64):

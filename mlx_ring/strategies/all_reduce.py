@@ -21,8 +21,7 @@ TARGETS_BASE = 4096  # two float32 digits hold any int32 count exactly, also whe
 
 @final
 class AllReduce(Strategy):
-    """The mean is weighted by targets over the whole global batch, whatever rank computed how many of
-    them."""
+    """The mean is weighted by targets over the whole global batch, whatever rank computed them."""
 
     def __init__(
         self, communicator: Communicator, codec: Codec, *, clip_gradient_norm: float | None, compile: bool
@@ -76,8 +75,7 @@ def _pack(loss: mx.array, targets: mx.array, flags: list[float]) -> mx.array:
 
 
 def _measure(codec: Codec, clip: float | None, reduced: Arrays, scalars: mx.array) -> tuple[mx.array, ...]:
-    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, and what to scale
-    by."""
+    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, the scale."""
     targets = scalars[1].astype(mx.int32) * TARGETS_BASE + scalars[2].astype(mx.int32)
     count = mx.maximum(targets, 1).astype(mx.float32)
     squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]
