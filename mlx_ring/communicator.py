@@ -138,7 +138,7 @@ class Communicator:
     # Rank 0's values, everybody's values
 
     def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of like shape and dtype."""
+        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of its kind."""
         if self.world_size == 1:
             return arrays
         received: dict[str, mx.array] = {}
