@@ -19,10 +19,10 @@ import harness
 import mlx.core as mx
 import numpy as np
 
+from mlx_ring.composition import compose_run
 from mlx_ring.data.images import find_fashion_mnist
 from mlx_ring.data.sources import open_dataset, prepare
 from mlx_ring.errors import DataError
-from mlx_ring.train import compose_run
 
 TRAIN = str(Path(__file__).parent.parent / "train.py")
 GPU = mx.default_device() == mx.gpu

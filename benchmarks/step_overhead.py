@@ -21,12 +21,12 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_ring.communicator import Communicator
+from mlx_ring.composition import compose_run
 from mlx_ring.config import RunConfig
 from mlx_ring.coordinator import Coordinator
 from mlx_ring.models import build_model
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import Run
-from mlx_ring.train import compose_run
 
 CPU_CASES = {
     "mlp": ("model=mlp", "model.hidden_sizes=[512,512]", "trainer.global_batch_size=128"),

@@ -72,7 +72,9 @@ def write(
     touched.
     """
     size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
-    checkpoints.mkdir(mode=0o700, exist_ok=True)
+    if not checkpoints.exists():
+        checkpoints.mkdir(mode=0o700)
+        _sync(checkpoints.parent)
     free = shutil.disk_usage(checkpoints).free
     if free < 2 * size:
         raise CheckpointError(

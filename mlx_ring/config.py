@@ -176,7 +176,7 @@ class TransformerModel(Model):
 @dataclass(kw_only=True)
 class CustomModel(Model):
     name: str
-    import_path: str  # package.module:name of a callable(arguments…, data_spec=DataSpec) -> nn.Module
+    import_path: str  # package.module:name of a callable(input_shape=, num_classes=, arguments…) -> nn.Module
     kind: Kind  # what the model reads: feature or image samples, or token sequences
     arguments: dict[str, Any] | None  # keyword arguments of that callable
 

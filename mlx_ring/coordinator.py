@@ -1,6 +1,5 @@
 """Drives one run: restore; for each step of the trainer record it and do what the authority says is due."""
 
-import contextlib
 import logging
 import os
 import sys
@@ -48,7 +47,7 @@ class Coordinator:
         """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml."""
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
-        self._directory = RunDirectory(run_directory)
+        self.directory = RunDirectory(run_directory)
         self._leads = communicator.rank == 0
         self.job = os.urandom(8).hex()  # rank 0's, once the ranks agree
         self._run: Run | None = None
@@ -106,6 +105,8 @@ class Coordinator:
             self._record.step(result)
         plan = run.authority.decide(result.step, result.flags)
         if not result.skipped or plan.stop:
+            if plan.evaluate or plan.save:
+                run.verify_replicas()  # what is evaluated or saved is every rank's
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
@@ -140,14 +141,18 @@ class Coordinator:
         try:
             if self._leads:
                 if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
-                    self._directory.open()
+                    self.directory.open()
                 self._found = self._find_checkpoint()
         except MlxRingError as caught:
             error = caught
         self._communicator.agree_on_error(error)
         if self._config.evaluation.only:
             return
-        self._directory.log_to_file(self._communicator.rank)
+        try:
+            self.directory.log_to_file(self._communicator.rank)
+        except MlxRingError as caught:
+            error = caught
+        self._communicator.agree_on_error(error)
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
@@ -155,10 +160,10 @@ class Coordinator:
         )  # fmt: skip
 
     def _find_checkpoint(self) -> Found | None:
-        settings, own = self._config.checkpoint, self._directory.path
+        settings, own = self._config.checkpoint, self.directory.path
         if settings.resume == "never":
             if not self._config.evaluation.only:
-                self._directory.set_record_aside()
+                self.directory.set_record_aside()
             elif settings.initialize_from is None:
                 raise ConfigError(
                     "evaluation.only=true with checkpoint.resume=never has no weights; give "
@@ -182,12 +187,12 @@ class Coordinator:
             alike = found.manifest.get("config_sha256", digest) == digest
             refuse_changes(found.manifest.get("config", {}), self._config.record, resolved_alike=alike)
             if not self._is_own(path):
-                self._directory.set_record_aside()  # of another run: two runs never share a record
+                self.directory.set_record_aside()  # of another run: two runs never share a record
         return found
 
     def _is_own(self, checkpoint: Path) -> bool:
         """Whether a checkpoint lies in this run's directory."""
-        return checkpoint.resolve().parent == (self._directory.path / "checkpoints").resolve()
+        return checkpoint.resolve().parent == (self.directory.path / "checkpoints").resolve()
 
     def _already_completed(self) -> bool:
         """A run that has reached its last step is left as it is."""
@@ -199,29 +204,29 @@ class Coordinator:
         )
         done = self._communicator.broadcast_object(done)
         if done and self._leads and self._found is not None:
-            written = RunStatus.read(self._directory.path) or {}
+            written = RunStatus.read(self.directory.path) or {}
             if written.get("state") != "completed":  # it died between its last checkpoint and its last word
                 self._start_status()
                 assert self._status is not None
-                digest = self._found.manifest.get("parameters_sha256")
-                step = self._found.manifest["step"]
-                self._status.update("completed", step=step, parameters_sha256=digest)
-            print(f"{self._directory.path} has completed its {self._found.manifest['step']} steps already")
+                self._status.update("completed")
+            print(f"{self.directory.path} has completed its {self._found.manifest['step']} steps already")
         return done
 
     def _start_status(self) -> None:
         """From here on status.json speaks of this process group."""
         if not self._leads or self._config.evaluation.only:
             return
+        own = self._found.manifest if self._found is not None and self._is_own(self._found.path) else {}
         self._status = RunStatus(
-            self._directory.path,
+            self.directory.path,
             job=self.job,
             world_size=self._communicator.world_size,
             backend=self._communicator.backend,
             device=_device(),
             hosts=self._communicator.hosts,
+            step=own.get("step", 0),
+            parameters_sha256=own.get("parameters_sha256"),
         )
-        self._status.update("starting")
 
     def _begin(self, run: Run) -> None:
         """Open the record of a run that will train."""
@@ -231,7 +236,7 @@ class Coordinator:
         if found is not None and self._is_own(found.path):
             self._saved_step = progress.step
         self._record = RunRecord(
-            self._directory,
+            self.directory,
             self._status,
             self._config,
             world_size=self._communicator.world_size,
@@ -264,13 +269,13 @@ class Coordinator:
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
             self._save(run, self._evaluate(run))
         try:
-            if self._record is not None:
-                self._record.finish_saving()
+            if self._record is not None:  # before the others leave: a launcher ends rank 0 as soon as one has
+                self._record.close(step=run.trainer.progress.step, stopped=stopped)
         except MlxRingError as caught:
             error = caught
+        except OSError as caught:
+            error = CheckpointError(f"the run's record cannot be written: {caught}; make room")
         self._communicator.agree_on_error(error)
-        if self._record is not None:
-            self._record.close(step=run.trainer.progress.step, stopped=stopped)
         return EXIT_STOPPED if stopped else EXIT_COMPLETED
 
     def _evaluate_only(self, run: Run) -> int:
@@ -285,17 +290,15 @@ class Coordinator:
             print(f"evaluation of {source}: {figures}")
         return EXIT_COMPLETED
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str) -> bool:
         """Leave a true record, with no collective: what is being written is finished, the status says why.
 
         Best effort: what cannot be written now must not hide the error that led here.
+        Returns: whether the run had begun, so that its status speaks of it.
         """
-        with contextlib.suppress(OSError, MlxRingError):
-            if self._leads and self._status is None and RunStatus.read(self._directory.path) is None:
-                self._start_status()
         if self._record is not None:
             self._record.fail()
-        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
+        return RunStatus.mark_failed(self.directory.path, job=self.job, message=message) or bool(self._status)
 
     def _stop(self) -> None:
         """The first signal: finish the step and save, or leave where nothing was trained. In its thread."""
@@ -305,7 +308,7 @@ class Coordinator:
             self._run.authority.stop_requested = True
 
     def _leave_at_once(self, message: str) -> NoReturn:
-        RunStatus.mark_failed(self._directory.path, job=self.job, message=message)
+        RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(Interrupted.exit_status)
 

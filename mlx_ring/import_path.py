@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_ring.errors import ConfigError
+from mlx_ring.errors import ConfigError, MlxRingError
 
 
 def import_callable(key: str, import_path: str) -> Callable[..., Any]:
@@ -34,7 +34,7 @@ def import_callable(key: str, import_path: str) -> Callable[..., Any]:
 def call(group: str, import_path: str, arguments: dict[str, Any], **given: Any) -> Any:
     """What `GROUP.import_path` returns for what we give it and the user's GROUP.arguments.
 
-    Raises: ConfigError naming the path if it cannot be imported, or does not take these arguments.
+    Raises: ConfigError naming the path if it cannot be imported, does not take these arguments, or fails.
     """
     key = f"{group}.import_path"
     function, all_arguments = import_callable(key, import_path), {**given, **arguments}
@@ -45,4 +45,10 @@ def call(group: str, import_path: str, arguments: dict[str, Any], **given: Any) 
         raise ConfigError(
             f"{key}={import_path} does not take the arguments {names}: {error}; correct {group}.arguments"
         ) from error
-    return function(**all_arguments)
+    try:
+        return function(**all_arguments)
+    except MlxRingError:
+        raise
+    except Exception as error:  # the user's own code: its traceback is in the log
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{key}={import_path} failed: {reason}; correct it or {group}.arguments") from error

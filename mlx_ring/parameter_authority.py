@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import mlx.core as mx
 
 import mlx_ring
 from mlx_ring.communicator import MLX_VERSION, Communicator
-from mlx_ring.errors import ClusterError, agreed
+from mlx_ring.errors import ClusterError, TrainingError, agreed
 
 Arrays = dict[str, mx.array]
 
@@ -45,6 +46,16 @@ class Plan:
 def sha256_of(value: Any) -> str:
     """Digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def checksum(array: mx.array) -> mx.array:
+    """A uint32 that changes with any one word: the sum mod 2^32 of the words, each times an odd number.
+
+    Exact on every device, for integers may be added in any order.
+    """
+    words = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
+    weights = 2 * mx.arange(words.size, dtype=mx.uint32) + 1
+    return (words.astype(mx.uint32) * weights).sum()
 
 
 def parameter_shapes(parameters: Arrays) -> dict[str, str]:
@@ -108,6 +119,28 @@ class ParameterAuthority:
     def broadcast(self, arrays: Arrays) -> Arrays:
         """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes."""
         return self._communicator.broadcast(arrays)
+
+    def verify(self, parameters: Arrays, step: int) -> None:
+        """Make sure that every rank holds the same parameters. Collective: every rank must call.
+
+        Raises: TrainingError on every rank, naming the odd rank and the first parameter that differs.
+        """
+        if self._communicator.world_size == 1:
+            return
+        paths = sorted(parameters)
+        own: Any = mx.stack([checksum(parameters[path]) for path in paths]).tolist()
+        table = self._communicator.gather_objects(own)
+        for path, sums in zip(paths, zip(*table, strict=True), strict=True):
+            usual = Counter(sums).most_common(1)[0][0]  # of two equally common ones rank 0's
+            odd = next((rank for rank, found in enumerate(sums) if found != usual), None)
+            if odd is not None:
+                raise agreed(
+                    TrainingError(
+                        f"replicas differ after step {step}: rank {odd} on {self._communicator.hosts[odd]} "
+                        f"holds another {path} (checksum {sums[odd]:08x}, the others {usual:08x}); look at "
+                        "that machine, then the same command continues from the newest checkpoint"
+                    )
+                )
 
     def flags(self) -> list[float]:
         """This rank's wishes, to be summed over ranks: [stop, save by the clock]."""

@@ -19,21 +19,38 @@ class ProcessLock:
     """An advisory lock (flock), freed by the kernel when the process ends, whatever ends it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: LockHeld; OSError where the file cannot be made."""
+        """Raises: LockHeld; OSError where the file cannot be made, or its file system has no locks."""
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(self._file, 4096, 0).decode(errors="replace")
+        self._file = self._lock()
+        while not self._is_still_named():  # its holder removed it between our opening and our locking
             os.close(self._file)
-            raise LockHeld(path, _describe(holder)) from None
+            self._file = self._lock()
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
     def release(self) -> None:
-        """Free the lock. The file stays: removing it would let two processes lock two files of one name."""
+        """Remove the file and free the lock."""
+        self.path.unlink(missing_ok=True)
         os.close(self._file)
+
+    def _lock(self) -> int:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 4096, 0).decode(errors="replace")
+            os.close(file)
+            raise LockHeld(self.path, _describe(holder)) from None
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def _is_still_named(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            return False
 
 
 def _describe(holder: str) -> str:

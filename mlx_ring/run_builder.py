@@ -51,6 +51,12 @@ class Run:
     trainer: Trainer
     evaluator: Evaluator
 
+    def verify_replicas(self) -> None:
+        """Raises: TrainingError where ranks that should hold equal weights do not. Collective: every rank
+        must call."""
+        if self.strategy.replicas_agree:
+            self.authority.verify(self.files()["model"], self.trainer.progress.step)
+
     def files(self) -> dict[str, Arrays]:
         """Everything that is saved, by file."""
         return {

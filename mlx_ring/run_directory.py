@@ -1,8 +1,10 @@
 """The directory of one run on one host: made, locked, and kept apart from earlier runs. No mlx here."""
 
+import contextlib
 import errno
 import logging
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 from mlx_ring import checkpoint_format
@@ -24,48 +26,45 @@ class RunDirectory:
 
         Raises: ConfigError when it cannot be written, or a live run holds it.
         """
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
             self._lock = ProcessLock(self.path / "run.lock")
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
-        except LockHeld as held:
-            raise ConfigError(
-                f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
-            ) from None
-        checkpoint_format.sweep(self.path / "checkpoints")
+            checkpoint_format.sweep(self.path / "checkpoints")
+
+    def is_free(self) -> bool:
+        """Whether no other process holds it. From then on this one does."""
+        with contextlib.suppress(LockHeld, OSError):
+            self._lock = self._lock or ProcessLock(self.path / "run.lock")
+        return self._lock is not None
 
     def log_to_file(self, rank: int) -> None:
-        """Send this process's log to logs/rank_N.log. Every rank."""
-        try:
+        """Send this process's log to logs/rank_N.log. Every rank. Raises: ConfigError."""
+        with self._writing():
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
             handler = logging.FileHandler(self.path / "logs" / f"rank_{rank}.log")
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
-            ) from None
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
-    def set_record_aside(self) -> Path | None:
-        """Move an earlier run's record to previous_N, so that a new one starts without losing it. Rank 0."""
+    def set_record_aside(self) -> None:
+        """Move an earlier run's record to previous_N, so that a new one starts without losing it. Rank 0.
+
+        Raises: ConfigError.
+        """
         present = [self.path / name for name in RECORD if (self.path / name).exists()]
         if not present:
-            return None
+            return
         number = 1
         while (self.path / f"previous_{number}").exists():
             number += 1
-        aside = self.path / f"previous_{number}"
-        aside.mkdir()
-        for path in present:
-            path.rename(aside / path.name)
-        return aside
+        with self._writing():
+            aside = self.path / f"previous_{number}"
+            aside.mkdir()
+            for path in present:
+                path.rename(aside / path.name)
 
     def write(self, files: dict[str, str]) -> None:
         """Text files by their names in the directory, each whole or not at all. Rank 0."""
@@ -75,3 +74,16 @@ class RunDirectory:
             temporary = path.with_name(f".{path.name}-{os.getpid()}")
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None]:
+        try:
+            yield
+        except LockHeld as held:
+            raise ConfigError(
+                f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
+            ) from None

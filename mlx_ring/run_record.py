@@ -61,8 +61,7 @@ class RunRecord:
         self._metrics.message(f"run directory {directory.path}")
         if found is not None:
             self._resumed(found, progress.step)
-        digest = None if found is None else found.manifest.get("parameters_sha256")
-        self._status.update("running", step=progress.step, parameters_sha256=digest)
+        self._status.update("running", step=progress.step)
 
     def _resumed(self, found: Found, step: int) -> None:
         for problem in found.problems:
@@ -140,16 +139,20 @@ class RunRecord:
 
     # The end
 
-    def finish_saving(self) -> None:
-        """Wait until the last checkpoint is on disk. Raises: CheckpointError where it is not."""
+    def close(self, *, step: int, stopped: bool) -> None:
+        """The last word of a run that ended well, completed or stopped, once its last checkpoint is on disk.
+
+        Raises: CheckpointError where that could not be written; OSError where the rest cannot.
+        """
         for saved in self._checkpoints.wait():
             if saved.error is not None:
                 raise CheckpointError(f"the last checkpoint could not be written: {saved.error}")
             self._saved(saved)
-
-    def close(self, *, step: int, stopped: bool) -> None:
-        """The last word of a run that ended well: completed, or stopped on request."""
-        message = "stopped on request; the same command continues" if stopped else None
+        self._checkpoints.close()
+        again = "the same command continues"
+        if self._config.checkpoint.resume != "auto":
+            again = "the same command with checkpoint.resume=auto continues"
+        message = f"stopped on request; {again}" if stopped else None
         self._status.update("stopped" if stopped else "completed", step=step, message=message)
         self._metrics.close(succeeded=not stopped)
 

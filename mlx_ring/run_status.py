@@ -23,10 +23,19 @@ class RunStatus:
     """
 
     def __init__(
-        self, run_directory: Path, *, job: str, world_size: int, backend: str, device: str, hosts: list[str]
+        self,
+        run_directory: Path,
+        *,
+        job: str,
+        world_size: int,
+        backend: str,
+        device: str,
+        hosts: list[str],
+        step: int = 0,
+        parameters_sha256: str | None = None,
     ) -> None:
-        """Write state `starting`. Step and parameters_sha256 of an earlier job in this directory are kept,
-        since its newest checkpoint is still the newest.
+        """Write state `starting`. `step` and `parameters_sha256` are those of the checkpoint that the run
+        continues from, where that is its own.
 
         `job` is equal on all ranks of this process group and differs from every earlier one's.
         Raises: OSError where the file cannot be written.
@@ -36,15 +45,14 @@ class RunStatus:
         with _locked(run_directory):
             for torn in run_directory.glob(f".{FILE_NAME}.*"):
                 torn.unlink()  # left by a killed writer
-            before = RunStatus.read(run_directory) or {}
             status: dict[str, Any] = {
                 "state": "starting",
-                "step": before.get("step", 0),
+                "step": step,
                 "world_size": world_size,
                 "backend": backend,
                 "device": device,
                 "hosts": hosts,
-                "parameters_sha256": before.get("parameters_sha256"),
+                "parameters_sha256": parameters_sha256,
                 "message": "",
                 "updated_at": 0.0,
                 "job": job,
@@ -88,6 +96,30 @@ class RunStatus:
         except (FileNotFoundError, ValueError):
             return None
         return status if isinstance(status, dict) else None
+
+    @staticmethod
+    def record_refusal(
+        run_directory: Path, *, world_size: int, backend: str, hosts: list[str], message: str
+    ) -> None:
+        """Say that the last command was refused before its run began; what an earlier run reached stays.
+
+        For rank 0, while no live run holds the directory. Raises: OSError where the file cannot be written.
+        """
+        with _locked(run_directory):
+            before = RunStatus.read(run_directory) or {}
+            status: dict[str, Any] = {
+                "state": "failed",
+                "step": before.get("step", 0),
+                "world_size": world_size,
+                "backend": backend,
+                "device": "",
+                "hosts": hosts,
+                "parameters_sha256": before.get("parameters_sha256"),
+                "message": message,
+                "updated_at": 0.0,
+                "job": "",
+            }
+            _replace(run_directory, status)
 
     @staticmethod
     def mark_failed(run_directory: Path, *, job: str, message: str) -> bool:

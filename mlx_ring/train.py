@@ -1,43 +1,43 @@
 """The program `train.py`: Hydra → RunConfig → Coordinator.run, and the exit status of what ends it."""
 
 import contextlib
-import errno
 import faulthandler
 import logging
 import os
-import re
 import socket
 import sys
-import sysconfig
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mlx_ring.composition import (
+    CONF,
+    LOOKS_ONLY,
+    hydra_files,
+    hydra_options,
+    register_look_ups,
+    typed_directory,
+    understood,
+)
 from mlx_ring.config import RunConfig
-from mlx_ring.config_parser import explain, nearest_key, parse
-from mlx_ring.config_record import HOST_KEYS, flatten, record, to_yaml
-from mlx_ring.errors import CheckpointError, ConfigError, Interrupted, MlxRingError
+from mlx_ring.config_parser import parse
+from mlx_ring.config_record import HOST_KEYS, flatten, record
+from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+from mlx_ring.run_directory import RunDirectory
+from mlx_ring.run_status import RunStatus
 
 if TYPE_CHECKING:
     from mlx_ring.communicator import Communicator
     from mlx_ring.coordinator import Coordinator
 
-PACKAGE = Path(__file__).parent
-CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.exists())  # wheel, checkout
-LOOKS_ONLY = {
-    "--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc",
-}  # fmt: skip
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 log = logging.getLogger(__name__)
+REFUSAL_SECONDS = 1.0  # a launcher ends rank 0 as soon as another has left: time to record what all refuse
 
 
 class Process:
@@ -48,6 +48,9 @@ class Process:
         self.communicator: Communicator | None = None
         self.coordinator: Coordinator | None = None
         self.status = 0
+        self.directory = typed_directory()  # of the run, as far as it is known
+        self._directory_was_there = self.directory is not None and self.directory.exists()
+        self._looks_only = False
         self._run_id = ""
         self._agreed = False
 
@@ -59,6 +62,7 @@ class Process:
             refuse_old_mlx()
             self.environment.check_backend("communicator.backend", str(root.communicator.backend))
             self.environment.check_backend("cluster.backend", str(root.cluster.backend))
+            self.environment.check_cluster(str(root.cluster.backend), root.cluster.hostfile)
             if not root.cluster.allow_public_addresses:
                 refuse_public_addresses(self.environment)
             self.communicator = Communicator(self.environment)
@@ -69,7 +73,7 @@ class Process:
 
         Collective: every rank must call.
         """
-        if _looks_only():
+        if self._looks_only:
             return "<time>"
         if not self._run_id:
             stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -98,12 +102,13 @@ class Process:
         """Everything from the environment to the end of the run. Returns the exit status."""
         self.environment = RankEnvironment.read()
         use_bundled_open_mpi()
-        if {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv):
+        options = hydra_options()
+        if options.multirun or "hydra.mode=MULTIRUN" in options.overrides:
             raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
+        self._looks_only = any(getattr(options, name) for name in LOOKS_ONLY)
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
-        _register_look_ups()
+        register_look_ups()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
-        _check_options()
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             start(self.train)()
@@ -112,18 +117,21 @@ class Process:
         except ValueError as error:  # what Hydra lets pass: `=3`, a NUL in the directory's name
             where = "run.dir" if "null" in str(error) else "the command line"
             raise ConfigError(f"{where} cannot be used: {error}; correct it") from error
+        if self.communicator is not None:
+            self.communicator.free_ports()
         return self.status
 
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run. Collective: every rank must call."""
         try:
+            self.directory = Path(HydraConfig.get().runtime.output_dir)
             config, error = self._parse(composed)
             from mlx_ring.coordinator import Coordinator  # loads MLX: not before the configuration is right
 
             communicator = self.join(composed)
             if config is not None:
-                directory = Path(HydraConfig.get().runtime.output_dir)
-                self.coordinator = Coordinator(config, communicator, directory, _hydra_files(composed))
+                files = hydra_files(composed)
+                self.coordinator = Coordinator(config, communicator, self.directory, files)
             self.agree_on_command(composed)
             communicator.agree_on_error(error)
             assert config is not None and self.coordinator is not None
@@ -147,12 +155,13 @@ class Process:
 
         Collective: every rank must call where the error is an agreed one, so that rank 0 speaks first.
         """
-        error = _understood(error, before_run=self.coordinator is None)
+        error = understood(error, self.directory, before_run=self.coordinator is None)
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-        if self.coordinator is not None:
-            self.coordinator.fail(message)
+        if self.coordinator is None or not self.coordinator.fail(message):
+            with contextlib.suppress(OSError):
+                self._record_refusal(message)
         several = self.environment.world_size > 1
         together = known and error.agreed and self.communicator is not None
         log.error("%s", message, exc_info=error)
@@ -167,8 +176,11 @@ class Process:
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
+        if self.environment.rank and self.communicator is None:
+            time.sleep(REFUSAL_SECONDS)
         if not several or self.communicator is None:
             raise SystemExit(status)
+        self.communicator.free_ports()
         if together:  # a launcher ends rank 0 as soon as another rank has left: not before it has spoken
             with contextlib.suppress(MlxRingError):
                 self.communicator.barrier()
@@ -176,61 +188,28 @@ class Process:
             _abort_mpi(status)
         os._exit(status)
 
-
-def _check_options() -> None:
-    """Hydra's options, read as it reads them, but with a mistake told in one line."""
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError(f"{message}; train.py --hydra-help lists the options, NAME=VALUE sets a value")
-
-    parser = get_args_parser()
-    parser.error = refuse
-    parser.parse_args()
-
-
-def _hydra_files(composed: DictConfig) -> dict[str, str]:
-    """The content of `.hydra`: written by the run itself once it starts, and without secrets."""
-    own = HydraConfig.get()
-    hydra_config = OmegaConf.create({"hydra": own})
-    parts: dict[str, Any] = {"config": composed, "hydra": hydra_config, "overrides": own.overrides.task}
-    return {f".hydra/{name}.yaml": to_yaml(record(part)) for name, part in parts.items()}
-
-
-def _looks_only() -> bool:
-    return any(argument.partition("=")[0] in LOOKS_ONLY for argument in sys.argv[1:])
-
-
-def _understood(error: BaseException, *, before_run: bool) -> BaseException:
-    """One of our own errors, where Hydra or OmegaConf wrapped or raised it."""
-    if isinstance(error, OmegaConfBaseException):
-        return explain(error)
-    if isinstance(error, HydraException):
-        return _hydra_error(error)
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted before the run began")
-    if isinstance(error, OSError) and not before_run and error.errno in DISK_ERRORS:
-        return CheckpointError(
-            f"the run's record cannot be written: {error}; make room, then the same command continues"
-        )
-    if isinstance(error, OSError) and before_run and error.filename:  # Hydra makes the run's directory
-        return ConfigError(f"run.dir {error.filename} cannot be written: {error.strerror}; choose another")
-    return error
-
-
-def _hydra_error(error: HydraException) -> ConfigError:
-    text = " ".join(str(error).split() or str(error.__cause__).split())
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
-    if found := re.search(r"Could not override '([^']+)'", text):
-        groups = {
-            path.name for path in CONF.iterdir() if path.is_dir()
-        }  # the hint is for the choices made in them
-        choices = [item for item in sys.argv[1:] if "=" in item and item.partition("=")[0] in groups]
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            hint = nearest_key(found[1], compose("config", overrides=choices))
-        return ConfigError(f"unknown configuration key {found[1]}; {hint}")
-    return ConfigError(text)
+    def _record_refusal(self, message: str) -> None:
+        """Of a command that ended before its run began: under a launcher, whose exit status says nothing, the
+        verdict goes into status.json; one rank's directory stays as it was."""
+        directory, several = self.directory, self.environment.world_size > 1
+        if directory is None or self.environment.rank:
+            return
+        looked = any(item.lower() == "evaluation.only=true" for item in sys.argv)
+        opened = self.coordinator is not None and RunStatus.read(directory) is None
+        if looked or not (several or opened):
+            if not self._directory_was_there:
+                directory.rmdir()  # Hydra made it; only while it is empty
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        run_directory = RunDirectory(directory) if self.coordinator is None else self.coordinator.directory
+        if run_directory.is_free():
+            RunStatus.record_refusal(
+                directory,
+                world_size=self.environment.world_size,
+                backend=self.environment.backend,
+                hosts=[socket.gethostname()] if self.communicator is None else self.communicator.hosts,
+                message=message,
+            )
 
 
 def _abort_mpi(status: int) -> None:
@@ -243,25 +222,6 @@ def _abort_mpi(status: int) -> None:
     except ImportError:
         return
     MPI.COMM_WORLD.Abort(status)
-
-
-def compose_run(*overrides: str) -> RunConfig:
-    """The configuration that `train.py OVERRIDES` would run with, for programs that build runs themselves.
-
-    Give `run.dir`: its default needs a group of ranks. Raises: ConfigError.
-    """
-    _register_look_ups()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return parse(compose("config", overrides=list(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _understood(error, before_run=True) from error
-
-
-def _register_look_ups() -> None:
-    OmegaConf.register_new_resolver(
-        "mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"), replace=True
-    )
 
 
 def main() -> NoReturn:

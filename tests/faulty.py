@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,10 @@ class Samples:
             os.kill(os.getpid(), signal.SIGKILL)
         elif due and self.fault == "tell":
             Path("reached").touch()
+        elif due and self.fault == "pause":
+            Path("reached").touch()
+            while not Path("go").exists():
+                time.sleep(0.01)
         unlabelled = due and self.fault == "unlabelled"
         return inputs, np.where(unlabelled, -1, indices % 3).astype(np.int32)
 

@@ -40,5 +40,23 @@ def points(count: int = 256) -> Dataset:
     return Dataset(spec=spec, digest=f"points-{count}", train=Points(count), held_out=Points(16))
 
 
+class HalfLabelled(Points):
+    """About half of the targets do not count, so that micro-batches weigh differently."""
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        inputs, _ = super().batch(indices)
+        counts = np.random.default_rng(0).random(self.count)[indices] < 0.5
+        return inputs, np.where(counts, indices % 3, -1).astype(np.int32)
+
+
+def half_labelled() -> Dataset:
+    spec = DataSpec(kind="classifier", input_shape=(2,), num_classes=3)
+    return Dataset(spec=spec, digest="half", train=HalfLabelled(256), held_out=HalfLabelled(16))
+
+
+def failing(**_: object) -> object:
+    raise ValueError("no such thing")
+
+
 def squared(outputs: mx.array, targets: mx.array) -> mx.array:
     return mx.square(outputs - targets)

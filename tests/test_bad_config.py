@@ -80,6 +80,7 @@ RANGES = [
         ["checkpoint.keep_last=0"],
         ["checkpoint.keep_last must be at least 1", "resuming needs the newest", "got 0"],
     ),
+    (["checkpoint.every_seconds=0"], ["checkpoint.every_seconds must be null or above 0", "got 0"]),
     (["schedule.warmup_steps=6"], ["schedule.warmup_steps must be below trainer.steps=6", "got 6"]),
     (["cluster.ranks=3"], ["cluster.ranks=3", "1 rank was launched", "mlx.launch -n 3"]),
 ]
@@ -90,6 +91,8 @@ COMMAND_LINES = [
     (["--config-name"], ["--config-name", "expected one argument"]),
     (["--config-dir=nowhere"], ["nowhere", "not found"]),
     (["-m", "seed=1,2"], ["multirun", "without -m"]),
+    (["--multi", "seed=1,2"], ["multirun", "without -m"]),
+    (["hydra.mode=MULTIRUN", "seed=1,2"], ["multirun", "without -m"]),
 ]
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]
 
@@ -149,6 +152,36 @@ def test_a_nul_in_the_run_directory(tmp_path: Path) -> None:
 def test_a_mistake_that_all_ranks_see_is_told_once(tmp_path: Path) -> None:
     ranks = train(tmp_path, "trainer.steps=-1", world_size=2)
     assert_refused(ranks, CONFIGURATION, "trainer.steps must be at least 1", "got -1", agreed=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("trainer.steps=-1", "trainer.steps must be"), ("trainer.stepz=1", "unknown configuration key")],
+)
+def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str, words: str) -> None:
+    """Its exit status says nothing; what the earlier run reached stays."""
+    before = contents(earlier)
+    ranks = train(earlier, override, world_size=2)
+    assert ranks.statuses == [2, 2], ranks.report()
+    assert contents(earlier) == before | {
+        path: body for path, body in contents(earlier).items() if "ring-" in path
+    }
+    assert status(earlier)["state"] == "failed" and words in str(status(earlier)["message"])
+    assert SAVED.items() <= status(earlier).items()
+
+
+def test_a_mistake_leaves_no_empty_directory(tmp_path: Path) -> None:
+    assert train(tmp_path, "trainer.steps=-1", run="outputs/new").statuses == [2]
+    assert train(tmp_path, "evaluation.only=true", run="outputs/typo").statuses == [5]
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_record_that_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    ranks = train(tmp_path)
+    assert_refused(
+        ranks, CONFIGURATION, "the run's record cannot be written", "metrics.jsonl", "another run.dir"
+    )
 
 
 def test_more_ranks_than_micro_batches(tmp_path: Path) -> None:

@@ -152,6 +152,28 @@ def test_other_code_on_one_rank_is_refused(tmp_path: Path, file: str, line: str,
     assert_refused(ranks, CLUSTER, "the ranks do not agree", "on rank 1", "on rank 0", *words, agreed=True)
 
 
+def test_another_mlx_on_one_rank_is_refused(tmp_path: Path) -> None:
+    other = (
+        "import os, mlx.core\nif os.environ['MLX_RANK'] == '1': mlx.core.__version__ = '0.32.99'\n"
+        "from mlx_ring.train import main; main()"
+    )
+    ranks = start(SMALLEST, tmp_path, world_size=2, program=[sys.executable, "-c", other]).wait()
+    assert_refused(ranks, CLUSTER, "mlx is 0.32.99 on rank 1", mx.__version__, "same version", agreed=True)
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("lab", ["cluster.hostfile=hostfiles/lab.json", "mlx.launch --hostfile hostfiles/lab.json"]),
+        ("mpi", ["cluster.backend=mpi", "mpirun -n 2 python train.py"]),
+        ("nccl", ["cluster.backend=nccl", "mlx.launch --backend nccl"]),
+    ],
+)
+def test_a_cluster_that_nobody_launched_is_refused(tmp_path: Path, choice: str, words: list[str]) -> None:
+    ranks = start([*SMALLEST, f"cluster={choice}"], tmp_path).wait()
+    assert_refused(ranks, CONFIGURATION, *words, "one rank started by itself")
+
+
 def test_an_old_mlx_is_refused(tmp_path: Path) -> None:
     old = "import mlx.core; mlx.core.__version__ = '0.31.2'; from mlx_ring.train import main; main()"
     ranks = start(SMALLEST, tmp_path, program=[sys.executable, "-c", old]).wait()

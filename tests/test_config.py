@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from ranks import train
 
 from mlx_ring import config_parser
+from mlx_ring.composition import CONF, compose_run
 from mlx_ring.config import CHOICES, SECTIONS, RunConfig
 from mlx_ring.config_parser import nearest_key
 from mlx_ring.config_record import record, refuse_changes, to_yaml
 from mlx_ring.errors import ConfigError
-from mlx_ring.train import CONF, compose_run
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -1,10 +1,11 @@
 """N ranks with the same global batch are one rank, and a stop with a resume is no stop."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import SMALL, mpirun, rows, start, status, train
+from ranks import ROOT, SMALL, mpirun, rows, status, train
 from safetensors.numpy import load_file
 
 WEIGHTED = ("trainer.clip_gradient_norm=0.5",)
@@ -30,6 +31,25 @@ def test_ranks_equal_one_rank(alone: Path, tmp_path: Path, world_size: int) -> N
     losses = [[row["loss"] for row in rows(folder, "train")] for folder in (alone, tmp_path)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert status(tmp_path)["world_size"] == world_size
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_unequal_micro_batches_weigh_by_their_targets(
+    tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, compiled: a mean of means, or random numbers keyed by rank, would give other weights."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+    options = (
+        "data=custom", "data.import_path=own_code:half_labelled", "model.dropout=0.3", "trainer.compile=true",
+        "optimizer=sgd", "optimizer.learning_rate=0.1", "trainer.global_batch_size=28",
+    )  # fmt: skip
+    train(tmp_path, *options, run="alone").ok()
+    train(tmp_path, *options, world_size=world_size, run="shared").ok()  # 7 micro-batches
+    expected, found = weights(tmp_path, "alone"), weights(tmp_path, "shared")
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    losses = [[row["loss"] for row in rows(tmp_path, "train", run)] for run in ("alone", "shared")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
 def test_mpi_equals_one_rank(alone: Path, tmp_path: Path) -> None:
@@ -100,4 +120,4 @@ def test_more_steps_continue_a_completed_run(tmp_path: Path) -> None:
     train(tmp_path, "schedule=constant").ok()
     train(tmp_path, "schedule=constant", "trainer.steps=9", world_size=2).ok()
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 10))
-    assert start and status(tmp_path)["step"] == 9
+    assert status(tmp_path)["step"] == 9

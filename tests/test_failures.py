@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
+from refusals import CONFIGURATION, assert_refused
 
 FAULTY = [
     *SMALL,
@@ -113,6 +115,25 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: si
     assert rows(tmp_path, "train")[-1]["step"] == step + 3
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_stop_and_the_same_command_again_are_no_stop(tmp_path: Path, world_size: int) -> None:
+    """A real signal in the middle of training with dropout: not one bit of the final weights is another."""
+    pause = f"data.arguments={{fault: pause, rank: 0, at_call: {160 // world_size}}}"
+    command = [*FAULTY, pause, "model.dropout=0.3", "checkpoint.every_steps=null"]
+    ranks = start(command, tmp_path, world_size=world_size)
+    wait_for(tmp_path / "reached", ranks)
+    ranks.members[-1].process.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    ranks.wait()
+    assert ranks.statuses == [75] * world_size and 10 < int(str(status(tmp_path)["step"])) < 400
+    start(command, tmp_path, world_size=world_size).wait().ok()
+    start([*command, "run.dir=whole"], tmp_path, world_size=world_size).wait().ok()
+    ends = [status(tmp_path, run)["parameters_sha256"] for run in ("run", "whole")]
+    assert ends[0] == ends[1]
+    losses = [[row["loss"] for row in rows(tmp_path, "train", run)] for run in ("run", "whole")]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals) -> None:
     """While the data is being prepared: nothing to save, one line, a true status."""
@@ -167,6 +188,52 @@ shutil.disk_usage = lambda path: namedtuple("usage", "total used free")(10**9, 1
 from mlx_ring.train import main
 main()
 """
+
+
+ODD_REPLICA = """
+import dataclasses, os
+from mlx_ring.strategies.all_reduce import AllReduce
+
+update, updates = AllReduce.update, []
+
+def odd_update(self, reduced):
+    updates.append(reduced)
+    if os.environ["MLX_RANK"] == "1" and len(updates) == 2:
+        reduced = dataclasses.replace(reduced, scale=reduced.scale * 1.5)
+    update(self, reduced)
+
+AllReduce.update = odd_update
+from mlx_ring.train import main
+main()
+"""
+
+
+def test_replicas_that_differ_stop_the_run(tmp_path: Path) -> None:
+    """One rank makes another update of its own: found before it is evaluated or saved, and named."""
+    program = [sys.executable, "-c", ODD_REPLICA]
+    command = [*SMALL, "run.dir=run", "checkpoint.every_steps=1"]
+    ranks = start(command, tmp_path, world_size=3, program=program).wait()
+    assert ranks.statuses == [4, 4, 4] and len(ranks.errors) == 1, ranks.report()
+    for words in ("replicas differ after step 2", "rank 1 on ", "holds another layers.0."):
+        assert words in ranks.errors[0], ranks.errors
+    assert status(tmp_path)["state"] == "failed" and status(tmp_path)["step"] == 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_without_checkpoints_there_is_no_digest(tmp_path: Path) -> None:
+    """Somebody deleted them: the digest of what is no more must not stay in the status."""
+    faulty(tmp_path, 1, fault="tell", rank=0, at_call=1).wait().ok()
+    assert status(tmp_path)["parameters_sha256"]
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert faulty(tmp_path, 1, fault="raise", rank=0, at_call=2).wait().statuses == [1]
+    assert status(tmp_path)["state"] == "failed" and status(tmp_path)["parameters_sha256"] is None
+
+
+def test_a_rank_that_cannot_keep_its_log_names_itself(tmp_path: Path) -> None:
+    (tmp_path / "run/logs/rank_1.log").mkdir(parents=True)
+    ranks = start([*SMALL, "run.dir=run"], tmp_path, world_size=2).wait()
+    assert_refused(ranks, CONFIGURATION, "rank 1 on ", "run.dir", "cannot be written", agreed=True)
+    assert "rank 1 on " in str(status(tmp_path)["message"])
 
 
 def test_a_program_that_dies_before_the_first_step_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from ranks import ROOT, SMALL, Ranks, rows, start
+from refusals import CONFIGURATION, assert_refused
 
 OWN = (
     "model=custom", "model.import_path=own_code:Line", "model.arguments={scale: 2.0}", "data=custom",
@@ -27,6 +28,16 @@ def own_code_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_own_model_data_and_loss(tmp_path: Path, world_size: int) -> None:
     run(tmp_path, *OWN, world_size=world_size).ok()
     assert rows(tmp_path, "evaluation")[-1]["loss"] < 0.05 * rows(tmp_path, "train")[0]["loss"]
+
+
+@pytest.mark.parametrize("part", ["model", "data"])
+def test_own_code_that_fails(tmp_path: Path, part: str) -> None:
+    """One line; where in the user's code is in the log of a model, which is built once the run is open."""
+    failing = (f"{part}.import_path=own_code:failing", f"{part}.arguments={{}}")
+    refused = run(tmp_path, *OWN, *failing)
+    words = (f"{part}.import_path=own_code:failing failed: ValueError: no such thing", f"{part}.arguments")
+    assert_refused(refused, CONFIGURATION, *words)
+    assert "raise ValueError" in (tmp_path / "run/logs/rank_0.log").read_text()
 
 
 def test_a_checkpoint_names_no_code(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The data of one rank: found or made on its host, or received from rank 0, then opened and dealt."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class DataManager:
         self._config, self._communicator = config, communicator
         self._kind, self._seed = kind, seed
         self._sequence_length: int | None = None
-        dataset, error = self._open_own(model_maximum)
+        self._files: dict[str, Path] = {}
+        dataset, error = self._try(lambda: self._own_files(model_maximum))
         if getattr(config, "distribute", False) and communicator.world_size > 1:
             communicator.agree_on_error(error if communicator.rank == 0 else None)
             dataset, error = self._receive_missing(dataset)
@@ -59,15 +61,19 @@ class DataManager:
             self._config, kind=self._kind, seed=self._seed, sequence_length=self._sequence_length, files=files
         )
 
-    def _open_own(self, model_maximum: int | None) -> tuple[Dataset | None, MlxRingError | None]:
-        self._files: dict[str, Path] = {}
+    def _own_files(self, model_maximum: int | None) -> dict[str, Path]:
+        self._sequence_length = _sequence_length(self._config, model_maximum)
+        self._files = prepare(self._config)
+        return self._files
+
+    def _try(self, find: Callable[[], dict[str, Path]]) -> tuple[Dataset | None, MlxRingError | None]:
+        """The data in the files found, or what is wrong with them."""
         try:
-            self._sequence_length = _sequence_length(self._config, model_maximum)
-            self._files = prepare(self._config)
-            return self._open(self._files), None
+            return self._open(find()), None
         except (ConfigError, DataError) as error:
-            self._files = {}
             return None, error
+        except OSError as error:
+            return None, DataError(f"the data cannot be read: {error}; mend the file or its permissions")
 
     def _receive_missing(self, dataset: Dataset | None) -> tuple[Dataset | None, MlxRingError | None]:
         """Send rank 0's files to every rank that holds other data or none."""
@@ -77,7 +83,7 @@ class DataManager:
         folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
         files = {name: folder / filename for name, filename in names.items()}
         if dataset is None or dataset.digest != digest:
-            dataset, _ = self._open_files(files)  # received by an earlier run
+            dataset, _ = self._try(lambda: files)  # received by an earlier run
         lacks = dataset is None or dataset.digest != digest
         if not any(communicator.gather_objects(lacks)):
             return dataset, None
@@ -86,15 +92,7 @@ class DataManager:
             error = self._send(name, path if lacks and error is None else None) or error
         if error is not None:
             return None, DataError(f"{folder} cannot hold what rank 0 sent: {error.strerror}; make room")
-        return self._open_files(files) if lacks else (dataset, None)
-
-    def _open_files(self, files: dict[str, Path]) -> tuple[Dataset | None, MlxRingError | None]:
-        try:
-            return self._open(files), None
-        except (ConfigError, DataError) as error:
-            return None, error
-        except OSError as error:
-            return None, DataError(f"{error.filename} cannot be read: {error.strerror}")
+        return self._try(lambda: files) if lacks else (dataset, None)
 
     def _send(self, name: str, target: Path | None) -> OSError | None:
         """Rank 0 reads one of its files, everybody hears it; a rank with a `target` writes it, whole or not.

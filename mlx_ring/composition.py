@@ -1,0 +1,107 @@
+"""Everything about Hydra but its start: where conf/ lies, what is looked up, what its errors mean."""
+
+import errno
+import re
+import sys
+import sysconfig
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mlx_ring.config import RunConfig
+from mlx_ring.config_parser import explain, nearest_key, parse
+from mlx_ring.config_record import record, to_yaml
+from mlx_ring.errors import CheckpointError, ConfigError, Interrupted
+
+PACKAGE = Path(__file__).parent
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.exists())  # wheel, checkout
+LOOKS_ONLY = ("help", "hydra_help", "cfg", "info", "shell_completion")  # Hydra's options
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+def hydra_options() -> Namespace:
+    """Hydra's options, read as it reads them, but with a mistake told in one line."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; train.py --hydra-help lists the options, NAME=VALUE sets a value")
+
+    parser = get_args_parser()
+    parser.error = refuse
+    return parser.parse_args()
+
+
+def typed_directory() -> Path | None:
+    """The run.dir of the command line: until Hydra has composed, nothing else is known."""
+    typed = [item.partition("=")[2] for item in sys.argv if item.startswith("run.dir=")]
+    return Path(typed[-1]) if typed and "\0" not in typed[-1] else None
+
+
+def hydra_files(composed: DictConfig) -> dict[str, str]:
+    """The content of `.hydra`: written by the run itself once it starts, and without secrets."""
+    own = HydraConfig.get()
+    hydra_config = OmegaConf.create({"hydra": own})
+    parts: dict[str, Any] = {"config": composed, "hydra": hydra_config, "overrides": own.overrides.task}
+    return {f".hydra/{name}.yaml": to_yaml(record(part)) for name, part in parts.items()}
+
+
+def understood(error: BaseException, directory: Path | None, *, before_run: bool) -> BaseException:
+    """One of our own errors, where Hydra or OmegaConf wrapped or raised it."""
+    if isinstance(error, OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, HydraException):
+        return _hydra_error(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted before the run began")
+    if isinstance(error, OSError) and not before_run and error.errno in DISK_ERRORS:
+        return CheckpointError(
+            f"the run's record cannot be written: {error}; make room, then the same command continues"
+        )
+    if isinstance(error, OSError) and before_run and error.filename:  # Hydra makes the run's directory
+        return ConfigError(f"run.dir {error.filename} cannot be written: {error.strerror}; choose another")
+    if isinstance(error, OSError) and error.filename and directory is not None:
+        own = Path(error.filename).is_relative_to(directory)  # such as a metrics.jsonl that is a folder
+        what = f"the run's record cannot be written: {error}; mend it, or choose another run.dir"
+        return ConfigError(what) if own else error
+    return error
+
+
+def _hydra_error(error: HydraException) -> ConfigError:
+    text = " ".join(str(error).split() or str(error.__cause__).split())
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
+    if found := re.search(r"Could not override '([^']+)'", text):
+        groups = {
+            path.name for path in CONF.iterdir() if path.is_dir()
+        }  # the hint is for the choices made in them
+        choices = [item for item in sys.argv[1:] if "=" in item and item.partition("=")[0] in groups]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            hint = nearest_key(found[1], compose("config", overrides=choices))
+        return ConfigError(f"unknown configuration key {found[1]}; {hint}")
+    return ConfigError(text)
+
+
+def compose_run(*overrides: str) -> RunConfig:
+    """The configuration that `train.py OVERRIDES` would run with, for programs that build runs themselves.
+
+    Give `run.dir`: its default needs a group of ranks. Raises: ConfigError.
+    """
+    register_look_ups()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return parse(compose("config", overrides=list(overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise understood(error, None, before_run=True) from error
+
+
+def register_look_ups() -> None:
+    OmegaConf.register_new_resolver(
+        "mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"), replace=True
+    )
