@@ -27,14 +27,19 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def hydra_options() -> Namespace:
-    """Hydra's options, read as it reads them, but with a mistake told in one line."""
+    """Hydra's options, read as it reads them, but with a mistake told in one line. Raises: ConfigError."""
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; train.py --hydra-help lists the options, NAME=VALUE sets a value")
 
     parser = get_args_parser()
     parser.error = refuse
-    return parser.parse_args()
+    options, unknown = parser.parse_known_args()
+    if options.multirun or "hydra.mode=MULTIRUN" in sys.argv:
+        raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
+    if unknown:
+        refuse(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def typed_directory() -> Path | None:

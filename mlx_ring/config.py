@@ -94,6 +94,10 @@ class TrainerSection(Section):
                 f"{self.global_batch_size} samples with trainer.micro_batch_size={self.micro_batch_size}"
             )
         self.positive("clip_gradient_norm")
+        if self.loss != "cross_entropy" and ":" not in self.loss:
+            raise ConfigError(
+                f"trainer.loss is {self.loss!r}; known: cross_entropy, or package.module:function"
+            )
 
     @property
     def num_micro_batches(self) -> int:

@@ -24,6 +24,10 @@ class MlxRingError(Exception):
     exit_status = 1
     agreed = False
 
+    def __init__(self, message: str) -> None:
+        """`message` becomes one line, whatever of the user's is quoted in it."""
+        super().__init__(" ".join(message.split()))
+
 
 class ConfigError(MlxRingError):
     """The configuration, the command line or the environment is wrong."""

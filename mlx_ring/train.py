@@ -49,7 +49,9 @@ class Process:
         self.coordinator: Coordinator | None = None
         self.status = 0
         self.directory = typed_directory()  # of the run, as far as it is known
-        self._directory_was_there = self.directory is not None and self.directory.exists()
+        self._directory_was_there = False
+        with contextlib.suppress(OSError):  # such as a name that is too long
+            self._directory_was_there = self.directory is not None and self.directory.exists()
         self._looks_only = False
         self._run_id = ""
         self._agreed = False
@@ -103,8 +105,6 @@ class Process:
         self.environment = RankEnvironment.read()
         use_bundled_open_mpi()
         options = hydra_options()
-        if options.multirun or "hydra.mode=MULTIRUN" in options.overrides:
-            raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
         self._looks_only = any(getattr(options, name) for name in LOOKS_ONLY)
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
         register_look_ups()

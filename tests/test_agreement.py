@@ -174,12 +174,6 @@ def test_ranks_of_two_jobs_in_one_ring(tmp_path: Path) -> None:
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_ranks_that_show_no_job_join_one_that_does(tmp_path: Path) -> None:
-    """As where mlx.launch starts one rank itself, and the others' parent is their host's sshd."""
-    variables = [{"MLX_RING_JOB_ID": "first"}, {}, {"MLX_RING_JOB_ID": "first"}]
-    start([*SMALL, "run.dir=run"], tmp_path, world_size=3, variables=variables).wait().ok()
-
-
 class CrossedWire:
     """What a communicator would give to a rank whose peers differ."""
 

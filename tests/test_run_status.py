@@ -26,8 +26,9 @@ FIELDS = [
 ]
 
 
-def start_job(directory, job="job-1"):
-    return RunStatus(directory, job=job, world_size=2, backend="ring", device="cpu", hosts=["a", "b"])
+def start_job(directory, job="job-1", **reached):
+    group = {"world_size": 2, "backend": "ring", "device": "cpu", "hosts": ["a", "b"]}
+    return RunStatus(directory, job=job, **group, **reached)
 
 
 def start(program, *arguments, **options):
@@ -108,18 +109,27 @@ def test_no_update_hides_a_failure_of_the_same_job(tmp_path):
     assert (shown["step"], shown["parameters_sha256"]) == (11, "cd")
 
 
-def test_the_next_job_starts_anew_from_the_newest_checkpoint(tmp_path):
+def test_the_next_job_starts_from_its_own_checkpoint(tmp_path):
     start_job(tmp_path).update("running", step=50, parameters_sha256="ab")
     assert RunStatus.mark_failed(tmp_path, job="job-1", message="lost")
     (tmp_path / ".status.json.k1ll3d").write_text('{"state": ')
-    status = start_job(tmp_path, "job-2")
+    start_job(tmp_path, "job-2", step=40, parameters_sha256="cd")
     shown = RunStatus.read(tmp_path)
     assert (shown["state"], shown["message"], shown["job"]) == ("starting", "", "job-2")
-    assert (shown["step"], shown["parameters_sha256"]) == (50, "ab")
+    assert (shown["step"], shown["parameters_sha256"]) == (40, "cd")
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
     assert RunStatus.mark_failed(tmp_path, job="job-1", message="too late") is False
-    status.update("running")
-    assert RunStatus.read(tmp_path)["state"] == "running"
+
+
+def test_a_refusal_keeps_what_was_reached(tmp_path):
+    for reached in ((0, None), (50, "ab")):
+        if reached[0]:
+            start_job(tmp_path).update("completed", step=50, parameters_sha256="ab")
+        RunStatus.record_refusal(tmp_path, world_size=3, backend="mpi", hosts=["c"], message="a mistake")
+        shown = RunStatus.read(tmp_path)
+        assert list(shown) == FIELDS
+        assert (shown["state"], shown["message"], shown["world_size"]) == ("failed", "a mistake", 3)
+        assert (shown["step"], shown["parameters_sha256"]) == reached
 
 
 def test_of_many_failures_at_once_one_is_recorded(tmp_path):
