@@ -163,9 +163,7 @@ def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str
     before = contents(earlier)
     ranks = train(earlier, override, world_size=2)
     assert ranks.statuses == [2, 2], ranks.report()
-    assert contents(earlier) == before | {
-        path: body for path, body in contents(earlier).items() if "ring-" in path
-    }
+    assert before.items() <= contents(earlier).items()
     assert status(earlier)["state"] == "failed" and words in str(status(earlier)["message"])
     assert SAVED.items() <= status(earlier).items()
 

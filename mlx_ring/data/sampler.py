@@ -10,8 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlx_ring.errors import ConfigError
-
 ROUNDS = 8  # of the network, each with a key of its own
 
 
@@ -57,14 +55,8 @@ def sample_order(seed: int, first: int, count: int, dataset_size: int) -> np.nda
 
 
 def deal(num_micro_batches: int, world_size: int) -> list[range]:
-    """The micro-batches of a global batch that each rank computes: contiguous, as even as can be.
-
-    Raises: ConfigError when there are more ranks than micro-batches.
-    """
-    if world_size > num_micro_batches:
-        raise ConfigError(
-            f"a global batch of {num_micro_batches} micro-batches cannot be dealt to {world_size} ranks; "
-            "raise trainer.global_batch_size, lower trainer.micro_batch_size, or start fewer ranks"
-        )
+    """The micro-batches of a global batch that each rank computes, one at least: contiguous, as even as can
+    be."""
+    assert 1 <= world_size <= num_micro_batches, (world_size, num_micro_batches)
     bounds = [rank * num_micro_batches // world_size for rank in range(world_size + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]
