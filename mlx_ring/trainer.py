@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.data.loader import GlobalBatch, Loader
@@ -21,7 +21,7 @@ from mlx_ring.optimizers import current_learning_rate
 from mlx_ring.parameter_authority import ParameterAuthority
 from mlx_ring.strategies import Strategy
 
-State = tuple[dict[str, mx.array], Any]  # trainable parameters by path, the optimizer's tree
+State = tuple[Any, Any]  # the trees of the model and of the optimizer
 Loss = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -193,14 +193,11 @@ class Trainer:
 
     def _state(self) -> State:
         """Weights and optimizer state as they are; arrays never change, so this copies none."""
-        return dict(tree_flatten(self._model.trainable_parameters())), tree_map(
-            lambda array: array, self._optimizer.state
-        )
+        return _copied(self._model.state), _copied(self._optimizer.state)
 
     def _go_back(self, before: State) -> None:
-        weights, state = before
-        self._model.update(tree_unflatten(list(weights.items())))
-        _assign(self._optimizer.state, state)
+        for tree, values in zip((self._model.state, self._optimizer.state), before, strict=True):
+            _assign(tree, values)
 
     def _read(self, issued: Issued) -> StepResult:
         """Wait for a step's outcome and count it."""
@@ -276,10 +273,17 @@ def _number(array: mx.array) -> float:
     return float(array.item())  # pyright: ignore[reportArgumentType] - never complex here
 
 
+def _copied(tree: Any) -> Any:
+    """The same arrays in containers of their own."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def _assign(tree: Any, values: Any) -> None:
     """Write values into a tree in place: `mx.compile` watches the optimizer's very dictionaries."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, mx.array):
-            tree[key] = value
-        else:
+        if isinstance(value, dict | list):
             _assign(tree[key], value)
+        else:
+            tree[key] = value

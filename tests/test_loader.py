@@ -70,7 +70,7 @@ def test_a_global_batch_does_not_depend_on_the_world_size(world_size: int) -> No
     shares = [batches(make_loader(micro_batches=share), 6) for share in deal(NUM_MICRO_BATCHES, world_size)]
     for step, ranks in enumerate(zip(*shares, strict=True)):
         whole = [micro_batch for rank in ranks for micro_batch in plain(rank)]
-        order = sample_order(5, step * GLOBAL_BATCH_SIZE, GLOBAL_BATCH_SIZE, SAMPLES)
+        order = sample_order(5, step * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE), SAMPLES)
         assert [index for index, _, _ in whole] == list(range(NUM_MICRO_BATCHES))
         assert [sample for _, inputs, _ in whole for sample in inputs] == order.tolist()
         assert [target for _, _, targets in whole for target in targets] == (order**2).tolist()
@@ -92,7 +92,7 @@ def test_a_resume_may_change_the_batch_size() -> None:
     """The position counts samples, so it means the same to a batch of another size."""
     [batch] = batches(make_loader(next_sample=10), 1)
     drawn = [sample for _, inputs, _ in plain(batch) for sample in inputs]
-    assert drawn == sample_order(5, 10, GLOBAL_BATCH_SIZE, SAMPLES).tolist()
+    assert drawn == sample_order(5, 10 + np.arange(GLOBAL_BATCH_SIZE), SAMPLES).tolist()
 
 
 def test_no_more_than_prefetch_batches_are_ahead() -> None:

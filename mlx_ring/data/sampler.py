@@ -41,17 +41,16 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return images.astype(np.int64)
 
 
-def sample_order(seed: int, first: int, count: int, dataset_size: int) -> np.ndarray:
-    """The indices, int64 (count,), of the samples at the global positions first to first + count − 1."""
-    parts = [np.empty(0, np.int64)]
-    while count:
-        epoch, position = divmod(first, dataset_size)
-        in_epoch = min(count, dataset_size - position)
+def sample_order(seed: int, positions: np.ndarray, dataset_size: int) -> np.ndarray:
+    """The indices, int64 (N,), of the samples at the global `positions`, int64 (N,)."""
+    epochs, places = np.divmod(positions, dataset_size)
+    order = np.empty_like(positions)
+    for epoch in np.unique(epochs):
         # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
-        keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
-        parts.append(permute(np.arange(position, position + in_epoch), dataset_size, keys))
-        first, count = first + in_epoch, count - in_epoch
-    return np.concatenate(parts)
+        keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
+        here = epochs == epoch
+        order[here] = permute(places[here], dataset_size, keys)
+    return order
 
 
 def deal(num_micro_batches: int, world_size: int) -> list[range]:
