@@ -1,6 +1,5 @@
 """Everything about Hydra but its start: where conf/ lies, what is looked up, what its errors mean."""
 
-import errno
 import re
 import sys
 import sysconfig
@@ -15,15 +14,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlx_ring.config import RunConfig
+from mlx_ring.config import RunConfig, RunSection
 from mlx_ring.config_parser import explain, nearest_key, parse
 from mlx_ring.config_record import record, to_yaml
-from mlx_ring.errors import CheckpointError, ConfigError, Interrupted
+from mlx_ring.errors import DISK_ERRORS, ConfigError, Interrupted, record_error
 
 PACKAGE = Path(__file__).parent
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.exists())  # wheel, checkout
 LOOKS_ONLY = ("help", "hydra_help", "cfg", "info", "shell_completion")  # Hydra's options
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def hydra_options() -> Namespace:
@@ -43,9 +41,23 @@ def hydra_options() -> Namespace:
 
 
 def typed_directory() -> Path | None:
-    """The run.dir of the command line: until Hydra has composed, nothing else is known."""
+    """The run.dir of the command line, where it is a plain path: all that is known at first."""
     typed = [item.partition("=")[2] for item in sys.argv if item.startswith("run.dir=")]
-    return Path(typed[-1]) if typed and "\0" not in typed[-1] else None
+    return Path(typed[-1]) if typed and re.fullmatch(r"[^'\"$\\\0]+", typed[-1]) else None
+
+
+def composed_directory(composed: DictConfig) -> Path | None:
+    """The run's directory, which Hydra has made; None where run.dir is one that is refused."""
+    try:
+        RunSection(dir=str(OmegaConf.select(composed, "run.dir")))
+    except ConfigError:
+        return None
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def evaluates_only() -> bool:
+    """Whether the command line asks for an evaluation, which leaves the record of a run alone."""
+    return any(re.fullmatch(r"\+*evaluation\.only=(true|yes|on|y|1)", item, re.I) for item in sys.argv)
 
 
 def hydra_files(composed: DictConfig) -> dict[str, str]:
@@ -64,16 +76,11 @@ def understood(error: BaseException, directory: Path | None, *, before_run: bool
         return _hydra_error(error)
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted before the run began")
-    if isinstance(error, OSError) and not before_run and error.errno in DISK_ERRORS:
-        return CheckpointError(
-            f"the run's record cannot be written: {error}; make room, then the same command continues"
-        )
     if isinstance(error, OSError) and before_run and error.filename:  # Hydra makes the run's directory
         return ConfigError(f"run.dir {error.filename} cannot be written: {error.strerror}; choose another")
-    if isinstance(error, OSError) and error.filename and directory is not None:
-        own = Path(error.filename).is_relative_to(directory)  # such as a metrics.jsonl that is a folder
-        what = f"the run's record cannot be written: {error}; mend it, or choose another run.dir"
-        return ConfigError(what) if own else error
+    if isinstance(error, OSError) and not before_run:
+        of_the_record = directory and error.filename and Path(error.filename).is_relative_to(directory)
+        return record_error(error) if of_the_record or error.errno in DISK_ERRORS else error
     return error
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
@@ -16,13 +17,8 @@ RESUMABLE = (
     "trainer.steps", "trainer.split", "run.", "cluster.", "metrics.", "checkpoint.", "evaluation.", "memory.",
     "communicator.backend", "communicator.overlap", "communicator.bucket_bytes", "data.path",
 )  # fmt: skip
-HOST_KEYS = {
-    "data.path",
-    "data.cache_dir",
-    "cluster.hostfile",
-    "metrics.console",
-    "run.dir",
-}  # may differ by host
+# What may differ between the hosts of one run.
+HOST_KEYS = {"data.path", "data.cache_dir", "cluster.hostfile", "metrics.console", "run.dir"}
 
 
 def record(composed: DictConfig | ListConfig) -> Any:
@@ -39,12 +35,11 @@ def record(composed: DictConfig | ListConfig) -> Any:
             }
         if isinstance(node, list):
             return [redact(item) for item in node]
-        if (
-            isinstance(node, str)
-            and "=" in node
-            and any(map(is_secret, re.findall(r"([\w.]+)\s*[:=]", node)))
-        ):
-            return node.partition("=")[0] + "=<redacted>"
+        if isinstance(node, float) and not math.isfinite(node):
+            return str(node)  # JSON has no such number
+        if isinstance(node, str) and "=" in node:
+            names = re.findall(r"([\w.]+)\s*[:=]", node)
+            return node.partition("=")[0] + "=<redacted>" if any(map(is_secret, names)) else node
         return node
 
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from mlx_ring.errors import (
     Interrupted,
     MlxRingError,
     agreed,
+    record_error,
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.parameter_authority import Plan, agree
@@ -90,13 +92,14 @@ class Coordinator:
         )
         self.job = self._communicator.broadcast_object(self.job)
         self._check_ranks()
-        self._open()
+        self._on_rank_0(self._open)
+        if not self._config.evaluation.only:
+            self._keep_log()
         if self._already_completed():
             return None
-        self._start_status()
+        self._on_rank_0(self._start_status)
         run = build(self._config, self._communicator, self._found)
-        if not self._config.evaluation.only:
-            self._begin(run)
+        self._on_rank_0(lambda: self._begin(run))
         return run
 
     def follow(self, run: Run, result: StepResult) -> Plan:
@@ -135,19 +138,30 @@ class Coordinator:
                 )
             )
 
-    def _open(self) -> None:
-        """Lock the directory and find the checkpoint to continue from."""
+    def _on_rank_0(self, act: Callable[[], None]) -> None:
+        """Something that rank 0 alone does, and may fail at alone. Collective: every rank must call.
+
+        Raises: what rank 0 raised, on every rank.
+        """
         error: MlxRingError | None = None
         try:
             if self._leads:
-                if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
-                    self.directory.open()
-                self._found = self._find_checkpoint()
+                act()
         except MlxRingError as caught:
             error = caught
+        except OSError as caught:
+            error = record_error(caught)
         self._communicator.agree_on_error(error)
-        if self._config.evaluation.only:
-            return
+
+    def _open(self) -> None:
+        """Lock the directory and find the checkpoint to continue from."""
+        if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
+            self.directory.open()
+        self._found = self._find_checkpoint()
+
+    def _keep_log(self) -> None:
+        """Every rank's own log. Collective: every rank must call."""
+        error: MlxRingError | None = None
         try:
             self.directory.log_to_file(self._communicator.rank)
         except MlxRingError as caught:
@@ -214,7 +228,7 @@ class Coordinator:
 
     def _start_status(self) -> None:
         """From here on status.json speaks of this process group."""
-        if not self._leads or self._config.evaluation.only:
+        if self._config.evaluation.only:
             return
         own = self._found.manifest if self._found is not None and self._is_own(self._found.path) else {}
         self._status = RunStatus(
@@ -263,19 +277,16 @@ class Coordinator:
 
     def _finish(self, run: Run, stopped: bool) -> int:
         """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
-        error: MlxRingError | None = None
         run.trainer.close()
         if self._communicator.broadcast_object(self._saved_step is None):
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
             self._save(run, self._evaluate(run))
-        try:
-            if self._record is not None:  # before the others leave: a launcher ends rank 0 as soon as one has
-                self._record.close(step=run.trainer.progress.step, stopped=stopped)
-        except MlxRingError as caught:
-            error = caught
-        except OSError as caught:
-            error = CheckpointError(f"the run's record cannot be written: {caught}; make room")
-        self._communicator.agree_on_error(error)
+
+        def close() -> None:
+            assert self._record is not None
+            self._record.close(step=run.trainer.progress.step, stopped=stopped)
+
+        self._on_rank_0(close)
         return EXIT_STOPPED if stopped else EXIT_COMPLETED
 
     def _evaluate_only(self, run: Run) -> int:

@@ -11,6 +11,9 @@
 A message is one line: what failed, where, both values, the remedy.
 """
 
+import errno
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 EXIT_COMPLETED = 0
 EXIT_STOPPED = 75  # stopped on request, state saved
 
@@ -69,3 +72,12 @@ def agreed(error: MlxRingError) -> MlxRingError:
     """Mark an error that every rank raises with the same words."""
     error.agreed = True
     return error
+
+
+def record_error(error: OSError) -> MlxRingError:
+    """What it means that a file of the run's record cannot be written: no room, or not a file to write to."""
+    if error.errno in DISK_ERRORS:
+        return CheckpointError(
+            f"the run's record cannot be written: {error}; make room, then the same command continues"
+        )
+    return ConfigError(f"the run's record cannot be written: {error}; mend it, or choose another run.dir")

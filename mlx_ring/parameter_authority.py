@@ -129,16 +129,17 @@ class ParameterAuthority:
             return
         paths = sorted(parameters)
         own: Any = mx.stack([checksum(parameters[path]) for path in paths]).tolist()
-        table = self._communicator.gather_objects(own)
+        table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
         for path, sums in zip(paths, zip(*table, strict=True), strict=True):
-            usual = Counter(sums).most_common(1)[0][0]  # of two equally common ones rank 0's
-            odd = next((rank for rank, found in enumerate(sums) if found != usual), None)
+            usual = sums.index(Counter(sums).most_common(1)[0][0])  # of equally common ones the lowest rank's
+            odd = next((rank for rank, found in enumerate(sums) if found != sums[usual]), None)
             if odd is not None:
+                two = [f"{sums[rank]:08x} on rank {rank} ({hosts[rank]})" for rank in (odd, usual)]
                 raise agreed(
                     TrainingError(
-                        f"replicas differ after step {step}: rank {odd} on {self._communicator.hosts[odd]} "
-                        f"holds another {path} (checksum {sums[odd]:08x}, the others {usual:08x}); look at "
-                        "that machine, then the same command continues from the newest checkpoint"
+                        f"replicas differ after step {step}: {path} has checksum {two[0]} and {two[1]}; look "
+                        "for a fault of that machine, or a model that changes its own arrays; the newest "
+                        "checkpoint is from before"
                     )
                 )
 

@@ -29,8 +29,9 @@ class ProcessLock:
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
     def release(self) -> None:
-        """Remove the file and free the lock."""
-        self.path.unlink(missing_ok=True)
+        """Remove the file, where it is still ours, and free the lock."""
+        if self._is_still_named():
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
 
     def _lock(self) -> int:

@@ -153,8 +153,8 @@ class RunRecord:
         if self._config.checkpoint.resume != "auto":
             again = "the same command with checkpoint.resume=auto continues"
         message = f"stopped on request; {again}" if stopped else None
-        self._status.update("stopped" if stopped else "completed", step=step, message=message)
         self._metrics.close(succeeded=not stopped)
+        self._status.update("stopped" if stopped else "completed", step=step, message=message)
 
     def fail(self) -> None:
         """Finish what is being written and note the last step, as far as that is still possible."""

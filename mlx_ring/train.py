@@ -7,17 +7,17 @@ import os
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mlx_ring.composition import (
     CONF,
     LOOKS_ONLY,
+    composed_directory,
+    evaluates_only,
     hydra_files,
     hydra_options,
     register_look_ups,
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from mlx_ring.coordinator import Coordinator
 
 log = logging.getLogger(__name__)
-REFUSAL_SECONDS = 1.0  # a launcher ends rank 0 as soon as another has left: time to record what all refuse
 
 
 class Process:
@@ -52,9 +51,10 @@ class Process:
         self._directory_was_there = False
         with contextlib.suppress(OSError):  # such as a name that is too long
             self._directory_was_there = self.directory is not None and self.directory.exists()
+        self._leaves_record_alone = evaluates_only()
         self._looks_only = False
         self._run_id = ""
-        self._agreed = False
+        self._joining = self._agreed = False
 
     def join(self, root: DictConfig) -> "Communicator":
         """The group, joined at the first call: Hydra first needs a directory that all agree on."""
@@ -64,10 +64,11 @@ class Process:
             refuse_old_mlx()
             self.environment.check_backend("communicator.backend", str(root.communicator.backend))
             self.environment.check_backend("cluster.backend", str(root.cluster.backend))
-            self.environment.check_cluster(str(root.cluster.backend), root.cluster.hostfile)
             if not root.cluster.allow_public_addresses:
                 refuse_public_addresses(self.environment)
+            self._joining = True
             self.communicator = Communicator(self.environment)
+            self.communicator.agree_on_error(None)  # another rank may bring a mistake: see `_met`
         return self.communicator
 
     def run_id(self, *, _root_: DictConfig) -> str:
@@ -124,12 +125,16 @@ class Process:
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run. Collective: every rank must call."""
         try:
-            self.directory = Path(HydraConfig.get().runtime.output_dir)
+            self.directory = composed_directory(composed)
             config, error = self._parse(composed)
+            if config is not None:
+                self.environment.check_cluster(config.cluster.backend.name, config.cluster.hostfile)
+                self._leaves_record_alone = config.evaluation.only
             from mlx_ring.coordinator import Coordinator  # loads MLX: not before the configuration is right
 
             communicator = self.join(composed)
             if config is not None:
+                assert self.directory is not None
                 files = hydra_files(composed)
                 self.coordinator = Coordinator(config, communicator, self.directory, files)
             self.agree_on_command(composed)
@@ -155,7 +160,7 @@ class Process:
 
         Collective: every rank must call where the error is an agreed one, so that rank 0 speaks first.
         """
-        error = understood(error, self.directory, before_run=self.coordinator is None)
+        error = self._met(understood(error, self.directory, before_run=self.coordinator is None))
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
@@ -176,8 +181,6 @@ class Process:
         sys.stdout.flush()
         sys.stderr.flush()
         logging.shutdown()
-        if self.environment.rank and self.communicator is None:
-            time.sleep(REFUSAL_SECONDS)
         if not several or self.communicator is None:
             raise SystemExit(status)
         self.communicator.free_ports()
@@ -188,19 +191,42 @@ class Process:
             _abort_mpi(status)
         os._exit(status)
 
+    def _met(self, error: BaseException) -> BaseException:
+        """A mistake on the command line shows before the ranks have met: they meet now, to tell it once.
+
+        Collective: every rank must call, or `join`. Returns: the error that all agree on, or the own one.
+        """
+        if self._joining or self._looks_only or self.environment.world_size == 1:
+            return error
+        if not isinstance(error, ConfigError):
+            return error
+        from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
+
+        self._joining = True
+        try:
+            refuse_old_mlx()
+            refuse_public_addresses(self.environment)
+            self.communicator = Communicator(self.environment)
+            self.communicator.agree_on_error(error)
+        except MlxRingError as met:
+            return met if met.agreed else error
+        return error
+
     def _record_refusal(self, message: str) -> None:
         """Of a command that ended before its run began: under a launcher, whose exit status says nothing, the
-        verdict goes into status.json; one rank's directory stays as it was."""
-        directory, several = self.directory, self.environment.world_size > 1
-        if directory is None or self.environment.rank:
+        verdict goes into status.json; a rank started by itself leaves an earlier verdict as it was.
+
+        Ranks above 0 speak only where there is such a directory: a launcher may end rank 0 before it can.
+        """
+        directory, rank = self.directory, self.environment.rank
+        if directory is None or self._looks_only or (rank and not directory.is_dir()):
             return
-        looked = any(item.lower() == "evaluation.only=true" for item in sys.argv)
         opened = self.coordinator is not None and RunStatus.read(directory) is None
-        if looked or not (several or opened):
+        if self._leaves_record_alone or not (self.environment.launched or opened):
             if not self._directory_was_there:
                 directory.rmdir()  # Hydra made it; only while it is empty
             return
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         run_directory = RunDirectory(directory) if self.coordinator is None else self.coordinator.directory
         if run_directory.is_free():
             RunStatus.record_refusal(

@@ -173,8 +173,8 @@ class Trainer:
         start = time.perf_counter()
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
         flags = self._authority.flags()
-        reduced = self._strategy.reduce(*self._own_gradients(batch), flags)
         before = self._state() if self._ahead else None
+        reduced = self._strategy.reduce(*self._own_gradients(batch), flags)
         if self._ahead or bool(reduced.finite.item()):
             self._strategy.update(reduced)
         outcome = [reduced.loss, reduced.targets, reduced.gradient_norm, reduced.finite, reduced.flags]

@@ -144,7 +144,16 @@ def test_every_file_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "rename", noted_rename)
     save(tmp_path / "checkpoints", 1)
     temporary = f".tmp-00000001-{os.getpid()}"
-    assert events == [MODEL, "optimizer.safetensors", "manifest.json", temporary, "rename", "checkpoints"]
+    made = tmp_path.name  # which now holds checkpoints/
+    assert events == [
+        made,
+        MODEL,
+        "optimizer.safetensors",
+        "manifest.json",
+        temporary,
+        "rename",
+        "checkpoints",
+    ]
 
 
 # Found

@@ -160,7 +160,7 @@ def test_export_to_where_nothing_can_be_written(folder: Path, output: str) -> No
     ("arguments", "exit_status", "words"),
     [
         (["checkpoint", "list", "nowhere"], 5, ["nowhere does not exist", "checkpoints/step_…"]),
-        (["checkpoint", "verify", "a_file"], 5, ["a_file has no checkpoints/step_…"]),
+        (["checkpoint", "verify", "a_file"], 5, ["a_file is a file", "checkpoints/step_…"]),
         (["checkpoint", "export", "empty", "--output", "x"], 5, ["empty has no checkpoints/step_…"]),
         (["checkpoint", "list"], 2, ["Missing argument 'RUN'"]),
         (["checkpoint", "export", "run"], 2, ["Missing option '--output'"]),
