@@ -57,6 +57,7 @@ class Coordinator:
         self._status: RunStatus | None = None
         self._record: RunRecord | None = None
         self._saved_step: int | None = None
+        self._begun = False  # from here on status.json speaks of this run
 
     def run(self) -> int:
         """Train, or evaluate, to the end. Collective: every rank must call. Returns the exit status.
@@ -98,6 +99,7 @@ class Coordinator:
         if self._already_completed():
             return None
         self._on_rank_0(self._start_status)
+        self._begun = True
         run = build(self._config, self._communicator, self._found)
         self._on_rank_0(lambda: self._begin(run))
         return run
@@ -309,7 +311,8 @@ class Coordinator:
         """
         if self._record is not None:
             self._record.fail()
-        return RunStatus.mark_failed(self.directory.path, job=self.job, message=message) or bool(self._status)
+        RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
+        return self._begun
 
     def _stop(self) -> None:
         """The first signal: finish the step and save, or leave where nothing was trained. In its thread."""

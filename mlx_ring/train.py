@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mlx_ring.coordinator import Coordinator
 
 log = logging.getLogger(__name__)
+MEETING_SECONDS = 20.0  # how long a rank with a mistake waits for the others before it tells it alone
 
 
 class Process:
@@ -61,12 +63,12 @@ class Process:
         if self.communicator is None:
             from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
 
+            self._joining = True
             refuse_old_mlx()
             self.environment.check_backend("communicator.backend", str(root.communicator.backend))
             self.environment.check_backend("cluster.backend", str(root.cluster.backend))
             if not root.cluster.allow_public_addresses:
                 refuse_public_addresses(self.environment)
-            self._joining = True
             self.communicator = Communicator(self.environment)
             self.communicator.agree_on_error(None)  # another rank may bring a mistake: see `_met`
         return self.communicator
@@ -203,6 +205,9 @@ class Process:
         from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
 
         self._joining = True
+        alone = threading.Timer(MEETING_SECONDS, self._leave_alone, [error])
+        alone.daemon = True
+        alone.start()
         try:
             refuse_old_mlx()
             refuse_public_addresses(self.environment)
@@ -210,16 +215,27 @@ class Process:
             self.communicator.agree_on_error(error)
         except MlxRingError as met:
             return met if met.agreed else error
+        finally:
+            alone.cancel()
         return error
+
+    def _leave_alone(self, error: MlxRingError) -> NoReturn:
+        """The others did not come to hear of it."""
+        where = f"rank {self.environment.rank} on {socket.gethostname()}"
+        print(f"error: {where}: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_status)
 
     def _record_refusal(self, message: str) -> None:
         """Of a command that ended before its run began: under a launcher, whose exit status says nothing, the
         verdict goes into status.json; a rank started by itself leaves an earlier verdict as it was.
 
-        Ranks above 0 speak only where there is such a directory: a launcher may end rank 0 before it can.
+        Ranks above 0 speak only before they have met rank 0, whom a launcher may end before it can, and only
+        where there is such a directory.
         """
         directory, rank = self.directory, self.environment.rank
-        if directory is None or self._looks_only or (rank and not directory.is_dir()):
+        if directory is None or self._looks_only:
+            return
+        if rank and (self.communicator is not None or not directory.is_dir()):
             return
         opened = self.coordinator is not None and RunStatus.read(directory) is None
         if self._leaves_record_alone or not (self.environment.launched or opened):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import SMALL, start, status, train
+from ranks import SMALL, free_ports, start, status, train
 from refusals import CONFIGURATION, assert_refused, contents
 
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
@@ -166,6 +166,13 @@ def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str
     assert before.items() <= contents(earlier).items()
     assert status(earlier)["state"] == "failed" and words in str(status(earlier)["message"])
     assert SAVED.items() <= status(earlier).items()
+
+
+def test_a_mistake_whose_peers_never_come_is_told_alone(tmp_path: Path) -> None:
+    (tmp_path / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
+    ranks = start([*SMALL, "trainer.stepz=1"], tmp_path, variables=[launched]).wait()
+    assert_refused(ranks, CONFIGURATION, "rank 1 on ", "unknown configuration key trainer.stepz")
 
 
 def test_a_mistake_leaves_no_empty_directory(tmp_path: Path) -> None:
