@@ -9,15 +9,12 @@ from typing import NoReturn
 
 import mlx.core as mx
 
-from mlx_ring import __version__, checkpoint_format
-from mlx_ring import checkpoint_manager as checkpoints
+from mlx_ring import __version__
 from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
-from mlx_ring.config_record import fixed_sha256, refuse_changes
 from mlx_ring.errors import (
     EXIT_COMPLETED,
     EXIT_STOPPED,
-    CheckpointError,
     ConfigError,
     Interrupted,
     MlxRingError,
@@ -26,7 +23,8 @@ from mlx_ring.errors import (
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.parameter_authority import Plan, agree
-from mlx_ring.run_builder import Found, Run, build
+from mlx_ring.restore import Found, find
+from mlx_ring.run_builder import Run, build
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_record import RunRecord
 from mlx_ring.run_status import RunStatus
@@ -159,7 +157,7 @@ class Coordinator:
         """Lock the directory and find the checkpoint to continue from."""
         if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
             self.directory.open()
-        self._found = self._find_checkpoint()
+        self._found = find(self._config, self.directory)
 
     def _keep_log(self) -> None:
         """Every rank's own log. Collective: every rank must call."""
@@ -174,41 +172,6 @@ class Coordinator:
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
             ", ".join(self._communicator.hosts),
         )  # fmt: skip
-
-    def _find_checkpoint(self) -> Found | None:
-        settings, own = self._config.checkpoint, self.directory.path
-        if settings.resume == "never":
-            if not self._config.evaluation.only:
-                self.directory.set_record_aside()
-            elif settings.initialize_from is None:
-                raise ConfigError(
-                    "evaluation.only=true with checkpoint.resume=never has no weights; give "
-                    "checkpoint.initialize_from"
-                )
-            return None
-        if settings.resume == "auto":
-            if not checkpoint_format.scan(own / "checkpoints"):
-                if self._config.evaluation.only and settings.initialize_from is None:
-                    raise CheckpointError(
-                        f"evaluation.only=true found no checkpoint in {own}; give run.dir=RUN or "
-                        "checkpoint.resume=PATH"
-                    )
-                return None
-            path, manifest, problems = checkpoints.find(own)
-        else:
-            path, manifest, problems = checkpoints.find(Path(settings.resume).expanduser())
-        found = Found(path=path, manifest=manifest, problems=problems)
-        if not self._config.evaluation.only:
-            digest = fixed_sha256(self._config.flat())
-            alike = found.manifest.get("config_sha256", digest) == digest
-            refuse_changes(found.manifest.get("config", {}), self._config.record, resolved_alike=alike)
-            if not self._is_own(path):
-                self.directory.set_record_aside()  # of another run: two runs never share a record
-        return found
-
-    def _is_own(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint lies in this run's directory."""
-        return checkpoint.resolve().parent == (self.directory.path / "checkpoints").resolve()
 
     def _already_completed(self) -> bool:
         """A run that has reached its last step is left as it is."""
@@ -232,7 +195,7 @@ class Coordinator:
         """From here on status.json speaks of this process group."""
         if self._config.evaluation.only:
             return
-        own = self._found.manifest if self._found is not None and self._is_own(self._found.path) else {}
+        own = self._found.manifest if self._found is not None and self._found.own else {}
         self._status = RunStatus(
             self.directory.path,
             job=self.job,
@@ -249,7 +212,7 @@ class Coordinator:
         if self._status is None:
             return
         progress, found = run.trainer.progress, self._found
-        if found is not None and self._is_own(found.path):
+        if found is not None and found.own:
             self._saved_step = progress.step
         self._record = RunRecord(
             self.directory,

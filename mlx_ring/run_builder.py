@@ -1,42 +1,32 @@
 """Builds the parts of a run, the same on every rank, and fills them with rank 0's weights."""
 
 import socket
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring import memory_manager
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
-from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError
+from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.evaluator import Evaluator
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
 from mlx_ring.optimizers import build_optimizer
 from mlx_ring.parameter_authority import ParameterAuthority, agree, parameter_shapes, sha256_of
+from mlx_ring.restore import Found, fill
 from mlx_ring.scheduler import build_schedule
 from mlx_ring.strategies import Strategy, build_strategy
 from mlx_ring.trainer import Progress, Trainer
 
 Arrays = dict[str, mx.array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """A verified checkpoint that this run continues from. On rank 0."""
-
-    path: Path
-    manifest: dict[str, Any]
-    problems: list[str]
 
 
 @dataclass
@@ -77,7 +67,7 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     authority = _authority(config, communicator)
     agree(communicator, _record(config, data, model))
     strategy = _strategy(config, communicator)
-    progress = _fill(config, communicator, authority, found, data, model, optimizer, strategy)
+    progress = fill(config, communicator, authority, found, data.dataset.digest, model, optimizer, strategy)
     strategy.setup(model, optimizer)
     forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
     loss = build_loss(config.trainer.loss)
@@ -191,67 +181,3 @@ def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str,
     """What every rank shows before the first weight moves, beside the program and the configuration."""
     shapes = parameter_shapes(dict(tree_flatten(model.parameters())))
     return {"host": socket.gethostname(), "data": data.dataset.digest, "parameters": sha256_of(shapes)}
-
-
-def _fill(
-    config: RunConfig,
-    communicator: Communicator,
-    authority: ParameterAuthority,
-    found: Found | None,
-    data: DataManager,
-    model: nn.Module,
-    optimizer: Optimizer,
-    strategy: Strategy,
-) -> Progress:
-    """Rank 0's weights and state on every rank: restored, taken from elsewhere, or just drawn."""
-    weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(optimizer.state))
-    kept, progress = strategy.state(), Progress()
-    error: MlxRingError | None = None
-    if communicator.rank == 0:
-        try:
-            if found is not None:
-                weights, state, kept, progress = _read(config, found, data, weights, state, kept)
-            elif config.checkpoint.initialize_from is not None:
-                source = Path(config.checkpoint.initialize_from).expanduser()
-                loaded = checkpoints.initial_weights(source)
-                weights = checkpoints.match(
-                    loaded, weights, str(source), "choose the model that it was made with"
-                )
-        except MlxRingError as caught:
-            error = caught
-    communicator.agree_on_error(error)
-    progress = Progress(**communicator.broadcast_object(asdict(progress)))
-    model.update(tree_unflatten(list(authority.broadcast(weights).items())))
-    optimizer.state = tree_unflatten(list(authority.broadcast(state).items()))
-    optimizer.init(model.trainable_parameters())
-    strategy.load(authority.broadcast(kept) if kept else kept)
-    return progress
-
-
-def _read(
-    config: RunConfig, found: Found, data: DataManager, weights: Arrays, state: Arrays, kept: Arrays
-) -> tuple[Arrays, Arrays, Arrays, Progress]:
-    """The arrays of a checkpoint, where it is of this run's model; for a resume also of this run's data."""
-    where = str(found.path)
-    saved = found.manifest.get("data_sha256")
-    if saved != data.dataset.digest and not config.evaluation.only:
-        raise ConfigError(
-            f"the data's SHA-256 is {data.dataset.digest[:12]} now and was {str(saved)[:12]} in {where}; "
-            "resume with the same data, or start a new run with checkpoint.initialize_from"
-        )
-    files = checkpoints.load(found.path, found.manifest)
-    remedy = "resume with the configuration it was saved with"
-    weights = checkpoints.match(files["model"], weights, f"{where}/model.safetensors", remedy)
-    if config.evaluation.only:
-        return weights, state, kept, _progress(found)
-    state = checkpoints.match(files.get("optimizer", {}), state, f"{where}/optimizer.safetensors", remedy)
-    kept = checkpoints.match(files.get("strategy", {}), kept, f"{where}/strategy.safetensors", remedy)
-    return weights, state, kept, _progress(found)
-
-
-def _progress(found: Found) -> Progress:
-    try:
-        return Progress(**found.manifest["progress"])
-    except TypeError as error:
-        where = found.path / "manifest.json"
-        raise CheckpointError(f"{where} counts what this version does not: {error}") from None

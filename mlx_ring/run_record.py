@@ -16,7 +16,8 @@ from mlx_ring.errors import CheckpointError, MlxRingError
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.interval import Interval
 from mlx_ring.metrics_tracker import MetricsTracker
-from mlx_ring.run_builder import Found, Run
+from mlx_ring.restore import Found
+from mlx_ring.run_builder import Run
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
 from mlx_ring.trainer import Progress, StepResult

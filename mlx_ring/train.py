@@ -59,7 +59,10 @@ class Process:
         self._joining = self._agreed = False
 
     def join(self, root: DictConfig) -> "Communicator":
-        """The group, joined at the first call: Hydra first needs a directory that all agree on."""
+        """The group, joined at the first call: Hydra first needs a directory that all agree on.
+
+        Collective: every rank must call.
+        """
         if self.communicator is None:
             from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
 

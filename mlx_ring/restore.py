@@ -1,0 +1,137 @@
+"""Where a run starts from: the checkpoint that it continues, or weights from elsewhere, or none."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_ring import checkpoint_format
+from mlx_ring import checkpoint_manager as checkpoints
+from mlx_ring.communicator import Communicator
+from mlx_ring.config import RunConfig
+from mlx_ring.config_record import fixed_sha256, refuse_changes
+from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError
+from mlx_ring.parameter_authority import ParameterAuthority
+from mlx_ring.run_directory import RunDirectory
+from mlx_ring.strategies import Strategy
+from mlx_ring.trainer import Progress
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A verified checkpoint that this run continues from. On rank 0."""
+
+    path: Path
+    manifest: dict[str, Any]
+    problems: list[str]  # what was wrong with newer ones
+    own: bool  # it lies in this run's directory
+
+
+def find(config: RunConfig, directory: RunDirectory) -> Found | None:
+    """The checkpoint that `checkpoint.resume` asks for. Where that is not this run's own, the record that is
+    in its directory is set aside: two runs never share one. Rank 0.
+
+    Raises: CheckpointError where none is usable; ConfigError for a change that a resumed run may not make.
+    """
+    needs_weights = config.evaluation.only and config.checkpoint.initialize_from is None
+    if config.checkpoint.resume == "never":
+        if needs_weights:
+            raise ConfigError(
+                "evaluation.only=true with checkpoint.resume=never has no weights; give "
+                "checkpoint.initialize_from"
+            )
+        if not config.evaluation.only:
+            directory.set_record_aside()
+        return None
+    source = directory.path
+    if config.checkpoint.resume != "auto":
+        source = Path(config.checkpoint.resume).expanduser()
+    elif not checkpoint_format.scan(directory.path / "checkpoints"):
+        if needs_weights:
+            raise CheckpointError(
+                f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
+                "checkpoint.resume=PATH"
+            )
+        return None
+    path, manifest, problems = checkpoints.find(source)
+    own = path.resolve().parent == (directory.path / "checkpoints").resolve()
+    if not config.evaluation.only:
+        digest = fixed_sha256(config.flat())
+        alike = manifest.get("config_sha256", digest) == digest
+        refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
+        if not own:
+            directory.set_record_aside()
+    return Found(path=path, manifest=manifest, problems=problems, own=own)
+
+
+def fill(
+    config: RunConfig,
+    communicator: Communicator,
+    authority: ParameterAuthority,
+    found: Found | None,
+    data_sha256: str,
+    model: nn.Module,
+    optimizer: Optimizer,
+    strategy: Strategy,
+) -> Progress:
+    """Put rank 0's weights and state on every rank: restored, taken from elsewhere, or just drawn.
+
+    Collective: every rank must call. Raises: ConfigError or CheckpointError, the same on every rank.
+    """
+    weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(optimizer.state))
+    kept, progress = strategy.state(), Progress()
+    error: MlxRingError | None = None
+    if communicator.rank == 0:
+        try:
+            if found is not None:
+                weights, state, kept, progress = _read(config, found, data_sha256, weights, state, kept)
+            elif config.checkpoint.initialize_from is not None:
+                source = Path(config.checkpoint.initialize_from).expanduser()
+                loaded = checkpoints.initial_weights(source)
+                weights = checkpoints.match(
+                    loaded, weights, str(source), "choose the model that it was made with"
+                )
+        except MlxRingError as caught:
+            error = caught
+    communicator.agree_on_error(error)
+    progress = Progress(**communicator.broadcast_object(asdict(progress)))
+    model.update(tree_unflatten(list(authority.broadcast(weights).items())))
+    optimizer.state = tree_unflatten(list(authority.broadcast(state).items()))
+    optimizer.init(model.trainable_parameters())
+    strategy.load(authority.broadcast(kept) if kept else kept)
+    return progress
+
+
+def _read(
+    config: RunConfig, found: Found, data_sha256: str, weights: Arrays, state: Arrays, kept: Arrays
+) -> tuple[Arrays, Arrays, Arrays, Progress]:
+    """The arrays of a checkpoint, where it is of this run's model; for a resume also of this run's data."""
+    where = str(found.path)
+    saved = found.manifest.get("data_sha256")
+    if saved != data_sha256 and not config.evaluation.only:
+        raise ConfigError(
+            f"the data's SHA-256 is {data_sha256[:12]} now and was {str(saved)[:12]} in {where}; "
+            "resume with the same data, or start a new run with checkpoint.initialize_from"
+        )
+    files = checkpoints.load(found.path, found.manifest)
+    remedy = "resume with the configuration it was saved with"
+    weights = checkpoints.match(files["model"], weights, f"{where}/model.safetensors", remedy)
+    if config.evaluation.only:
+        return weights, state, kept, _progress(found)
+    state = checkpoints.match(files.get("optimizer", {}), state, f"{where}/optimizer.safetensors", remedy)
+    kept = checkpoints.match(files.get("strategy", {}), kept, f"{where}/strategy.safetensors", remedy)
+    return weights, state, kept, _progress(found)
+
+
+def _progress(found: Found) -> Progress:
+    try:
+        return Progress(**found.manifest["progress"])
+    except TypeError as error:
+        where = found.path / "manifest.json"
+        raise CheckpointError(f"{where} counts what this version does not: {error}") from None
