@@ -41,7 +41,8 @@ from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
-BROADCAST_BYTES = 64 * 2**20  # a broadcast travels in pieces of this size
+BROADCAST_BYTES = 64 * 2**20  # arrays are broadcast in buckets of this size
+MESSAGE_BYTES = 2**30  # no message is longer: MPI counts elements in 31 bits
 
 
 def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> list[list[str]]:
@@ -104,6 +105,10 @@ class Communicator:
         """The sum over ranks, of the same shape and dtype. Collective: every rank must call."""
         if self.world_size == 1:
             return array
+        if array.nbytes > MESSAGE_BYTES:
+            flat, size = array.reshape(-1), MESSAGE_BYTES // array.itemsize
+            sums = [self.all_sum(flat[start : start + size]) for start in range(0, flat.size, size)]
+            return mx.concatenate(sums).reshape(array.shape)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
         return self._call(
             "all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream)

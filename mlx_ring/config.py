@@ -496,5 +496,5 @@ class RunConfig:
         return {
             key: value.name if isinstance(value, Enum) else value
             for key, value in flatten(plain).items()
-            if key not in HOST_KEYS and not is_secret(key)
+            if key not in HOST_KEYS and not is_secret(key, value)
         }

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from mlx_ring.errors import ConfigError
 
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "passphrase", "credential", "auth"}
+TEXT_ALONE = {"token", "key", "auth"}  # whose numbers (max_tokens, key_size) are no secrets
 
 # What a resumed run may change; data.path may move as long as the data's digest stays.
 RESUMABLE = (
@@ -30,7 +31,7 @@ def record(composed: DictConfig | ListConfig) -> Any:
     def redact(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                str(key): "<redacted>" if is_secret(str(key)) and value is not None else redact(value)
+                str(key): "<redacted>" if is_secret(str(key), value) else redact(value)
                 for key, value in node.items()
             }
         if isinstance(node, list):
@@ -45,11 +46,15 @@ def record(composed: DictConfig | ListConfig) -> Any:
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
 
 
-def is_secret(key: str) -> bool:
-    """Whether a word of a key's last part (apiKey, hf_tokens) names a secret; `tokens` alone is data."""
+def is_secret(key: str, value: Any = "") -> bool:
+    """Whether a word of a key's last part (apiKey, hf_tokens) names a secret, and the value may be one;
+    `tokens` alone is data."""
     name = key.rpartition(".")[2]
     words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
-    return name != "tokens" and not words.isdisjoint(SECRET_WORDS)
+    found = words & SECRET_WORDS
+    if value is None or (isinstance(value, int | float) and found <= TEXT_ALONE):
+        return False
+    return name != "tokens" and bool(found)
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -61,32 +66,42 @@ def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def fixed_sha256(values: dict[str, Any]) -> str:
-    """Digest of the resolved values, by dotted key, that a resumed run may not change."""
-    fixed = {
-        key: value for key, value in values.items() if value is not None and not key.startswith(RESUMABLE)
-    }
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+def look_ups(recorded: dict[str, Any]) -> list[str]:
+    """The dotted keys whose values are looked up (`${oc.env:…}`), and that a resumed run may not change."""
+    return [
+        key
+        for key, value in flatten(recorded).items()
+        if "${" in str(value) and not key.startswith(RESUMABLE)
+    ]
+
+
+def look_ups_sha256(recorded: dict[str, Any], resolved: dict[str, Any]) -> str:
+    """Digest of what these look-ups gave; `resolved` is the configuration's values by dotted key."""
+    under = tuple(f"{key}." for key in look_ups(recorded))
+    values = {key: value for key, value in resolved.items() if under and f"{key}.".startswith(under)}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], *, resolved_alike: bool = True) -> None:
     """Compare two records; `resolved_alike` says whether their look-ups gave the same values.
+
+    A field that the saved record lacks came with a later version; only what users name may come anew.
 
     Raises: ConfigError for the first field that a resumed run may not change, with both values.
     """
     before, after = flatten(saved), flatten(now)
     remedy = "give the old value, or start a new run with checkpoint.initialize_from"
     for key in sorted({*before, *after}, key=lambda key: (not key.endswith(".name"), key)):  # the model first
-        if not key.startswith(RESUMABLE) and before.get(key) != after.get(key):
+        new = key not in before and ".arguments" not in key
+        if not new and not key.startswith(RESUMABLE) and before.get(key) != after.get(key):
             raise ConfigError(
                 f"{key} is {after.get(key)} now and was {before.get(key)} when the checkpoint was saved; a "
                 f"resumed run cannot change it: {remedy}"
             )
-    looked_up = [key for key, value in after.items() if "${" in str(value) and not key.startswith(RESUMABLE)]
-    if looked_up and not resolved_alike:
+    if not resolved_alike:
         raise ConfigError(
-            f"one of {', '.join(looked_up)} looks up another value now than when the checkpoint was saved; a "
-            f"resumed run cannot change it: {remedy}"
+            f"one of {', '.join(look_ups(now))} looks up another value now than when the checkpoint was "
+            f"saved; a resumed run cannot change it: {remedy}"
         )
 
 

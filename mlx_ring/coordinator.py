@@ -23,7 +23,7 @@ from mlx_ring.errors import (
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.parameter_authority import Plan, agree
-from mlx_ring.restore import Found, find
+from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_record import RunRecord
@@ -195,7 +195,7 @@ class Coordinator:
         """From here on status.json speaks of this process group."""
         if self._config.evaluation.only:
             return
-        own = self._found.manifest if self._found is not None and self._found.own else {}
+        found = self._found
         self._status = RunStatus(
             self.directory.path,
             job=self.job,
@@ -203,8 +203,7 @@ class Coordinator:
             backend=self._communicator.backend,
             device=_device(),
             hosts=self._communicator.hosts,
-            step=own.get("step", 0),
-            parameters_sha256=own.get("parameters_sha256"),
+            reached=found.manifest if found is not None and found.own else None,
         )
 
     def _begin(self, run: Run) -> None:
@@ -214,6 +213,10 @@ class Coordinator:
         progress, found = run.trainer.progress, self._found
         if found is not None and found.own:
             self._saved_step = progress.step
+        else:
+            self._status.forget()
+        if replaces_record(self._config, found):  # now that nothing can be refused any more
+            self.directory.set_record_aside(self._status.before)
         self._record = RunRecord(
             self.directory,
             self._status,
@@ -257,7 +260,6 @@ class Coordinator:
     def _evaluate_only(self, run: Run) -> int:
         """Evaluate the weights found; the record of a run that is there stays as it is."""
         evaluation = run.evaluator.evaluate()
-        run.trainer.close()
         if self._leads:
             source = self._found.path if self._found else self._config.checkpoint.initialize_from
             for problem in self._found.problems if self._found else []:

@@ -99,9 +99,9 @@ class Evaluator:
 
         The last is negative where targets are no classes: a model with its own loss may learn real numbers.
         """
-        parameters = self._model.trainable_parameters()
-        outputs = self._forward(parameters, inputs)
-        self._model.update(parameters)
+        masters = self._model.parameters()
+        outputs = self._forward(self._model.trainable_parameters(), inputs)
+        self._model.update(masters)
         loss, count = sum_of_losses(self._loss, outputs, targets)
         right = mx.array(-1)
         classes = self._dataset.spec.kind == "classifier" and mx.issubdtype(targets.dtype, mx.integer)

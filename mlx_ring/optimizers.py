@@ -40,7 +40,7 @@ def build_optimizer(
             learning_rate = _scaled(schedule, scale * config.adam_learning_rate / config.learning_rate)
             make = partial(optim.AdamW, learning_rate, bias_correction=True)
             rest = [make(weight_decay=config.weight_decay), make(weight_decay=0.0)]
-            return optim.MultiOptimizer([muon, *rest], [_is_hidden_matrix, _is_matrix])
+            return optim.MultiOptimizer([muon, *rest], [is_hidden_matrix, _is_matrix])
         case AdamOptimizer():
             # MLX leaves the bias correction of the published algorithm out by default.
             make = partial(optim.AdamW, betas=config.betas, eps=config.eps, bias_correction=True)
@@ -80,5 +80,6 @@ def _is_matrix(path: str, gradient: mx.array) -> bool:
     return gradient.ndim >= 2
 
 
-def _is_hidden_matrix(path: str, gradient: mx.array) -> bool:
+def is_hidden_matrix(path: str, gradient: mx.array) -> bool:
+    """Whether Muon updates this array."""
     return gradient.ndim >= 2 and "layers" in path.split(".")

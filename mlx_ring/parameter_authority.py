@@ -137,9 +137,9 @@ class ParameterAuthority:
                 two = [f"{sums[rank]:08x} on rank {rank} ({hosts[rank]})" for rank in (odd, usual)]
                 raise agreed(
                     TrainingError(
-                        f"replicas differ after step {step}: {path} has checksum {two[0]} and {two[1]}; look "
-                        "for a fault of that machine, or a model that changes its own arrays; the newest "
-                        "checkpoint is from before"
+                        f"replicas differ after step {step}: {path} has checksum {two[0]} and {two[1]}; that "
+                        "machine is at fault, or it is of another kind and rounds otherwise (use machines of "
+                        "one kind), or the model changes its own arrays; the newest checkpoint is from before"
                     )
                 )
 

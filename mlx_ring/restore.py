@@ -13,7 +13,7 @@ from mlx_ring import checkpoint_format
 from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
-from mlx_ring.config_record import fixed_sha256, refuse_changes
+from mlx_ring.config_record import look_ups_sha256, refuse_changes
 from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError
 from mlx_ring.parameter_authority import ParameterAuthority
 from mlx_ring.run_directory import RunDirectory
@@ -34,8 +34,7 @@ class Found:
 
 
 def find(config: RunConfig, directory: RunDirectory) -> Found | None:
-    """The checkpoint that `checkpoint.resume` asks for. Where that is not this run's own, the record that is
-    in its directory is set aside: two runs never share one. Rank 0.
+    """The checkpoint that `checkpoint.resume` asks for. Rank 0.
 
     Raises: CheckpointError where none is usable; ConfigError for a change that a resumed run may not make.
     """
@@ -46,8 +45,6 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
                 "evaluation.only=true with checkpoint.resume=never has no weights; give "
                 "checkpoint.initialize_from"
             )
-        if not config.evaluation.only:
-            directory.set_record_aside()
         return None
     source = directory.path
     if config.checkpoint.resume != "auto":
@@ -59,15 +56,24 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
                 "checkpoint.resume=PATH"
             )
         return None
+    if config.evaluation.only and config.checkpoint.initialize_from is not None:
+        raise ConfigError(
+            f"evaluation.only=true could mean the checkpoints of {source} or checkpoint.initialize_from="
+            f"{config.checkpoint.initialize_from}; give checkpoint.resume=never for the latter, or leave "
+            "it out"
+        )
     path, manifest, problems = checkpoints.find(source)
     own = path.resolve().parent == (directory.path / "checkpoints").resolve()
     if not config.evaluation.only:
-        digest = fixed_sha256(config.flat())
-        alike = manifest.get("config_sha256", digest) == digest
+        digest = look_ups_sha256(config.record, config.flat())
+        alike = manifest.get("look_ups_sha256", digest) == digest
         refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
-        if not own:
-            directory.set_record_aside()
     return Found(path=path, manifest=manifest, problems=problems, own=own)
+
+
+def replaces_record(config: RunConfig, found: Found | None) -> bool:
+    """Whether a record that is in the run's directory is another run's: two never share one. Rank 0."""
+    return not found.own if found is not None else config.checkpoint.resume == "never"
 
 
 def fill(

@@ -19,7 +19,7 @@ from mlx_ring.evaluator import Evaluator
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
-from mlx_ring.optimizers import build_optimizer
+from mlx_ring.optimizers import build_optimizer, is_hidden_matrix
 from mlx_ring.parameter_authority import ParameterAuthority, agree, parameter_shapes, sha256_of
 from mlx_ring.restore import Found, fill
 from mlx_ring.scheduler import build_schedule
@@ -38,8 +38,14 @@ class Run:
     strategy: Strategy
     authority: ParameterAuthority
     data: DataManager
-    trainer: Trainer
     evaluator: Evaluator
+    trained: Trainer | None  # None where the run only evaluates
+
+    @property
+    def trainer(self) -> Trainer:
+        """Of a run that trains."""
+        assert self.trained is not None
+        return self.trained
 
     def verify_replicas(self) -> None:
         """Raises: TrainingError where ranks that should hold equal weights do not. Collective: every rank
@@ -71,24 +77,6 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     strategy.setup(model, optimizer)
     forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
     loss = build_loss(config.trainer.loss)
-    trainer = Trainer(
-        model,
-        optimizer,
-        strategy,
-        communicator,
-        authority,
-        _loader(config, data, progress),
-        forward=forward,
-        loss=loss,
-        progress=progress,
-        seed=config.seed,
-        total_steps=config.trainer.steps,
-        global_batch_size=config.trainer.global_batch_size,
-        max_skipped_batches=config.trainer.max_skipped_batches,
-        compile=config.trainer.compile,
-        issue_ahead=config.memory.issue_ahead,
-        counts_tokens=config.kind.name == "language",
-    )
     evaluator = Evaluator(
         model,
         data.dataset,
@@ -98,10 +86,36 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
         compile=config.trainer.compile,
     )
-    return Run(model, optimizer, strategy, authority, data, trainer, evaluator)
+    run = Run(model, optimizer, strategy, authority, data, evaluator, trained=None)
+    if not config.evaluation.only:
+        run.trained = Trainer(
+            model,
+            optimizer,
+            strategy,
+            communicator,
+            authority,
+            _loader(config, data, progress),
+            forward=forward,
+            loss=loss,
+            progress=progress,
+            seed=config.seed,
+            total_steps=config.trainer.steps,
+            global_batch_size=config.trainer.global_batch_size,
+            max_skipped_batches=config.trainer.max_skipped_batches,
+            compile=config.trainer.compile,
+            issue_ahead=config.memory.issue_ahead,
+            counts_tokens=config.kind.name == "language",
+        )
+    return run
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    if config.optimizer.name == "muon" and not any(is_hidden_matrix(*item) for item in weights.items()):
+        raise ConfigError(
+            "optimizer=muon updates the matrices in the model's list `layers`, and there are none; call the "
+            "list of the model's blocks so, or choose optimizer=adamw"
+        )
     peak, total_steps = config.optimizer.learning_rate, config.trainer.steps
     optimizer = build_optimizer(
         config.optimizer,
@@ -157,7 +171,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.memory.activation_checkpointing:
             memory_manager.checkpoint_activations(model)
-        _refuse_batch_statistics(model)
+        _check(model)
         build_loss(config.trainer.loss)
         parts = model, _optimizer(config, model)
     except MlxRingError as caught:
@@ -167,8 +181,24 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
     return data, *parts
 
 
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    """Running statistics of a batch would be each rank's own, and only rank 0's would be saved."""
+def _check(model: nn.Module) -> None:
+    """What can be trained by this program: float32 master weights, equal on all ranks."""
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    if not weights:
+        raise ConfigError("the model has nothing to train: all its parameters are frozen")
+    for path, weight in weights.items():
+        if not mx.issubdtype(weight.dtype, mx.floating):
+            raise ConfigError(
+                f"the model's {path} is of {weight.dtype} and would be trained; freeze it "
+                f"(freeze(keys=[{path.rpartition('.')[2]!r}], recurse=False)), or give it a name that begins "
+                "with an underscore"
+            )
+        if weight.dtype != mx.float32:
+            raise ConfigError(
+                f"the model's {path} is of {weight.dtype}, and master weights are float32; leave it so, and "
+                "compute with trainer.compute_dtype=bfloat16"
+            )
+    # Running statistics of a batch would be each rank's own, and only rank 0's would be saved.
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm) and "running_mean" in module:
             raise ConfigError(

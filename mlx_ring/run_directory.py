@@ -2,16 +2,18 @@
 
 import contextlib
 import errno
+import json
 import logging
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 from mlx_ring import checkpoint_format
 from mlx_ring.errors import ConfigError
 from mlx_ring.process_lock import LockHeld, ProcessLock
 
-RECORD = ("checkpoints", "metrics.jsonl", "tensorboard", "status.json", "config.yaml")
+RECORD = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml")
 
 
 class RunDirectory:
@@ -49,8 +51,9 @@ class RunDirectory:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
-    def set_record_aside(self) -> None:
-        """Move an earlier run's record to previous_N, so that a new one starts without losing it. Rank 0.
+    def set_record_aside(self, status: dict[str, Any] | None) -> None:
+        """Move an earlier run's record to previous_N, so that a new one starts without losing it; `status`
+        is what its status.json said, which is the new one's by now. Rank 0.
 
         Raises: ConfigError.
         """
@@ -65,6 +68,8 @@ class RunDirectory:
             aside.mkdir()
             for path in present:
                 path.rename(aside / path.name)
+            if status is not None:
+                self.write({f"{aside.name}/status.json": json.dumps(status, indent=2)})
 
     def write(self, files: dict[str, str]) -> None:
         """Text files by their names in the directory, each whole or not at all. Rank 0."""

@@ -11,8 +11,8 @@ from mlx_ring import __version__
 from mlx_ring.checkpoint_manager import CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.config import RunConfig
-from mlx_ring.config_record import fixed_sha256, flatten, to_yaml
-from mlx_ring.errors import CheckpointError, MlxRingError
+from mlx_ring.config_record import flatten, look_ups_sha256, to_yaml
+from mlx_ring.errors import CheckpointError
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.interval import Interval
 from mlx_ring.metrics_tracker import MetricsTracker
@@ -111,7 +111,7 @@ class RunRecord:
             "evaluation": evaluation.row() if evaluation is not None and finite else None,
             "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
             "config": self._config.record,
-            "config_sha256": fixed_sha256(self._config.flat()),
+            "look_ups_sha256": look_ups_sha256(self._config.record, self._config.flat()),
         }
         for saved in self._checkpoints.save(progress.step, run.files(), facts):
             self._saved(saved)
@@ -159,7 +159,7 @@ class RunRecord:
 
     def fail(self) -> None:
         """Finish what is being written and note the last step, as far as that is still possible."""
-        with contextlib.suppress(OSError, MlxRingError):
+        with contextlib.suppress(Exception):  # whatever it is, it must not hide why the run fails
             for saved in self._checkpoints.wait():
                 self._saved(saved)
         with contextlib.suppress(OSError):

@@ -31,11 +31,10 @@ class RunStatus:
         backend: str,
         device: str,
         hosts: list[str],
-        step: int = 0,
-        parameters_sha256: str | None = None,
+        reached: dict[str, Any] | None = None,
     ) -> None:
-        """Write state `starting`. `step` and `parameters_sha256` are those of the checkpoint that the run
-        continues from, where that is its own.
+        """Write state `starting`. `reached` holds the step and parameters_sha256 of the checkpoint that the
+        run continues from, where that is its own; else what was there `before` stays until `forget`.
 
         `job` is equal on all ranks of this process group and differs from every earlier one's.
         Raises: OSError where the file cannot be written.
@@ -43,16 +42,18 @@ class RunStatus:
         self._directory = run_directory
         self._job = job
         with _locked(run_directory):
+            self.before = RunStatus.read(run_directory)
+            reached = reached or self.before or {}
             for torn in run_directory.glob(f".{FILE_NAME}.*"):
                 torn.unlink()  # left by a killed writer
             status: dict[str, Any] = {
                 "state": "starting",
-                "step": step,
+                "step": reached.get("step", 0),
                 "world_size": world_size,
                 "backend": backend,
                 "device": device,
                 "hosts": hosts,
-                "parameters_sha256": parameters_sha256,
+                "parameters_sha256": reached.get("parameters_sha256"),
                 "message": "",
                 "updated_at": 0.0,
                 "job": job,
@@ -84,6 +85,11 @@ class RunStatus:
             if on_disk and on_disk.get("job") == self._job and on_disk.get("state") == "failed":
                 self._status |= {"state": "failed", "message": on_disk.get("message", "")}
             _replace(self._directory, self._status)
+
+    def forget(self) -> None:
+        """Nothing of what was reached before is this run's. Raises: OSError like `update`."""
+        self._status |= {"step": 0, "parameters_sha256": None}
+        self.update()
 
     @staticmethod
     def read(run_directory: Path) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
-"""SIGINT and SIGTERM: the first asks for an orderly stop, the second leaves at once.
+"""SIGINT, SIGTERM and SIGHUP: the first asks for an orderly stop, the second leaves at once.
 
+SIGHUP, of a closed terminal or a lost ssh, comes from the kernel and from the shell: it is never a second.
 A Python signal handler does not run while the main thread waits in a collective, so the signals' numbers are
 read from a pipe by a thread of its own.
 """
@@ -17,7 +18,9 @@ class StopSignal:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._handlers = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, lambda *_: None)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # nohup
         }
         self._wakeup = signal.set_wakeup_fd(self._writer)
         self._thread = threading.Thread(target=self._watch, args=(on_first, on_second), daemon=True)
@@ -26,7 +29,7 @@ class StopSignal:
     def _watch(self, on_first: Callable[[], None], on_second: Callable[[], None]) -> None:
         stops = 0
         while number := os.read(self._reader, 1):
-            if number[0] in self._handlers:
+            if number[0] in self._handlers and not (stops and number[0] == signal.SIGHUP):
                 stops += 1
                 (on_first if stops == 1 else on_second)()
         os.close(self._reader)

@@ -259,13 +259,13 @@ class Trainer:
     def _gradients(
         self, inputs: mx.array, targets: mx.array
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        parameters = self._model.trainable_parameters()
+        masters = self._model.parameters()
 
         def sums(parameters: Any) -> tuple[mx.array, mx.array]:
             return sum_of_losses(self._loss, self._forward(parameters, inputs), targets)
 
-        (loss, count), gradients = mx.value_and_grad(sums)(parameters)
-        self._model.update(parameters)  # the master weights, not the cast ones
+        (loss, count), gradients = mx.value_and_grad(sums)(self._model.trainable_parameters())
+        self._model.update(masters)  # not the cast ones
         return loss, count, dict(tree_flatten(gradients))
 
 

@@ -6,9 +6,22 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
 
+from mlx_ring import communicator
 from mlx_ring.communicator import Communicator
 from mlx_ring.errors import ClusterError, DataError
 from mlx_ring.rank_environment import RankEnvironment
+
+
+def check_long_messages(wire: Communicator) -> None:
+    """What is too long for one message goes in several."""
+    longest, communicator.MESSAGE_BYTES = communicator.MESSAGE_BYTES, 4096
+    try:
+        total = wire.all_sum(mx.arange(30_000, dtype=mx.int32).reshape(3, -1))
+        assert mx.array_equal(total, wire.world_size * mx.arange(30_000).reshape(3, -1))
+        given = mx.arange(9_001) if wire.rank == 0 else mx.zeros(9_001, dtype=mx.int32)
+        assert mx.array_equal(wire.broadcast({"weight": given})["weight"], mx.arange(9_001))
+    finally:
+        communicator.MESSAGE_BYTES = longest
 
 
 def check_sums(wire: Communicator) -> None:
@@ -90,7 +103,14 @@ def check_agreed_errors(wire: Communicator) -> None:
 
 def main() -> None:
     wire = Communicator(RankEnvironment.read())
-    for check in (check_sums, check_equal_bits, check_broadcast, check_objects, check_agreed_errors):
+    for check in (
+        check_sums,
+        check_long_messages,
+        check_equal_bits,
+        check_broadcast,
+        check_objects,
+        check_agreed_errors,
+    ):
         check(wire)
     if wire.world_size > 1:
         check_all_reduce(wire)

@@ -23,6 +23,23 @@ class Line(nn.Module):
         return self.scale * self.linear(x).squeeze(-1)
 
 
+class Odd(nn.Module):
+    """A model that cannot be trained as it is."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, what: str) -> None:
+        super().__init__()
+        self.blocks = [nn.Linear(input_shape[0], 4), nn.Linear(4, 1)]
+        if what == "half":
+            self.set_dtype(mx.bfloat16)
+        if what == "index":
+            self.index = mx.arange(4)
+        if what == "frozen":
+            self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.blocks[1](self.blocks[0](x)).squeeze(-1)
+
+
 class Points:
     def __init__(self, count: int) -> None:
         self.count = count

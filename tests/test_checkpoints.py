@@ -76,11 +76,43 @@ def test_another_runs_checkpoint_can_be_continued_elsewhere(tmp_path: Path) -> N
 
 def test_never_starts_anew_and_loses_nothing(tmp_path: Path) -> None:
     train(tmp_path, *EVERY).ok()
-    before = (tmp_path / "run/metrics.jsonl").read_text()
+    before, verdict = (tmp_path / "run/metrics.jsonl").read_text(), status(tmp_path)
     train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.steps=2").ok()
     assert steps(tmp_path) == [1, 2] and status(tmp_path)["step"] == 2
     assert (tmp_path / "run/previous_1/metrics.jsonl").read_text() == before
+    assert status(tmp_path, "run/previous_1") == verdict
     assert (tmp_path / "run/previous_1/checkpoints/step_00000006/manifest.json").exists()
+
+
+def test_a_refused_command_moves_no_record(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    verdict = status(tmp_path)
+    refused = train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.global_batch_size=4096")
+    assert refused.statuses == [2] and "fewer than one global batch" in refused.errors[0], refused.report()
+    assert not (tmp_path / "run/previous_1").exists() and status(tmp_path)["state"] == "failed"
+    for key in ("step", "parameters_sha256"):
+        assert status(tmp_path)[key] == verdict[key]
+    train(tmp_path, *EVERY, "trainer.steps=7").ok()
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 8))
+
+
+def test_a_new_run_from_the_weights_of_the_one_it_replaces(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    anew = ("checkpoint.resume=never", "checkpoint.initialize_from=run", "optimizer.learning_rate=1e-30")
+    train(tmp_path, *anew, "schedule=constant", "trainer.steps=1").ok()
+    old, new = newest(tmp_path, "run/previous_1"), newest(tmp_path)
+    for name, array in load_file(old / "model.safetensors").items():
+        np.testing.assert_array_equal(load_file(new / "model.safetensors")[name], array)
+
+
+def test_a_checkpoint_of_a_version_with_fewer_fields(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    manifest = newest(tmp_path) / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    del facts["config"]["trainer"]["max_skipped_batches"]
+    manifest.write_text(json.dumps(facts))
+    train(tmp_path, *EVERY, "trainer.steps=7").ok()
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 8))
 
 
 def test_a_look_up_that_gives_another_value_is_refused(tmp_path: Path) -> None:
@@ -117,6 +149,16 @@ def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> Non
     assert after == before
     elsewhere = train(tmp_path, "evaluation.only=true", "checkpoint.resume=run", run="other").ok()
     assert f"accuracy {at_the_end['accuracy']:.6g}" in elsewhere.members[0].stdout
+
+
+def test_evaluation_only_of_weights_from_elsewhere(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    train(tmp_path, *EVERY, "seed=3", run="other").ok()
+    both = ("evaluation.only=true", "checkpoint.initialize_from=other", "trainer.global_batch_size=4096")
+    refused = train(tmp_path, *both)
+    assert refused.statuses == [2] and "checkpoint.resume=never" in refused.errors[0], refused.report()
+    shown = train(tmp_path, *both, "checkpoint.resume=never").ok().members[0].stdout
+    assert f"loss {rows(tmp_path, 'evaluation', 'other')[-1]['loss']:.6g}" in shown
 
 
 def test_evaluation_only_never_moves_a_record(tmp_path: Path) -> None:

@@ -236,6 +236,17 @@ def test_a_secret_is_nowhere_in_the_record(name: str) -> None:
     assert "hunter2" not in to_yaml(config.record) and "<redacted>" in to_yaml(config.record)
 
 
+@pytest.mark.parametrize("argument", ["max_tokens: 5", "key_gain: 1.5", "author: null"])
+def test_a_number_is_no_key_and_no_token(argument: str) -> None:
+    config = parse("data=custom", "data.import_path=a:b", f"+data.arguments={{{argument}}}")
+    assert argument in to_yaml(config.record) and f"data.arguments.{argument.split(':')[0]}" in config.flat()
+
+
+def test_a_number_may_be_a_password() -> None:
+    config = parse("data=custom", "data.import_path=a:b", "+data.arguments={password: 271828}")
+    assert "271828" not in to_yaml(config.record) and 271828 not in config.flat().values()
+
+
 @pytest.mark.parametrize("name", ["tokens", "tokenizer", "tokenization", "monkeys"])
 def test_what_only_looks_like_a_secret_is_recorded(name: str) -> None:
     config = parse("data=custom", "data.import_path=a:b", f"+data.arguments={{{name}: hunter2}}")
@@ -333,12 +344,18 @@ def test_data_may_move() -> None:
     refuse_changes(before, after)
 
 
-def test_a_key_that_is_new_since_then_may_be_null() -> None:
+def test_a_field_of_a_later_version_ends_no_run() -> None:
     before, after = parse().record, copy.deepcopy(parse().record)
-    after["trainer"]["later"] = None
-    refuse_changes(before, after)
     after["trainer"]["later"] = 3
-    with pytest.raises(ConfigError, match=r"trainer\.later is 3 now and was None"):
+    refuse_changes(before, after)
+
+
+@pytest.mark.parametrize("arguments", ["{}", "{size: 3}"])
+def test_a_new_argument_of_ones_own_part_is_a_change(arguments: str) -> None:
+    own = ("data=custom", "data.import_path=a:b")
+    before = parse(*own, f"+data.arguments={arguments}").record
+    after = parse(*own, "+data.arguments={size: 3, width: 5}").record
+    with pytest.raises(ConfigError, match=r"data\.arguments\.\w+ is \d now and was None"):
         refuse_changes(before, after)
 
 

@@ -1,15 +1,18 @@
 """What a run does when a rank dies, a batch is not finite, a signal comes, or the disk is full."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
+from ranks import ROOT, SMALL, TRAIN, Rank, Ranks, mpirun, rows, start, status
 from refusals import CONFIGURATION, assert_refused
 
 FAULTY = [
@@ -113,6 +116,32 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: si
     calm = ["data.arguments={fault: tell, rank: 0, at_call: 40}", f"trainer.steps={step + 3}"]
     start([*FAULTY, *calm], tmp_path, world_size=world_size).wait().ok()
     assert rows(tmp_path, "train")[-1]["step"] == step + 3
+
+
+def test_a_closed_terminal_saves_and_exits_75(tmp_path: Path) -> None:
+    """The terminal's end is a SIGHUP, here and often from the shell too, and no more standard output."""
+    ours, theirs = os.openpty()
+    command = [*FAULTY, "data.arguments={fault: tell, rank: 0, at_call: 40}", "trainer.steps=100000"]
+    process = subprocess.Popen(
+        [*TRAIN, *command],
+        cwd=tmp_path,
+        env=os.environ | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(theirs)
+        wait_for(tmp_path / "reached", Ranks([Rank(process)]))
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+    assert status(tmp_path)["state"] == "stopped"
+    assert (tmp_path / f"run/checkpoints/step_{status(tmp_path)['step']:08d}/manifest.json").exists()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -17,6 +17,7 @@ from mlx_ring.errors import ConfigError
 from mlx_ring.models import build_model
 from mlx_ring.models.dropout import draw_key, dropout, split_key
 from mlx_ring.models.losses import build_loss, sum_of_losses
+from mlx_ring.models.precision import build_forward
 from mlx_ring.models.transformer import Attention
 
 
@@ -264,6 +265,17 @@ def test_cast_models_compute_in_bfloat16(name: str) -> None:
     cast(model)
     inputs = inputs if inputs.dtype == mx.int32 else inputs.astype(mx.bfloat16)
     assert model(inputs).dtype == mx.bfloat16
+
+
+def test_frozen_layers_are_cast_too() -> None:
+    model, inputs = MODELS["mlp"](0.0)
+    model.layers[0].freeze()
+    masters = model.parameters()
+    outputs = build_forward(model, mx.bfloat16)(model.trainable_parameters(), inputs)
+    assert outputs.dtype == mx.bfloat16
+    assert {array.dtype for array in flat(model.parameters()).values()} == {mx.bfloat16}
+    model.update(masters)
+    assert {array.dtype for array in flat(model.parameters()).values()} == {mx.float32}
 
 
 # Dropout

@@ -40,6 +40,21 @@ def test_own_code_that_fails(tmp_path: Path, part: str) -> None:
     assert "raise ValueError" in (tmp_path / "run/logs/rank_0.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("half", ["blocks.0.weight is of mlx.core.bfloat16", "trainer.compute_dtype=bfloat16"]),
+        ("index", ["index is of mlx.core.int32", "freeze(keys=['index']", "underscore"]),
+        ("frozen", ["nothing to train"]),
+        ("muon", ["optimizer=muon", "`layers`", "optimizer=adamw"]),
+    ],
+)
+def test_a_model_that_cannot_be_trained(tmp_path: Path, what: str, words: list[str]) -> None:
+    optimizer = "optimizer=muon" if what == "muon" else "optimizer=sgd"
+    odd = ("model.import_path=own_code:Odd", f"model.arguments={{what: {what}}}", optimizer)
+    assert_refused(run(tmp_path, *OWN, *odd, world_size=2), CONFIGURATION, *words, agreed=True)
+
+
 def test_a_checkpoint_names_no_code(tmp_path: Path) -> None:
     """Exporting, evaluating or resuming without the import path on the command line runs nothing of it."""
     run(tmp_path, *OWN).ok()

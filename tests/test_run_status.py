@@ -28,7 +28,7 @@ FIELDS = [
 
 def start_job(directory, job="job-1", **reached):
     group = {"world_size": 2, "backend": "ring", "device": "cpu", "hosts": ["a", "b"]}
-    return RunStatus(directory, job=job, **group, **reached)
+    return RunStatus(directory, job=job, **group, reached=reached)
 
 
 def start(program, *arguments, **options):
@@ -53,6 +53,22 @@ def test_the_file_has_the_contracts_fields(tmp_path):
         "message": "",
         "job": "job-1",
     }
+
+
+def test_what_was_reached_before_stays_until_it_is_forgotten(tmp_path):
+    start_job(tmp_path).update("completed", step=50, parameters_sha256="ab")
+    status = start_job(tmp_path, "job-2")
+    found = RunStatus.read(tmp_path)
+    assert [found[key] for key in ("state", "step", "parameters_sha256", "job")] == [
+        "starting",
+        50,
+        "ab",
+        "job-2",
+    ]
+    assert status.before["state"] == "completed"
+    status.forget()
+    found = RunStatus.read(tmp_path)
+    assert [found[key] for key in ("state", "step", "parameters_sha256")] == ["starting", 0, None]
 
 
 def test_an_update_changes_what_is_given_only(tmp_path):

@@ -13,8 +13,9 @@ Forward = Callable[[Any, mx.array], mx.array]
 def build_forward(model: nn.Module, dtype: mx.Dtype) -> Forward:
     """A function of (parameters, inputs) that runs the model in `dtype` and gives its outputs.
 
-    It leaves the cast weights in the model: put the master weights back with `model.update`. Embedding tables
-    are not cast: their gradient is a sum over many rows, which bfloat16 would round away.
+    `parameters` are the trainable ones; the frozen ones are the model's, cast too. It leaves the cast ones in
+    the model: put all masters back with `model.update`. Embedding tables are not cast: their gradient is a
+    sum over many rows, which bfloat16 would round away.
     """
     embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
@@ -23,7 +24,9 @@ def build_forward(model: nn.Module, dtype: mx.Dtype) -> Forward:
         return parameter if keep else parameter.astype(dtype)
 
     def forward(parameters: Any, inputs: mx.array) -> mx.array:
-        model.update(parameters if dtype == mx.float32 else tree_map_with_path(cast, parameters))
+        model.update(parameters)
+        if dtype != mx.float32:
+            model.update(tree_map_with_path(cast, model.parameters()))
         return model(inputs.astype(dtype) if mx.issubdtype(inputs.dtype, mx.floating) else inputs)
 
     return forward
