@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """`python train.py …`: the same program that the installed command `train.py` runs."""
 
 from mlx_ring.train import main

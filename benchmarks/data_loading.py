@@ -64,6 +64,7 @@ def make_loader(dataset: Dataset, next_sample: int) -> Loader:
         micro_batches=range(GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE),
         next_sample=next_sample,
         prefetch=4,
+        num_classes=dataset.spec.num_classes,
     )
 
 

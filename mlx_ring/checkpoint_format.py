@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from mlx_ring.errors import CheckpointError
+from mlx_ring.errors import CheckpointError, NewerCheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -171,7 +171,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no manifest: it lists no files")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
+        kind = NewerCheckpointError if _is_count(version) and version > FORMAT_VERSION else CheckpointError
+        raise kind(
             f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring"
         )
     for name, rule, right in (
@@ -259,11 +260,16 @@ def _open(path: Path) -> Any:
 
 
 def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The first candidate that verifies, its manifest, and what was wrong with those before it."""
+    """The first candidate that verifies, its manifest, and what was wrong with those before it.
+
+    Raises: NewerCheckpointError for one of a later version: whoever passes it over would overwrite it.
+    """
     problems: list[str] = []
     for path in candidates:
         try:
             return path, verify(path), problems
+        except NewerCheckpointError:
+            raise
         except CheckpointError as error:
             problems.append(str(error))
     return None, {}, problems

@@ -5,7 +5,7 @@
     ├── DataError         2   a data set that is absent, damaged or does not fit the model
     ├── ClusterError      3   launch failed, a peer was lost, ranks do not agree
     ├── TrainingError     4   non-finite loss, replicas differ
-    ├── CheckpointError   5   no usable checkpoint where one was asked for
+    ├── CheckpointError   5   no usable checkpoint where one was asked for, or one of a later version
     └── Interrupted     130   a second signal asked to leave at once
 
 A message is one line: what failed, where, both values, the remedy.
@@ -60,6 +60,10 @@ class CheckpointError(MlxRingError):
     """A checkpoint that was asked for cannot be used, or none can be written."""
 
     exit_status = 5
+
+
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint was written by a later version: not damaged, and not to be passed over."""
 
 
 class Interrupted(MlxRingError):

@@ -67,19 +67,27 @@ class RankEnvironment:
             return
         asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
         launcher = f"mlx.launch --hostfile {hostfile}" if hostfile else f"mlx.launch --backend {backend} -n 2"
-        launcher = "mpirun -n 2 python" if backend == "mpi" else launcher
-        raise ConfigError(
-            f"{asked} asks for a cluster, but this is one rank started by itself; start it with {launcher} "
-            "train.py …, or leave cluster=local"
+        raise _started_by_itself(
+            asked, "mpirun -n 2 python" if backend == "mpi" else launcher, "cluster=local"
         )
 
     def check_backend(self, key: str, backend: str) -> None:
         """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""
+        if backend != "auto" and not self.launched:
+            launcher = "mpirun -n 2 python" if backend == "mpi" else f"mlx.launch --backend {backend} -n 2"
+            raise _started_by_itself(f"{key}={backend}", launcher, f"{key}=auto")
         if backend not in ("auto", self.backend) and self.world_size > 1:
             raise ConfigError(
                 f"{key}={backend}, but the launcher started {self.world_size} ranks for {self.backend}; "
                 f"launch with --backend {backend}, or leave {key}=auto"
             )
+
+
+def _started_by_itself(asked: str, launcher: str, otherwise: str) -> ConfigError:
+    return ConfigError(
+        f"{asked} asks for a cluster, but this is one rank started by itself; start it with {launcher} "
+        f"train.py …, or leave {otherwise}"
+    )
 
 
 def _name(backend: str, world_size: int) -> str:

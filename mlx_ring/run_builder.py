@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
@@ -84,6 +85,7 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         forward=forward,
         loss=loss,
         micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
+        num_classes=_num_classes(config, data),
         compile=config.trainer.compile,
     )
     run = Run(model, optimizer, strategy, authority, data, evaluator, trained=None)
@@ -151,6 +153,7 @@ def _loader(config: RunConfig, data: DataManager, progress: Progress) -> Loader:
         global_batch_size=config.trainer.global_batch_size,
         micro_batch_size=config.trainer.micro_batch_size,
         next_sample=progress.next_sample,
+        num_classes=_num_classes(config, data),
     )
 
 
@@ -173,12 +176,38 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
             memory_manager.checkpoint_activations(model)
         _check(model)
         build_loss(config.trainer.loss)
+        _try(config, data, model)
         parts = model, _optimizer(config, model)
     except MlxRingError as caught:
         error = caught
     communicator.agree_on_error(error)
     assert parts is not None
     return data, *parts
+
+
+def _num_classes(config: RunConfig, data: DataManager) -> int | None:
+    """What targets are below; a loss of one's own may read them otherwise."""
+    return data.dataset.spec.num_classes if config.trainer.loss == "cross_entropy" else None
+
+
+def _try(config: RunConfig, data: DataManager, model: nn.Module) -> None:
+    """One sample through the model. Nothing is computed: MLX finds the shapes without."""
+    if not len(data.dataset.train):
+        return
+    inputs = mx.array(data.dataset.train.batch(np.zeros(1, np.int64))[0])
+    try:
+        outputs = model(inputs)
+    except Exception as error:  # whatever a user's code raises
+        what = f"model={config.model.name} failed on a sample of shape {inputs.shape}"
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}; correct the model") from error
+    classes = _num_classes(config, data)
+    positions = inputs.shape if data.dataset.spec.kind == "language" else inputs.shape[:1]
+    if classes is not None and outputs.shape != (*positions, classes):
+        raise ConfigError(
+            f"model={config.model.name} gives outputs of shape {outputs.shape} for a sample, and cross "
+            f"entropy over the data's {classes} classes needs {(*positions, classes)}; correct the "
+            "model, or give a trainer.loss of your own"
+        )
 
 
 def _check(model: nn.Module) -> None:

@@ -35,9 +35,10 @@ class StopSignal:
         os.close(self._reader)
 
     def close(self) -> None:
-        """Give the signals back."""
+        """The run has ended, and this process is about to. A launcher that has seen another rank end sends
+        SIGTERM: it must not take this one's last words and exit status. Ctrl-C still ends it."""
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
         os.close(self._writer)
         self._thread.join()

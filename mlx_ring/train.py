@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -28,7 +29,7 @@ from mlx_ring.composition import (
 from mlx_ring.config import RunConfig
 from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
-from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.errors import ConfigError, Interrupted, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
@@ -169,7 +170,8 @@ class Process:
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-        if self.coordinator is None or not self.coordinator.fail(message):
+        begun = self.coordinator is not None and self.coordinator.fail(message)
+        if not begun and not isinstance(error, Interrupted):
             with contextlib.suppress(OSError):
                 self._record_refusal(message)
         several = self.environment.world_size > 1
@@ -181,7 +183,7 @@ class Process:
                 f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
             )
             if not known:
-                sys.excepthook(type(error), error, error.__traceback__)
+                message += _whereabouts(error)
             print(f"error: {where}{message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -255,6 +257,16 @@ class Process:
                 hosts=[socket.gethostname()] if self.communicator is None else self.communicator.hosts,
                 message=message,
             )
+
+
+def _whereabouts(error: BaseException) -> str:
+    """Where an unforeseen error arose. Its traceback is in the log of this rank; before there is one, here."""
+    logs = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    if not logs:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return ""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({place.filename}, line {place.lineno}); its traceback is in {logs[0].baseFilename}"
 
 
 def _abort_mpi(status: int) -> None:

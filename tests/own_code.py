@@ -71,6 +71,39 @@ def half_labelled() -> Dataset:
     return Dataset(spec=spec, digest="half", train=HalfLabelled(256), held_out=HalfLabelled(16))
 
 
+def mislabelled(split: str) -> Dataset:
+    class Mislabelled(HalfLabelled):
+        def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            inputs, targets = super().batch(indices)
+            return inputs, np.where(targets == 2, 500_000, targets)
+
+    kinds = {name: Mislabelled if name == split else HalfLabelled for name in ("train", "held_out")}
+    spec = DataSpec(kind="classifier", input_shape=(2,), num_classes=3)
+    return Dataset(spec=spec, digest="no", train=kinds["train"](256), held_out=kinds["held_out"](16))
+
+
+class Classifier(nn.Module):
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        outputs: int | None = None,
+        fails: bool = False,
+        fails_at: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_shape[0], outputs or num_classes)
+        self._fails, self._fails_at, self._calls = fails, fails_at, 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._calls += 1
+        if self._fails:
+            raise ValueError("no such layer")
+        if self._calls == self._fails_at:
+            raise ValueError("too late")
+        return self.linear(x)
+
+
 def failing(**_: object) -> object:
     raise ValueError("no such thing")
 

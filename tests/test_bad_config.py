@@ -60,6 +60,7 @@ CHOICES = [
     (["experiment=mine"], ["there is no experiment=mine", "text_small"]),
     (["model.name=resnet"], ["model.name is 'resnet'", "known: ", "transformer"]),
     (["trainer.compute_dtype=float16"], ["trainer.compute_dtype", "'float16'", "float32", "bfloat16"]),
+    (["run.dir=null"], ["run.dir cannot be null"]),
     (["communicator.backend=gloo"], ["communicator.backend", "'gloo'", "ring", "mpi", "nccl"]),
     (["trainer.loss=mse"], ["trainer.loss is 'mse'", "cross_entropy"]),
 ]

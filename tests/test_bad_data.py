@@ -47,6 +47,7 @@ def files(tmp_path: Path) -> Path:
     write_tokens(tmp_path, "few", count=500)
     write_tokens(tmp_path, "newer", format_version=9)
     write_tokens(tmp_path, "longer", tokens=4000)
+    write_tokens(tmp_path, "flipped", sha256="ab" * 32)
     write_tokens(tmp_path, "no_json")
     (tmp_path / "no_json.json").write_text("{oops")
     write_tokens(tmp_path, "alone")
@@ -78,6 +79,10 @@ ROWS = {
     "no JSON": (
         (*TOKENS, "data.path=no_json.bin"),
         ["no_json.json cannot be read as JSON", "line 1 column 2"],
+    ),
+    "a flipped bit": (
+        (*TOKENS, "data.path=flipped.bin"),
+        ["flipped.bin has SHA-256", "abababababab", "again"],
     ),
     "newer side-car": ((*TOKENS, "data.path=newer.bin"), ["newer.json", "format_version 9", "newer than 1"]),
     "truncated": (

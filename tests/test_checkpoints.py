@@ -105,6 +105,16 @@ def test_a_new_run_from_the_weights_of_the_one_it_replaces(tmp_path: Path) -> No
         np.testing.assert_array_equal(load_file(new / "model.safetensors")[name], array)
 
 
+def test_a_newest_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
+    train(tmp_path, *EVERY).ok()
+    manifest = newest(tmp_path) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    before = manifest.read_bytes()
+    refused = train(tmp_path, *EVERY, "trainer.steps=7")
+    assert refused.statuses == [5] and "format version 9" in refused.errors[0], refused.report()
+    assert steps(tmp_path)[-1] == 6 and manifest.read_bytes() == before
+
+
 def test_a_checkpoint_of_a_version_with_fewer_fields(tmp_path: Path) -> None:
     train(tmp_path, *EVERY).ok()
     manifest = newest(tmp_path) / "manifest.json"

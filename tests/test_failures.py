@@ -54,6 +54,24 @@ def test_a_lost_rank_ends_all(tmp_path: Path, fault: str, world_size: int) -> No
         assert "lost a peer" in str(final["message"])
 
 
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_launchers_sigterm_takes_no_status(tmp_path: Path, fault: str) -> None:
+    """mlx.launch sends SIGTERM to the others as soon as one rank has ended: they still tell how it ended."""
+    killed = fault == "kill"
+    command = [*FAULTY, "trainer.steps=100000"]
+    given = "{fault: kill, rank: 1, at_call: 20}" if killed else "{fault: tell, rank: 0, at_call: 40}"
+    ranks = start([*command, f"data.arguments={given}"], tmp_path, world_size=2)
+    first, other = ranks.members[::-1]
+    if not killed:
+        wait_for(tmp_path / "reached", ranks)
+        first.process.send_signal(signal.SIGTERM)
+    first.process.wait(60)
+    other.process.send_signal(signal.SIGTERM)
+    ranks.wait(60)
+    assert other.status == (3 if killed else 75), ranks.report()
+    assert status(tmp_path)["state"] == ("failed" if killed else "stopped")
+
+
 def test_a_failed_rank_0_leaves_a_true_status(tmp_path: Path) -> None:
     ranks = faulty(tmp_path, 2, fault="kill", rank=0, at_call=20).wait(60)
     assert ranks.statuses == [-signal.SIGKILL, 3], ranks.report()

@@ -51,8 +51,44 @@ def test_own_code_that_fails(tmp_path: Path, part: str) -> None:
 )
 def test_a_model_that_cannot_be_trained(tmp_path: Path, what: str, words: list[str]) -> None:
     optimizer = "optimizer=muon" if what == "muon" else "optimizer=sgd"
+    own = [item for item in OWN if not item.startswith("model.")]
     odd = ("model.import_path=own_code:Odd", f"model.arguments={{what: {what}}}", optimizer)
-    assert_refused(run(tmp_path, *OWN, *odd, world_size=2), CONFIGURATION, *words, agreed=True)
+    assert_refused(run(tmp_path, *own, *odd, world_size=2), CONFIGURATION, *words, agreed=True)
+
+
+def classified(*overrides: str) -> list[str]:
+    return [
+        "model=custom", "model.import_path=own_code:Classifier", "data=custom",
+        "data.import_path=own_code:half_labelled", *overrides,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("outputs: 2", ["outputs of shape (1, 2)", "3 classes needs (1, 3)", "correct the model"]),
+        ("fails: true", ["failed on a sample of shape (1, 2)", "ValueError: no such layer"]),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data(tmp_path: Path, arguments: str, words: list[str]) -> None:
+    refused = run(tmp_path, *classified(f"model.arguments={{{arguments}}}"), world_size=2)
+    assert_refused(refused, CONFIGURATION, *words, agreed=True)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_targets_that_are_no_classes(tmp_path: Path, split: str) -> None:
+    refused = run(
+        tmp_path, *classified("data.import_path=own_code:mislabelled", f"data.arguments={{split: {split}}}")
+    )
+    assert_refused(refused, CONFIGURATION, "the target 500000", "3 classes (0 to 2)")
+
+
+def test_an_error_in_own_code_while_training(tmp_path: Path) -> None:
+    """One line that tells where it arose; the traceback is in the log."""
+    ended = run(tmp_path, *classified("model.arguments={fails_at: 9}"))
+    assert ended.statuses == [1] and len(ended.errors) == 1 and "Traceback" not in ended.report()
+    assert "ValueError: too late" in ended.errors[0] and "own_code.py, line" in ended.errors[0]
+    assert "Traceback" in (tmp_path / "run/logs/rank_0.log").read_text()
 
 
 def test_a_checkpoint_names_no_code(tmp_path: Path) -> None:

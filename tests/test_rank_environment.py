@@ -161,7 +161,8 @@ def test_another_backend_may_not(hosts: Path) -> None:
         ConfigError, match=r"cluster\.backend=mpi, .* 2 ranks for ring; launch with --backend mpi"
     ):
         ring.check_backend("cluster.backend", "mpi")
-    read(hosts).check_backend("cluster.backend", "mpi")  # one rank needs no backend
+    with pytest.raises(ConfigError, match=r"one rank started by itself; start it with mpirun"):
+        read(hosts).check_backend("communicator.backend", "mpi")
 
 
 @pytest.mark.parametrize(("present", "chosen", "expected"), [

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mlx_ring.errors import DataError
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
@@ -34,6 +36,20 @@ class Split(Protocol):
         Raises: DataError naming the file when a stored sample is damaged.
         """
         ...
+
+
+def check_targets(targets: np.ndarray, num_classes: int | None) -> None:
+    """Raises: DataError for a target that is no class: MLX would read it as an address.
+
+    `num_classes` is None where targets are no classes.
+    """
+    if num_classes is None or not targets.size or not np.issubdtype(targets.dtype, np.integer):
+        return
+    if (largest := int(targets.max())) >= num_classes:
+        raise DataError(
+            f"the data set has the target {largest}, but {num_classes} classes (0 to {num_classes - 1}); "
+            "mend its targets, or its number of classes"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

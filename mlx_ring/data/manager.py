@@ -37,7 +37,9 @@ class DataManager:
         assert dataset is not None
         self.dataset = dataset
 
-    def loader(self, *, global_batch_size: int, micro_batch_size: int, next_sample: int) -> Loader:
+    def loader(
+        self, *, global_batch_size: int, micro_batch_size: int, next_sample: int, num_classes: int | None
+    ) -> Loader:
         """This rank's share of every global batch from `next_sample` on.
 
         Raises: DataError, the same on every rank, for fewer samples than a global batch.
@@ -51,6 +53,7 @@ class DataManager:
                 micro_batch_size=micro_batch_size,
                 micro_batches=shares[self._communicator.rank],
                 next_sample=next_sample,
+                num_classes=num_classes,
                 prefetch=self._config.prefetch,
             )
         except DataError as error:

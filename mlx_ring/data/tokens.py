@@ -13,6 +13,7 @@ from mlx_ring.errors import DataError
 
 FORMAT_VERSION = 1
 SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a token file, read at every start
+WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole instead
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 BLOCK_TOKENS = 1 << 20
 
@@ -126,6 +127,7 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
             f"{path} holds {size_bytes} bytes, but {files['side_car']} tells of {side_car.tokens} tokens of "
             f"{side_car.dtype} ({side_car.size_bytes} bytes); make the pair again"
         )
+    _check_whole(path, side_car)
     held_out = round(side_car.tokens * held_out_fraction)
     first_held_out = side_car.tokens - held_out
     if first_held_out <= sequence_length or held_out < 2:
@@ -160,6 +162,22 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
         held_out=evaluation,
         bytes_per_target=_bytes_per_target(files, side_car, first_held_out + 1),
     )
+
+
+def _check_whole(path: Path, side_car: SideCar) -> None:
+    """Compare a small file with its side-car: it takes a moment. Of a large one only samples are read.
+
+    Raises: DataError where they differ.
+    """
+    if side_car.size_bytes > WHOLE_BYTES:
+        return
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != side_car.sha256:
+        raise DataError(
+            f"{path} has SHA-256 {digest[:12]}…, its side-car says {side_car.sha256[:12]}…; delete both and "
+            "make them again"
+        )
 
 
 def _sampled(path: Path, size_bytes: int) -> str:
