@@ -171,8 +171,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no manifest: it lists no files")
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        kind = NewerCheckpointError if _is_count(version) and version > FORMAT_VERSION else CheckpointError
-        raise kind(
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        raise (NewerCheckpointError if newer else CheckpointError)(
             f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring"
         )
     for name, rule, right in (

@@ -196,6 +196,7 @@ class Coordinator:
         if self._config.evaluation.only:
             return
         found = self._found
+        reached = found.manifest if found is not None and found.own else {}
         self._status = RunStatus(
             self.directory.path,
             job=self.job,
@@ -203,7 +204,7 @@ class Coordinator:
             backend=self._communicator.backend,
             device=_device(),
             hosts=self._communicator.hosts,
-            reached=found.manifest if found is not None and found.own else None,
+            reached=None if replaces_record(self._config, found) else reached,
         )
 
     def _begin(self, run: Run) -> None:

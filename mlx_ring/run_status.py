@@ -34,7 +34,7 @@ class RunStatus:
         reached: dict[str, Any] | None = None,
     ) -> None:
         """Write state `starting`. `reached` holds the step and parameters_sha256 of the checkpoint that the
-        run continues from, where that is its own; else what was there `before` stays until `forget`.
+        run continues from, where that is its own. None: what was there `before` stays until `forget`.
 
         `job` is equal on all ranks of this process group and differs from every earlier one's.
         Raises: OSError where the file cannot be written.
@@ -43,7 +43,7 @@ class RunStatus:
         self._job = job
         with _locked(run_directory):
             self.before = RunStatus.read(run_directory)
-            reached = reached or self.before or {}
+            reached = (self.before or {}) if reached is None else reached
             for torn in run_directory.glob(f".{FILE_NAME}.*"):
                 torn.unlink()  # left by a killed writer
             status: dict[str, Any] = {

@@ -260,7 +260,7 @@ class Process:
 
 
 def _whereabouts(error: BaseException) -> str:
-    """Where an unforeseen error arose. Its traceback is in the log of this rank; before there is one, here."""
+    """Where an unforeseen error arose. Its traceback is in this rank's log; before there is one, here."""
     logs = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
     if not logs:
         sys.excepthook(type(error), error, error.__traceback__)

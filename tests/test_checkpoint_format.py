@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_ring import checkpoint_format as disk
 from mlx_ring.checkpoint_format import HostArray, HostArrays
-from mlx_ring.errors import CheckpointError
+from mlx_ring.errors import CheckpointError, NewerCheckpointError
 
 MODEL = "model.safetensors"
 FILES = ["manifest.json", MODEL, "optimizer.safetensors"]
@@ -284,10 +284,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no model": (in_manifest(lambda content: content["files"].pop(MODEL)), "lists no model.safetensors"),
     "no version": (in_manifest(lambda content: content.pop("format_version")), "format version None"),
-    "newer version": (
-        in_manifest(lambda content: content.update(format_version=2)),
-        "format version 2; this version reads 1: update",
-    ),
+    "no such version": (in_manifest(lambda content: content.update(format_version=0)), "format version 0;"),
     "no step": (in_manifest(lambda content: content.pop("step")), "step must be a whole number; got None"),
     "step below 0": (
         in_manifest(lambda content: content.update(step=-1)),
@@ -363,6 +360,12 @@ def test_every_damage_is_found_and_named(checkpoints: Path, newest: Path, name: 
     assert "\n" not in str(refused.value)
     path, _, problems = disk.newest_valid(disk.scan(checkpoints))
     assert path == checkpoints / "step_00000002" and problems == [str(refused.value)]
+
+
+def test_a_later_version_is_not_passed_over(checkpoints: Path, newest: Path) -> None:
+    in_manifest(lambda content: content.update(format_version=2))(newest)
+    with pytest.raises(NewerCheckpointError, match="format version 2; this version reads 1: update"):
+        disk.newest_valid(disk.scan(checkpoints))
 
 
 @pytest.mark.parametrize("name", FILES[1:])
