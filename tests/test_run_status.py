@@ -57,7 +57,9 @@ def test_the_file_has_the_contracts_fields(tmp_path):
 
 def test_what_was_reached_before_stays_until_it_is_forgotten(tmp_path):
     start_job(tmp_path).update("completed", step=50, parameters_sha256="ab")
-    status = start_job(tmp_path, "job-2")
+    status = RunStatus(
+        tmp_path, job="job-2", world_size=2, backend="ring", device="cpu", hosts=["a", "b"], reached=None
+    )
     found = RunStatus.read(tmp_path)
     assert [found[key] for key in ("state", "step", "parameters_sha256", "job")] == [
         "starting",
