@@ -269,14 +269,14 @@ class Coordinator:
             print(f"evaluation of {source}: {figures}")
         return EXIT_COMPLETED
 
-    def fail(self, message: str) -> bool:
+    def fail(self, message: str, event: str | None = None) -> bool:
         """Leave a true record, with no collective: what is being written is finished, the status says why.
 
         Best effort: what cannot be written now must not hide the error that led here.
         Returns: whether the run had begun, so that its status speaks of it.
         """
         if self._record is not None:
-            self._record.fail()
+            self._record.fail(message, event)
         RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
         return self._begun
 

@@ -157,11 +157,15 @@ class RunRecord:
         self._metrics.close(succeeded=not stopped)
         self._status.update("stopped" if stopped else "completed", step=step, message=message)
 
-    def fail(self) -> None:
-        """Finish what is being written and note the last step, as far as that is still possible."""
+    def fail(self, message: str, event: str | None) -> None:
+        """Finish what is being written and note the last step, as far as that is still possible; `event` is
+        the kind of row that tells of the failure, if one does."""
         with contextlib.suppress(Exception):  # whatever it is, it must not hide why the run fails
             for saved in self._checkpoints.wait():
                 self._saved(saved)
+        with contextlib.suppress(OSError):
+            if event is not None:
+                self._event(event, self._step, message)
         with contextlib.suppress(OSError):
             self._status.update(step=max(self._step, self._status.step))
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ from mlx_ring.composition import (
 from mlx_ring.config import RunConfig
 from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
-from mlx_ring.errors import ConfigError, Interrupted, MlxRingError
+from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
@@ -170,7 +170,9 @@ class Process:
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-        begun = self.coordinator is not None and self.coordinator.fail(message)
+        begun = self.coordinator is not None and self.coordinator.fail(
+            message, "peer_lost" if isinstance(error, ClusterError) else None
+        )
         if not begun and not isinstance(error, Interrupted):
             with contextlib.suppress(OSError):
                 self._record_refusal(message)

@@ -47,6 +47,7 @@ def test_a_lost_rank_ends_all(tmp_path: Path, fault: str, world_size: int) -> No
     )
     final = status(tmp_path)
     assert final["state"] == "failed"
+    assert [row["event"] for row in rows(tmp_path, "event")] == ["peer_lost"]
     if fault == "raise":  # the rank that failed could still write: its own words are the verdict
         assert "the disk caught fire" in str(final["message"])
         assert "the disk caught fire" in (tmp_path / "run/logs/rank_1.log").read_text()
