@@ -20,6 +20,7 @@ from mlx_ring.evaluator import Evaluator
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
+from mlx_ring.models.requirements import check_outputs, check_parameters
 from mlx_ring.optimizers import build_optimizer, is_hidden_matrix
 from mlx_ring.parameter_authority import ParameterAuthority, agree, parameter_shapes, sha256_of
 from mlx_ring.restore import Found, fill
@@ -174,7 +175,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.memory.activation_checkpointing:
             memory_manager.checkpoint_activations(model)
-        _check(model)
+        check_parameters(model)
         build_loss(config.trainer.loss)
         _try(config, data, model)
         parts = model, _optimizer(config, model)
@@ -191,49 +192,14 @@ def _num_classes(config: RunConfig, data: DataManager) -> int | None:
 
 
 def _try(config: RunConfig, data: DataManager, model: nn.Module) -> None:
-    """One sample through the model. Nothing is computed: MLX finds the shapes without."""
-    if not len(data.dataset.train):
-        return
-    inputs = mx.array(data.dataset.train.batch(np.zeros(1, np.int64))[0])
-    try:
-        outputs = model(inputs)
-    except Exception as error:  # whatever a user's code raises
-        what = f"model={config.model.name} failed on a sample of shape {inputs.shape}"
-        raise ConfigError(f"{what}: {type(error).__name__}: {error}; correct the model") from error
-    classes = _num_classes(config, data)
-    positions = inputs.shape if data.dataset.spec.kind == "language" else inputs.shape[:1]
-    if classes is not None and outputs.shape != (*positions, classes):
-        raise ConfigError(
-            f"model={config.model.name} gives outputs of shape {outputs.shape} for a sample, and cross "
-            f"entropy over the data's {classes} classes needs {(*positions, classes)}; correct the "
-            "model, or give a trainer.loss of your own"
+    """One sample through the model."""
+    dataset = data.dataset
+    if len(dataset.train):
+        inputs, _ = dataset.train.batch(np.zeros(1, np.int64))
+        name, each_position = config.model.name, dataset.spec.kind == "language"
+        check_outputs(
+            model, name, inputs, each_position=each_position, num_classes=_num_classes(config, data)
         )
-
-
-def _check(model: nn.Module) -> None:
-    """What can be trained by this program: float32 master weights, equal on all ranks."""
-    weights = dict(tree_flatten(model.trainable_parameters()))
-    if not weights:
-        raise ConfigError("the model has nothing to train: all its parameters are frozen")
-    for path, weight in weights.items():
-        if not mx.issubdtype(weight.dtype, mx.floating):
-            raise ConfigError(
-                f"the model's {path} is of {weight.dtype} and would be trained; freeze it "
-                f"(freeze(keys=[{path.rpartition('.')[2]!r}], recurse=False)), or give it a name that begins "
-                "with an underscore"
-            )
-        if weight.dtype != mx.float32:
-            raise ConfigError(
-                f"the model's {path} is of {weight.dtype}, and master weights are float32; leave it so, and "
-                "compute with trainer.compute_dtype=bfloat16"
-            )
-    # Running statistics of a batch would be each rank's own, and only rank 0's would be saved.
-    for path, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm) and "running_mean" in module:
-            raise ConfigError(
-                f"the model's {path} is a BatchNorm, whose running statistics differ from rank to rank; "
-                "use nn.GroupNorm or nn.LayerNorm"
-            )
 
 
 def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:

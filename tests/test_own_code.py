@@ -67,7 +67,7 @@ def classified(*overrides: str) -> list[str]:
     ("arguments", "words"),
     [
         ("outputs: 2", ["outputs of shape (1, 2)", "3 classes needs (1, 3)", "correct the model"]),
-        ("fails: true", ["failed on a sample of shape (1, 2)", "ValueError: no such layer"]),
+        ("fails: true", ["failed on samples of shape (1, 2)", "ValueError: no such layer"]),
     ],
 )
 def test_a_model_that_does_not_fit_the_data(tmp_path: Path, arguments: str, words: list[str]) -> None:
