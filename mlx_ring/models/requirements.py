@@ -25,8 +25,8 @@ def check_parameters(model: nn.Module) -> None:
             )
         if weight.dtype != mx.float32:
             raise ConfigError(
-                f"the model's {path} is of {weight.dtype}, and master weights are float32; leave the model in "
-                "float32, and compute with trainer.compute_dtype=bfloat16"
+                f"the model's {path} is of {weight.dtype}, and master weights are float32; leave the model "
+                "in float32, and compute with trainer.compute_dtype=bfloat16"
             )
     # Running statistics of a batch would be each rank's own, and only rank 0's would be saved.
     for path, module in model.named_modules():
