@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mlx_ring.coordinator import Coordinator
 
 log = logging.getLogger(__name__)
-MEETING_SECONDS = 20.0  # how long a rank with a mistake waits for the others before it tells it alone
+MEETING_SECONDS = 10.0  # how long a rank with a mistake waits for the others before it tells it alone
 
 
 class Process:
