@@ -58,14 +58,13 @@ def open_tokens(path: Path, sequence_length: int) -> Dataset:
 def make_loader(dataset: Dataset, next_sample: int) -> Loader:
     """All micro-batches of every global batch, as for one rank."""
     return Loader(
-        dataset.train,
+        dataset.checked().train,  # as a run reads it
         seed=0,
         global_batch_size=GLOBAL_BATCH_SIZE,
         micro_batch_size=MICRO_BATCH_SIZE,
         micro_batches=range(GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE),
         next_sample=next_sample,
         prefetch=4,
-        num_classes=dataset.spec.num_classes,
     )
 
 

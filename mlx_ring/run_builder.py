@@ -6,13 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from mlx_ring import memory_manager
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
+from mlx_ring.data.dataset import DataSpec
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
 from mlx_ring.errors import ConfigError, MlxRingError
@@ -86,12 +86,11 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         forward=forward,
         loss=loss,
         micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
-        num_classes=_num_classes(config, data),
         compile=config.trainer.compile,
     )
-    run = Run(model, optimizer, strategy, authority, data, evaluator, trained=None)
+    trainer = None
     if not config.evaluation.only:
-        run.trained = Trainer(
+        trainer = Trainer(
             model,
             optimizer,
             strategy,
@@ -109,7 +108,7 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
             issue_ahead=config.memory.issue_ahead,
             counts_tokens=config.kind.name == "language",
         )
-    return run
+    return Run(model, optimizer, strategy, authority, data, evaluator, trainer)
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
@@ -154,7 +153,6 @@ def _loader(config: RunConfig, data: DataManager, progress: Progress) -> Loader:
         global_batch_size=config.trainer.global_batch_size,
         micro_batch_size=config.trainer.micro_batch_size,
         next_sample=progress.next_sample,
-        num_classes=_num_classes(config, data),
     )
 
 
@@ -166,6 +164,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
         kind=config.kind.name,
         seed=config.seed,
         model_maximum=getattr(config.model, "max_sequence_length", None),
+        targets_are_classes=_classifies(config),
     )
     spec = data.dataset.spec
     parts: tuple[nn.Module, Optimizer] | None = None
@@ -177,7 +176,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
             memory_manager.checkpoint_activations(model)
         check_parameters(model)
         build_loss(config.trainer.loss)
-        _try(config, data, model)
+        _try(config, spec, model)
         parts = model, _optimizer(config, model)
     except MlxRingError as caught:
         error = caught
@@ -186,20 +185,17 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
     return data, *parts
 
 
-def _num_classes(config: RunConfig, data: DataManager) -> int | None:
-    """What targets are below; a loss of one's own may read them otherwise."""
-    return data.dataset.spec.num_classes if config.trainer.loss == "cross_entropy" else None
+def _classifies(config: RunConfig) -> bool:
+    """Whether targets are classes and outputs their logits; a loss of one's own may read both otherwise."""
+    return config.trainer.loss == "cross_entropy"
 
 
-def _try(config: RunConfig, data: DataManager, model: nn.Module) -> None:
+def _try(config: RunConfig, spec: DataSpec, model: nn.Module) -> None:
     """One sample through the model."""
-    dataset = data.dataset
-    if len(dataset.train):
-        inputs, _ = dataset.train.batch(np.zeros(1, np.int64))
-        name, each_position = config.model.name, dataset.spec.kind == "language"
-        check_outputs(
-            model, name, inputs, each_position=each_position, num_classes=_num_classes(config, data)
-        )
+    language = spec.kind == "language"
+    inputs = mx.zeros((1, *spec.input_shape), mx.int32 if language else mx.float32)
+    num_classes = spec.num_classes if _classifies(config) else None
+    check_outputs(model, config.model.name, inputs, each_position=language, num_classes=num_classes)
 
 
 def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:

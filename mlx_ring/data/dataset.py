@@ -1,7 +1,7 @@
 """What every source of data gives: a specification for the model, and two indexable splits."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -38,18 +38,25 @@ class Split(Protocol):
         ...
 
 
-def check_targets(targets: np.ndarray, num_classes: int | None) -> None:
-    """Raises: DataError for a target that is no class: MLX would read it as an address.
+class CheckedSplit:
+    """A split whose integer targets are classes: MLX would read one beyond them as an address."""
 
-    `num_classes` is None where targets are no classes.
-    """
-    if num_classes is None or not targets.size or not np.issubdtype(targets.dtype, np.integer):
-        return
-    if (largest := int(targets.max())) >= num_classes:
-        raise DataError(
-            f"the data set has the target {largest}, but {num_classes} classes (0 to {num_classes - 1}); "
-            "mend its targets, or its number of classes"
-        )
+    def __init__(self, split: Split, num_classes: int) -> None:
+        self._split, self._num_classes = split, num_classes
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Like `Split.batch`. Raises: DataError for a target that is no class."""
+        inputs, targets = self._split.batch(indices)
+        integers = np.issubdtype(targets.dtype, np.integer)
+        if integers and (largest := int(targets.max(initial=0))) >= self._num_classes:
+            raise DataError(
+                f"the data set has the target {largest}, but {self._num_classes} classes (0 to "
+                f"{self._num_classes - 1}); mend its targets, or its number of classes"
+            )
+        return inputs, targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +73,9 @@ class Dataset:
     train: Split
     held_out: Split
     bytes_per_target: float | None = None
+
+    def checked(self) -> Self:
+        """The same, but with every integer target held against the number of classes as it is drawn."""
+        classes = self.spec.num_classes
+        train, held_out = CheckedSplit(self.train, classes), CheckedSplit(self.held_out, classes)
+        return replace(self, train=train, held_out=held_out)

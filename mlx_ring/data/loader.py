@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from mlx_ring.data.dataset import Split, check_targets
+from mlx_ring.data.dataset import Split
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import DataError
 
@@ -41,7 +41,6 @@ class Loader(Iterator[GlobalBatch]):
         micro_batches: those of the global batch that this rank computes.
         next_sample: the global position to start at.
         prefetch: global batches prepared ahead.
-        num_classes: what integer targets must be below; None where they are no classes.
 
     Raises: DataError when the split is smaller than one global batch.
     """
@@ -56,7 +55,6 @@ class Loader(Iterator[GlobalBatch]):
         micro_batches: range,
         next_sample: int,
         prefetch: int,
-        num_classes: int | None = None,
     ) -> None:
         if len(split) < global_batch_size:
             raise DataError(
@@ -69,7 +67,6 @@ class Loader(Iterator[GlobalBatch]):
         self._micro_batch_size = micro_batch_size
         self._micro_batches = micro_batches
         self._next_sample = next_sample
-        self._num_classes = num_classes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
         self._orders: dict[int, np.ndarray] = {}  # the thread's own
         self._ahead: deque[Future[GlobalBatch]] = deque()
@@ -118,9 +115,5 @@ class Loader(Iterator[GlobalBatch]):
         if first_sample not in self._orders:
             self._orders = self._draw(first_sample)
         rows = self._orders[first_sample].reshape(len(self._micro_batches), self._micro_batch_size)
-        batch = GlobalBatch(first_sample, [])
-        for index, indices in zip(self._micro_batches, rows, strict=True):
-            inputs, targets = self._split.batch(indices)
-            check_targets(targets, self._num_classes)
-            batch.micro_batches.append((index, inputs, targets))
-        return batch
+        shares = zip(self._micro_batches, rows, strict=True)
+        return GlobalBatch(first_sample, [(index, *self._split.batch(indices)) for index, indices in shares])

@@ -18,9 +18,18 @@ class DataManager:
     """Opens a data set on every rank; builds the loader of this rank's share."""
 
     def __init__(
-        self, config: Any, communicator: Communicator, *, kind: str, seed: int, model_maximum: int | None
+        self,
+        config: Any,
+        communicator: Communicator,
+        *,
+        kind: str,
+        seed: int,
+        model_maximum: int | None,
+        targets_are_classes: bool,
     ) -> None:
         """Collective: every rank must call.
+
+        `targets_are_classes`: whether a target beyond the number of classes is refused when drawn.
 
         Raises: DataError or ConfigError, the same on every rank, for data that is absent, damaged or does not
         fit.
@@ -35,11 +44,9 @@ class DataManager:
             dataset, error = self._receive_missing(dataset)
         communicator.agree_on_error(error)
         assert dataset is not None
-        self.dataset = dataset
+        self.dataset = dataset.checked() if targets_are_classes else dataset
 
-    def loader(
-        self, *, global_batch_size: int, micro_batch_size: int, next_sample: int, num_classes: int | None
-    ) -> Loader:
+    def loader(self, *, global_batch_size: int, micro_batch_size: int, next_sample: int) -> Loader:
         """This rank's share of every global batch from `next_sample` on.
 
         Raises: DataError, the same on every rank, for fewer samples than a global batch.
@@ -53,7 +60,6 @@ class DataManager:
                 micro_batch_size=micro_batch_size,
                 micro_batches=shares[self._communicator.rank],
                 next_sample=next_sample,
-                num_classes=num_classes,
                 prefetch=self._config.prefetch,
             )
         except DataError as error:

@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_ring.errors import ConfigError
@@ -38,19 +37,19 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def check_outputs(
-    model: nn.Module, name: str, inputs: np.ndarray, *, each_position: bool, num_classes: int | None
+    model: nn.Module, name: str, inputs: mx.array, *, each_position: bool, num_classes: int | None
 ) -> None:
-    """Call the model on a few samples. Nothing is computed: MLX finds the shapes without.
+    """Call the model on samples of any values. Nothing is computed: MLX finds the shapes without.
 
     Args:
-        inputs: (B, *input_shape) of the data.
+        inputs: (B, *input_shape), of the data's shape and dtype.
         each_position: whether every position of a sample has logits, as in a language model.
         num_classes: that the outputs must have; None where the loss is the user's own.
 
     Raises: ConfigError where the model fails, or its outputs do not fit.
     """
     try:
-        outputs = model(mx.array(inputs))
+        outputs = model(inputs)
     except Exception as error:  # whatever a user's code raises
         what = f"model={name} failed on samples of shape {inputs.shape}"
         raise ConfigError(f"{what}: {type(error).__name__}: {error}; correct the model") from error
