@@ -71,8 +71,6 @@ def hydra_files(composed: DictConfig) -> dict[str, str]:
 def understood(error: BaseException, directory: Path | None, *, before_run: bool) -> BaseException:
     """One of our own errors, where Hydra or OmegaConf wrapped or raised it."""
     if isinstance(error, OmegaConfBaseException):
-        if "'run.dir'" in str(error) or "'${run.dir}'" in str(error):
-            return ConfigError("run.dir cannot be null; name a directory, or leave it out")
         return explain(error)
     if isinstance(error, HydraException):
         return _hydra_error(error)

@@ -1,6 +1,7 @@
 """From what Hydra composed to a `RunConfig`, every mistake told in one line that names the key."""
 
 import difflib
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -9,6 +10,7 @@ from omegaconf.errors import (
     ConfigKeyError,
     InterpolationKeyError,
     InterpolationResolutionError,
+    InterpolationValidationError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -18,6 +20,7 @@ from mlx_ring.config_record import record
 from mlx_ring.errors import ConfigError, MlxRingError
 
 CONTAINERS = {ListConfig: (list, "a list: [1,2]"), DictConfig: (dict, "a group of values: {name:value}")}
+REFERENCE = re.compile(r"'\$\{([\w.]+)\}': (.+)")  # in OmegaConf's words: what was referred to, and its fault
 
 
 def parse(composed: DictConfig) -> RunConfig:
@@ -129,6 +132,9 @@ def explain(error: BaseException) -> MlxRingError:
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{key} has no value; give it on the command line: {key}=…")
+    if isinstance(error, InterpolationValidationError) and (found := REFERENCE.search(first)):
+        wrong = "cannot be null" if "'None'" in found[2] else f"cannot be used: {found[2]}"
+        return ConfigError(f"{found[1]} {wrong}; {key} is made of it: give another value, or leave it out")
     if isinstance(error, InterpolationKeyError):
         return ConfigError(f"{key} refers to a key that does not exist: {first}")
     if isinstance(error, InterpolationResolutionError):

@@ -61,6 +61,7 @@ CHOICES = [
     (["model.name=resnet"], ["model.name is 'resnet'", "known: ", "transformer"]),
     (["trainer.compute_dtype=float16"], ["trainer.compute_dtype", "'float16'", "float32", "bfloat16"]),
     (["run.dir=null"], ["run.dir cannot be null"]),
+    (["run.dir={a: 1}"], ["run.dir cannot be used", "{'a': 1}"]),
     (["communicator.backend=gloo"], ["communicator.backend", "'gloo'", "ring", "mpi", "nccl"]),
     (["trainer.loss=mse"], ["trainer.loss is 'mse'", "cross_entropy"]),
 ]
