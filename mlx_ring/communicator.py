@@ -14,30 +14,26 @@ give wrong numbers without an error. One collective at a time, because a ring th
 queued ones waiting for ever; for the same reason the first failure is the last collective.
 """
 
-import errno
 import hashlib
-import ipaddress
 import json
 import os
 import re
 import secrets
 import socket
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import psutil
 
 from mlx_ring import errors
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
-from mlx_ring.process_lock import LockHeld, ProcessLock
+from mlx_ring.process_lock import ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+from mlx_ring.ring_addresses import claim_ports
 
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
@@ -75,11 +71,8 @@ class Communicator:
         Raises: ClusterError when the ranks cannot be joined or are another job's; ConfigError for an address
         or a port that this host cannot listen on.
         """
-        self.rank, self.world_size, self.backend = (
-            environment.rank,
-            environment.world_size,
-            environment.backend,
-        )
+        self.rank, self.world_size = environment.rank, environment.world_size
+        self.backend = environment.backend
         self.sent_bytes, self.wait_seconds = 0, 0.0
         self.bucket_bytes, self.overlap = 16 * 2**20, False
         self._thread, self._failed, self._calls = threading.get_ident(), False, 0
@@ -88,7 +81,7 @@ class Communicator:
         self._stream: Any = None
         self.hosts = [socket.gethostname()]
         if self.world_size > 1:
-            self._locks = _claim_ports(environment)
+            self._locks = claim_ports(environment)
             self._group = _join(environment)
             self._stream = mx.new_stream(mx.gpu if self.backend == "nccl" else mx.cpu)
             self._identify(environment.job)
@@ -126,9 +119,8 @@ class Communicator:
         buckets = plan_buckets(sizes, self.bucket_bytes)
         flat = [mx.concatenate([arrays[name].reshape(-1) for name in names]) for names in buckets]
         if self.overlap:
-            mx.async_eval(
-                flat
-            )  # the first buckets, of the last layers, are ready while others are still computed
+            # The first buckets, of the last layers, are ready while others are still computed.
+            mx.async_eval(flat)
         else:
             mx.eval(flat)
         sums: list[mx.array] = []
@@ -266,46 +258,6 @@ def _raw_bytes(array: Any) -> bytes:
     return bytes(memoryview(array))  # Any: MLX's stubs do not say that an array is a buffer
 
 
-def _claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
-    """Hold this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port."""
-    locks: list[ProcessLock] = []
-    if environment.backend != "ring":
-        return locks
-    for host, port in environment.ring_addresses[environment.rank]:
-        where = f"rank {environment.rank} on {socket.gethostname()}: port {port} of {host}"
-        remedy = "end that process or choose other ports (mlx.launch --starting-port)"
-        path = Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
-        try:
-            locks.append(ProcessLock(path))
-        except LockHeld as held:
-            raise ClusterError(f"{where} is in use by {held.holder}; {remedy}") from None
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise ClusterError(f"{where} is in use by {_listener(port)}; {remedy}") from None
-                if error.errno == errno.EADDRNOTAVAIL:
-                    raise ConfigError(
-                        f"{where}: that address is not on this host; correct the host file"
-                    ) from None
-                raise ConfigError(
-                    f"{where} cannot be listened on: {error.strerror}; use one above 1023"
-                ) from None
-    return locks
-
-
-def _listener(port: int) -> str:
-    try:
-        for connection in psutil.net_connections("tcp4"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
-                return f"process {connection.pid}"
-    except psutil.Error:
-        pass
-    return "another process"
-
-
 def refuse_old_mlx() -> None:
     """Raises: ConfigError where the MLX that is installed is older than what is needed."""
 
@@ -317,17 +269,6 @@ def refuse_old_mlx() -> None:
             f"MLX {MLX_VERSION} on {socket.gethostname()} is older than the {MINIMUM_MLX} that mlx_ring "
             f'needs; install it: pip install "mlx>={MINIMUM_MLX}"'
         )
-
-
-def refuse_public_addresses(environment: RankEnvironment) -> None:
-    """Raises: ConfigError for a ring address outside private networks: the ring's traffic is plain."""
-    for rank, addresses in enumerate(environment.ring_addresses):
-        for host, _ in addresses:
-            if ipaddress.ip_address(host).is_global:
-                raise ConfigError(
-                    f"rank {rank}'s address {host} is public, and the ring's traffic is neither encrypted "
-                    "nor signed; use a private network, or cluster.allow_public_addresses=true"
-                )
 
 
 def _join(environment: RankEnvironment) -> Any:

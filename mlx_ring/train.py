@@ -31,6 +31,7 @@ from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
 from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+from mlx_ring.ring_addresses import refuse_public_addresses
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
 
@@ -65,7 +66,7 @@ class Process:
         Collective: every rank must call.
         """
         if self.communicator is None:
-            from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
+            from mlx_ring.communicator import Communicator, refuse_old_mlx
 
             self._joining = True
             refuse_old_mlx()
@@ -209,7 +210,7 @@ class Process:
             return error
         if not isinstance(error, ConfigError):
             return error
-        from mlx_ring.communicator import Communicator, refuse_old_mlx, refuse_public_addresses
+        from mlx_ring.communicator import Communicator, refuse_old_mlx
 
         self._joining = True
         alone = threading.Timer(MEETING_SECONDS, self._leave_alone, [error])
