@@ -78,7 +78,7 @@ def look_ups(recorded: dict[str, Any]) -> list[str]:
 def look_ups_sha256(recorded: dict[str, Any], resolved: dict[str, Any]) -> str:
     """Digest of what these look-ups gave; `resolved` is the configuration's values by dotted key."""
     under = tuple(f"{key}." for key in look_ups(recorded))
-    values = {key: value for key, value in resolved.items() if under and f"{key}.".startswith(under)}
+    values = {key: value for key, value in resolved.items() if f"{key}.".startswith(under)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -214,9 +214,8 @@ class Coordinator:
         progress, found = run.trainer.progress, self._found
         if found is not None and found.own:
             self._saved_step = progress.step
-        else:
-            self._status.forget()
         if replaces_record(self._config, found):  # now that nothing can be refused any more
+            self._status.forget()
             self.directory.set_record_aside(self._status.before)
         self._record = RunRecord(
             self.directory,

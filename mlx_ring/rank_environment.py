@@ -66,16 +66,12 @@ class RankEnvironment:
         if self.launched or (hostfile is None and backend == "auto"):
             return
         asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
-        launcher = f"mlx.launch --hostfile {hostfile}" if hostfile else f"mlx.launch --backend {backend} -n 2"
-        raise _started_by_itself(
-            asked, "mpirun -n 2 python" if backend == "mpi" else launcher, "cluster=local"
-        )
+        raise _started_by_itself(asked, backend, hostfile, otherwise="cluster=local")
 
     def check_backend(self, key: str, backend: str) -> None:
         """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""
         if backend != "auto" and not self.launched:
-            launcher = "mpirun -n 2 python" if backend == "mpi" else f"mlx.launch --backend {backend} -n 2"
-            raise _started_by_itself(f"{key}={backend}", launcher, f"{key}=auto")
+            raise _started_by_itself(f"{key}={backend}", backend, None, otherwise=f"{key}=auto")
         if backend not in ("auto", self.backend) and self.world_size > 1:
             raise ConfigError(
                 f"{key}={backend}, but the launcher started {self.world_size} ranks for {self.backend}; "
@@ -83,7 +79,10 @@ class RankEnvironment:
             )
 
 
-def _started_by_itself(asked: str, launcher: str, otherwise: str) -> ConfigError:
+def _started_by_itself(asked: str, backend: str, hostfile: str | None, *, otherwise: str) -> ConfigError:
+    launcher = f"mlx.launch --hostfile {hostfile}" if hostfile else f"mlx.launch --backend {backend} -n 2"
+    if backend == "mpi":
+        launcher = "mpirun -n 2 python"
     return ConfigError(
         f"{asked} asks for a cluster, but this is one rank started by itself; start it with {launcher} "
         f"train.py …, or leave {otherwise}"
