@@ -57,7 +57,7 @@ def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
             files["model"] = {name: weight * 0.999 for name, weight in files["model"].items()}
             mx.eval(files)
             at_rest += [step_seconds() for _ in range(20)]
-            manager.save(step, files, {"progress": {"step": step}})
+            manager.save(step, files, {"progress": {"step": step}}, since=time.perf_counter())
             while not (ended := manager.poll()):
                 beside.append(step_seconds())
             (saved,) = ended

@@ -60,22 +60,21 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
 
-    def save(self, step: int, files: dict[str, Arrays], facts: dict[str, Any]) -> list[Saved]:
-        """Start writing a checkpoint; arrays must not be evaluated lazily later: they are copied out here.
+    def save(self, step: int, files: dict[str, Arrays], facts: dict[str, Any], *, since: float) -> None:
+        """Start writing a checkpoint, once the one before has ended (`wait`); arrays must not be evaluated
+        lazily later: they are copied out here.
 
-        Returns the save before it, which it waits for. `facts` go into the manifest (progress, config,
-        evaluation).
+        `facts` go into the manifest (progress, config, evaluation). `since` is when training began to stand
+        still, on the clock of time.perf_counter.
         """
-        start = time.perf_counter()
-        ended = self.wait()
+        assert self._pending is None
         dtypes = {name: {key: array.dtype for key, array in arrays.items()} for name, arrays in files.items()}
         held = {
             name: {key: snapshot(array) for key, array in arrays.items()} for name, arrays in files.items()
         }
         mx.eval(held)
-        stall_seconds = time.perf_counter() - start
+        stall_seconds = time.perf_counter() - since
         self._pending = self._writer.submit(self._write, step, held, dtypes, facts, stall_seconds)
-        return ended
 
     def poll(self) -> list[Saved]:
         """The save that ended since the last call, if any. Never waits."""

@@ -98,8 +98,11 @@ class RunRecord:
     def save(self, run: Run, evaluation: Evaluation | None) -> None:
         """Start a checkpoint of the run as it is; `evaluation` is that of these weights, where there is one.
 
-        Raises: CheckpointError after too many failed saves.
+        Raises: CheckpointError after too many failed saves; then no further one is begun.
         """
+        since = time.perf_counter()
+        for saved in self._checkpoints.wait():
+            self._saved(saved)
         self._metrics.flush()  # a checkpoint never outlives the rows before it
         progress = run.trainer.progress
         finite = evaluation is not None and math.isfinite(evaluation.loss)
@@ -113,8 +116,7 @@ class RunRecord:
             "config": self._config.record,
             "look_ups_sha256": look_ups_sha256(self._config.record, self._config.flat()),
         }
-        for saved in self._checkpoints.save(progress.step, run.files(), facts):
-            self._saved(saved)
+        self._checkpoints.save(progress.step, run.files(), facts, since=since)
 
     def _saved(self, saved: Saved) -> None:
         """Record a save that ended; give up after too many failed ones."""
