@@ -43,7 +43,8 @@ def hydra_options() -> Namespace:
 def typed_directory() -> Path | None:
     """The run.dir of the command line, where it is a plain path: all that is known at first."""
     typed = [item.partition("=")[2] for item in sys.argv if item.startswith("run.dir=")]
-    return Path(typed[-1]) if typed and re.fullmatch(r"[^'\"$\\\0]+", typed[-1]) else None
+    plain = typed and re.fullmatch(r"(?!(?i:null)$)[^'\"$\\\0\[\]{}]+", typed[-1])
+    return Path(typed[-1]) if plain else None
 
 
 def composed_directory(composed: DictConfig) -> Path | None:

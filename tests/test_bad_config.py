@@ -142,6 +142,13 @@ def test_a_run_directory_that_cannot_be(tmp_path: Path, directory: str, words: l
     assert contents(tmp_path) == {"file": b"kept"}
 
 
+@pytest.mark.parametrize("directory", ["null", "[a]", "{a: 1}"])
+def test_what_is_no_directory_becomes_none_under_a_launcher(tmp_path: Path, directory: str) -> None:
+    ranks = train(tmp_path, run=directory, world_size=2)
+    assert_refused(ranks, CONFIGURATION, "run.dir cannot be", agreed=True)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_a_nul_in_the_run_directory(tmp_path: Path) -> None:
     experiment = tmp_path / "mine/experiment/nul.yaml"
     experiment.parent.mkdir(parents=True)
