@@ -4,6 +4,7 @@ What each backend does by itself, and what is built here from smaller collective
 
     collective      ring     mpi      nccl     jaccl    built as
     all_sum         native   native   native   native
+    all_max         native   native   native   native   of integers alone
     all_gather      native   native   native   native
     broadcast       built    built    built    built    all_sum of bytes, zeros on the other ranks
     gather_objects  built    built    built    built    all_gather of lengths, then of padded bytes
@@ -23,13 +24,14 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_ring import errors
+from mlx_ring.buckets import cut, plan_buckets
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
 from mlx_ring.process_lock import ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
@@ -39,22 +41,6 @@ MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
 BROADCAST_BYTES = 64 * 2**20  # arrays are broadcast in buckets of this size
 MESSAGE_BYTES = 2**30  # no message is longer: MPI counts elements in 31 bits
-
-
-def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> list[list[str]]:
-    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
-
-    Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
-    """
-    open_buckets: dict[str, tuple[list[str], int]] = {}
-    buckets: list[list[str]] = []
-    for name, dtype, size in reversed(arrays):
-        names, total = open_buckets.get(dtype, ([], 0))
-        if not names:
-            buckets.append(names)
-        names.append(name)
-        open_buckets[dtype] = (names, total + size) if total + size < bucket_bytes else ([], 0)
-    return buckets
 
 
 class Communicator:
@@ -107,6 +93,23 @@ class Communicator:
             "all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream)
         )
 
+    def all_max(self, array: mx.array) -> mx.array:
+        """The largest over ranks of each integer, of the same shape; computes it first, see `all_reduce`.
+
+        Of integers alone: a float maximum loses NaN on some backends. Collective: every rank must call.
+        """
+        assert mx.issubdtype(array.dtype, mx.integer), array.dtype
+        if self.world_size == 1:
+            return array
+        mx.eval(array)
+        self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
+        start = time.perf_counter()
+        largest = self._call(
+            "all_max", lambda: mx.distributed.all_max(array, group=self._group, stream=self._stream)
+        )
+        self.wait_seconds += time.perf_counter() - start
+        return largest
+
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
 
@@ -131,11 +134,9 @@ class Communicator:
             self.wait_seconds += time.perf_counter() - start
         reduced: dict[str, mx.array] = {}
         for names, total in zip(buckets, sums, strict=True):
-            offset = 0
-            for name in names:
-                like = arrays[name]
-                reduced[name] = total[offset : offset + like.size].reshape(like.shape)
-                offset += like.size
+            pieces = cut(total, [arrays[name].size for name in names])
+            for name, piece in zip(names, pieces, strict=True):
+                reduced[name] = piece.reshape(arrays[name].shape)
         return {name: reduced[name] for name in arrays}
 
     # Rank 0's values, everybody's values
@@ -151,12 +152,10 @@ class Communicator:
             parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
             content = mx.concatenate(parts)
             content = self.all_sum(content if self.rank == 0 else mx.zeros_like(content))
-            offset = 0
-            for name in names:
+            pieces = cut(content, [arrays[name].nbytes for name in names])
+            for name, piece in zip(names, pieces, strict=True):
                 like = arrays[name]
-                piece = mx.contiguous(content[offset : offset + like.nbytes])
-                received[name] = piece.view(like.dtype).reshape(like.shape)
-                offset += like.nbytes
+                received[name] = mx.contiguous(piece).view(like.dtype).reshape(like.shape)
             mx.eval([received[name] for name in names])
         return {name: received[name] for name in arrays}
 

@@ -1,8 +1,8 @@
 """Gradient codecs: how a gradient travels.
 
-A codec is three pure functions over dictionaries of arrays, so that they can be traced by `mx.compile`: `add`
-collects one micro-batch's gradients into a total, `encode` gives what goes on the wire, and `decode` turns
-the sum over ranks back into float32 gradients.
+A codec's methods are pure functions of their arguments and of its `state`, so that `mx.compile` can trace
+them with that dictionary as an input: `add` collects one micro-batch's gradients into a total, `encode` gives
+what goes on the wire, and `decode` turns the sum over ranks back into float32 gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -10,39 +10,62 @@ from abc import ABC, abstractmethod
 import mlx.core as mx
 
 Arrays = dict[str, mx.array]
+Total = tuple[Arrays, Arrays]  # what is added over ranks; what the largest over ranks is taken of
+
+NOT_FINITE = 0x7F800000  # float32 bits of infinity; those of a NaN are above
+COARSEST, FINEST = -126, 126  # exponents k for which 2^k and 2^-k are normal float32 numbers
+HEADROOM_BITS = 3  # how much a gradient may grow from one step to the next
+PRECISION_BITS = 10  # how much it may shrink until its codes are made anew
 
 
 class Codec(ABC):
-    """How gradients are added up on a rank, sent, and read back."""
+    """How gradients are added up on a rank, sent, and read back.
 
-    def add(self, total: Arrays | None, gradients: Arrays) -> Arrays:
-        """The sum of `total` and one micro-batch's gradients, in float32; `total` is None at first."""
+    `state` is what must be saved for a resumed run to send the same bits; always the same dictionary.
+    """
+
+    def __init__(self) -> None:
+        self.state: Arrays = {}
+
+    def add(self, total: Total | None, gradients: Arrays) -> Total:
+        """`total` and one micro-batch's gradients, added in float32; `total` is None at first."""
         gradients = {name: gradient.astype(mx.float32) for name, gradient in gradients.items()}
-        if total is None:
-            return gradients
-        return {name: total[name] + gradient for name, gradient in gradients.items()}
+        return (gradients if total is None else _added(total[0], gradients)), {}
 
     @abstractmethod
-    def encode(self, total: Arrays) -> Arrays:
+    def encode(self, sums: Arrays) -> Arrays:
         """What this rank sends for its total."""
 
     @abstractmethod
     def decode(self, reduced: Arrays) -> Arrays:
         """Float32 gradients from the sum of all ranks' encoded totals."""
 
-    def state(self) -> Arrays:
-        """What must be saved for a resumed run to send the same bits."""
-        return {}
+    def encode_bits(self, numbers: mx.array) -> mx.array:
+        """Float32 numbers of which every rank but one sends zeros, so that no sum rounds."""
+        return numbers
 
-    def load(self, state: Arrays) -> None:  # noqa: B027 - most codecs keep nothing
-        """Take back what `state` gave."""
+    def decode_bits(self, reduced: mx.array) -> mx.array:
+        """Those numbers again, from the sum over ranks."""
+        return reduced
+
+    def is_finite(self, maxima: Arrays) -> mx.array:
+        """Whether no gradient held an infinity or a NaN, as far as the sums do not show it themselves."""
+        return mx.array(True)
+
+    def fits(self, maxima: Arrays) -> mx.array:
+        """Whether the state suits these gradients: if not, they must be made again after `next_state`."""
+        return mx.array(True)
+
+    def next_state(self, maxima: Arrays) -> Arrays:
+        """The state for the next step, from the maxima over all ranks."""
+        return {}
 
 
 class NativeCodec(Codec):
     """Gradients travel as they were added up: in float32."""
 
-    def encode(self, total: Arrays) -> Arrays:
-        return total
+    def encode(self, sums: Arrays) -> Arrays:
+        return sums
 
     def decode(self, reduced: Arrays) -> Arrays:
         return reduced
@@ -51,11 +74,97 @@ class NativeCodec(Codec):
 class BF16Codec(Codec):
     """Gradients travel as bfloat16: half the bytes, and a relative rounding of 2^-9 at each hop of a ring."""
 
-    def encode(self, total: Arrays) -> Arrays:
-        return {name: gradient.astype(mx.bfloat16) for name, gradient in total.items()}
+    def encode(self, sums: Arrays) -> Arrays:
+        return {name: gradient.astype(mx.bfloat16) for name, gradient in sums.items()}
 
     def decode(self, reduced: Arrays) -> Arrays:
         return {name: gradient.astype(mx.float32) for name, gradient in reduced.items()}
 
 
-CODECS: dict[str, type[Codec]] = {"native": NativeCodec, "bf16": BF16Codec}
+class ExactCodec(Codec):
+    """Gradients travel as integers: unlike a float sum, an integer one does not depend on its order.
+
+    Every micro-batch's gradient becomes int32 codes, round(gradient × 2^k), half to even, with one exponent k
+    for each tensor. The codes are added, on a rank and between ranks, in as many bytes as float32 takes; each
+    is so small that those of all micro-batches of a global batch together cannot overflow. k comes from the
+    largest |gradient| of any micro-batch in the step before. Where that was no good guess, because a gradient
+    outgrew the headroom or shrank below the precision wanted, the step is made again with the k of its own
+    maxima: so k depends on the gradients alone, never on who computed them.
+    """
+
+    def __init__(self, num_tensors: int, num_micro_batches: int) -> None:
+        super().__init__()
+        largest_code = (2**31 - 1) // num_micro_batches
+        self._code_bits = largest_code.bit_length() - 1  # 2^code_bits <= largest_code
+        self.state["exponents"] = mx.full((num_tensors,), COARSEST, dtype=mx.int32)  # in the model's order
+
+    def add(self, total: Total | None, gradients: Arrays) -> Total:
+        """Codes are added; of the magnitudes' bits, the largest of each tensor is kept."""
+        scales = _power_of_two(self.state["exponents"])
+        codes: Arrays = {}
+        for index, (name, gradient) in enumerate(gradients.items()):
+            codes[name] = mx.round(gradient.astype(mx.float32) * scales[index]).astype(mx.int32)
+        magnitudes = mx.stack([_largest_magnitude(gradient) for gradient in gradients.values()])
+        if total is not None:
+            codes = _added(total[0], codes)
+            magnitudes = mx.maximum(total[1]["magnitudes"], magnitudes)
+        return codes, {"magnitudes": magnitudes}
+
+    def encode(self, sums: Arrays) -> Arrays:
+        return sums
+
+    def decode(self, reduced: Arrays) -> Arrays:
+        scales = _power_of_two(-self.state["exponents"])
+        return {
+            name: codes.astype(mx.float32) * scales[index]
+            for index, (name, codes) in enumerate(reduced.items())
+        }
+
+    def encode_bits(self, numbers: mx.array) -> mx.array:
+        return numbers.view(mx.int32)
+
+    def decode_bits(self, reduced: mx.array) -> mx.array:
+        return reduced.view(mx.float32)
+
+    def is_finite(self, maxima: Arrays) -> mx.array:
+        return (maxima["magnitudes"] < NOT_FINITE).all()
+
+    def fits(self, maxima: Arrays) -> mx.array:
+        """Whether no code overflowed and none is much coarser than it could be. Infinities fit nowhere: no
+        other exponent would help."""
+        change = self.next_state(maxima)["exponents"] - self.state["exponents"]
+        return ((change >= -HEADROOM_BITS) & (change <= PRECISION_BITS)).all() | ~self.is_finite(maxima)
+
+    def next_state(self, maxima: Arrays) -> Arrays:
+        """Exponents that leave the headroom above these magnitudes; a tensor of zeros keeps its own."""
+        magnitudes, exponents = maxima["magnitudes"], self.state["exponents"]
+        magnitude_bits = (magnitudes >> 23) - 126  # |gradient| < 2^magnitude_bits
+        fitting = mx.clip(self._code_bits - HEADROOM_BITS - magnitude_bits, COARSEST, FINEST)
+        return {"exponents": mx.where(magnitudes == 0, exponents, fitting)}
+
+
+def build_codec(name: str, *, num_tensors: int, num_micro_batches: int) -> Codec:
+    """The codec of that name, for a model with so many trainable tensors."""
+    if name == "exact":
+        return ExactCodec(num_tensors, num_micro_batches)
+    return {"native": NativeCodec, "bf16": BF16Codec}[name]()
+
+
+def _added(sums: Arrays, more: Arrays) -> Arrays:
+    return {name: sums[name] + array for name, array in more.items()}
+
+
+def _power_of_two(exponents: mx.array) -> mx.array:
+    """2^exponents, float32, made of its bits: pow and exp2 may round."""
+    return ((exponents + 127) << 23).view(mx.float32)
+
+
+def _largest_magnitude(gradient: mx.array) -> mx.array:
+    """The bits of the largest |value|, int32: ordered like the magnitudes, a NaN above infinity.
+
+    Two plain maxima, over positive and over negative numbers, cost less than one over absolute values.
+    """
+    bits = gradient.astype(mx.float32)
+    positive = bits.view(mx.int32).max()  # negative where all numbers are
+    negative = (bits.view(mx.uint32).max() & 0x7FFFFFFF).astype(mx.int32)
+    return mx.maximum(positive, negative)

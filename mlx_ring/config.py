@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from mlx_ring.config_record import HOST_KEYS, flatten, is_secret
 from mlx_ring.errors import ConfigError
 
-Split = Enum("Split", ["even"])
+Split = Enum("Split", ["even", "measured"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Backend = Enum("Backend", ["auto", "ring", "mpi", "nccl", "jaccl"])
 Copies = Enum("Copies", ["rank_0"])
@@ -78,7 +78,7 @@ class TrainerSection(Section):
     steps: int  # updates in all, counted from step 0 also after a resume
     global_batch_size: int  # samples an update is made of, over all ranks
     micro_batch_size: int  # samples a rank computes at once; divides the global batch
-    split: Split  # how micro-batches are dealt to ranks
+    split: Split  # micro-batches are dealt to ranks evenly, or by the speed that each is measured to have
     loss: str  # cross_entropy, or package.module:function
     compute_dtype: DType  # forward and backward; the master weights stay float32
     clip_gradient_norm: float | None  # largest global L2 norm of the mean gradient
@@ -365,9 +365,11 @@ class CommunicatorSection(Section):
     name: str  # the codec: how a gradient travels
     backend: Backend
     bucket_bytes: int  # gradients are reduced in buckets of about this size
+    verify_every_steps: int | None  # compare the replicas so often, besides before evaluations and saves
     overlap: bool  # reduce the last layers while the first are still in the backward pass
 
     def __post_init__(self) -> None:
+        self.at_least(1, "verify_every_steps", or_null=True)
         good = 4096 <= self.bucket_bytes <= 2**30
         self.require(good, "bucket_bytes", "between 4096 and 1073741824 bytes")
 
@@ -458,7 +460,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "constant": ConstantSchedule, "cosine": DecaySchedule, "linear": DecaySchedule, "wsd": WSDSchedule,
     },
     "strategy": {"all_reduce": StrategySection},
-    "communicator": {"native": CommunicatorSection, "bf16": CommunicatorSection},
+    "communicator": dict.fromkeys(("native", "exact", "bf16"), CommunicatorSection),
 }  # fmt: skip
 
 

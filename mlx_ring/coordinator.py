@@ -108,8 +108,8 @@ class Coordinator:
             self._record.step(result)
         plan = run.authority.decide(result.step, result.flags)
         if not result.skipped or plan.stop:
-            if plan.evaluate or plan.save:
-                run.verify_replicas()  # what is evaluated or saved is every rank's
+            if plan.verify:
+                self._verify(run)
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
@@ -224,10 +224,16 @@ class Coordinator:
             world_size=self._communicator.world_size,
             progress=progress,
             found=found,
+            first_gradient=run.first_gradient,
             hydra_files=self._hydra_files,
         )
 
     # What is due
+
+    def _verify(self, run: Run) -> None:
+        digest = run.verify_replicas()
+        if self._record is not None and digest is not None:
+            self._record.verified(run.trainer.progress.step, digest)
 
     def _evaluate(self, run: Run) -> Evaluation:
         evaluation = run.evaluator.evaluate()

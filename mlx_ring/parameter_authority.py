@@ -38,6 +38,7 @@ REMEDIES = {
 class Plan:
     """What is due after a step, the same on every rank."""
 
+    verify: bool
     evaluate: bool
     save: bool
     stop: bool
@@ -56,6 +57,12 @@ def checksum(array: mx.array) -> mx.array:
     words = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
     weights = 2 * mx.arange(words.size, dtype=mx.uint32) + 1
     return (words.astype(mx.uint32) * weights).sum()
+
+
+def checksums(arrays: Arrays) -> list[int]:
+    """The checksum of each array, in the order of the sorted paths."""
+    sums: Any = mx.stack([checksum(arrays[path]) for path in sorted(arrays)]).tolist()
+    return sums
 
 
 def parameter_shapes(parameters: Arrays) -> dict[str, str]:
@@ -104,12 +111,14 @@ class ParameterAuthority:
         communicator: Communicator,
         *,
         total_steps: int,
+        verify_every_steps: int | None,
         evaluate_every_steps: int | None,
         save_every_steps: int | None,
         save_every_seconds: float | None,
     ) -> None:
         self._communicator = communicator
         self._total_steps = total_steps
+        self._verify_every_steps = verify_every_steps
         self._evaluate_every_steps = evaluate_every_steps
         self._save_every_steps = save_every_steps
         self._save_every_seconds = save_every_seconds
@@ -120,17 +129,15 @@ class ParameterAuthority:
         """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes."""
         return self._communicator.broadcast(arrays)
 
-    def verify(self, parameters: Arrays, step: int) -> None:
+    def verify(self, parameters: Arrays, step: int) -> str:
         """Make sure that every rank holds the same parameters. Collective: every rank must call.
 
+        Returns: a digest of them (SHA-256, hex, of their checksums).
         Raises: TrainingError on every rank, naming the odd rank and the first parameter that differs.
         """
-        if self._communicator.world_size == 1:
-            return
-        paths = sorted(parameters)
-        own: Any = mx.stack([checksum(parameters[path]) for path in paths]).tolist()
+        own = checksums(parameters)
         table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
-        for path, sums in zip(paths, zip(*table, strict=True), strict=True):
+        for path, sums in zip(sorted(parameters), zip(*table, strict=True), strict=True):
             usual = sums.index(Counter(sums).most_common(1)[0][0])  # of equally common ones the lowest rank's
             odd = next((rank for rank, found in enumerate(sums) if found != sums[usual]), None)
             if odd is not None:
@@ -142,6 +149,7 @@ class ParameterAuthority:
                         "one kind), or the model changes its own arrays; the newest checkpoint is from before"
                     )
                 )
+        return sha256_of(own)
 
     def flags(self) -> list[float]:
         """This rank's wishes, to be summed over ranks: [stop, save by the clock]."""
@@ -160,6 +168,7 @@ class ParameterAuthority:
         """Whether the step's number alone asks for something, to be done before any later step is issued."""
         return (
             step >= self._total_steps
+            or _due(step, self._verify_every_steps)
             or _due(step, self._evaluate_every_steps)
             or _due(step, self._save_every_steps)
         )
@@ -170,7 +179,9 @@ class ParameterAuthority:
         last = stop or step >= self._total_steps
         save = last or by_clock or _due(step, self._save_every_steps)
         evaluate = step >= self._total_steps or _due(step, self._evaluate_every_steps)
-        return Plan(evaluate=evaluate, save=save, stop=last)
+        # What is evaluated or saved must be every rank's.
+        verify = evaluate or save or _due(step, self._verify_every_steps)
+        return Plan(verify=verify, evaluate=evaluate, save=save, stop=last)
 
 
 def _due(step: int, every_steps: int | None) -> bool:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
-from mlx_ring import memory_manager
+from mlx_ring import exactness, memory_manager
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.data.dataset import DataSpec
@@ -17,6 +17,7 @@ from mlx_ring.data.loader import Loader
 from mlx_ring.data.manager import DataManager
 from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.evaluator import Evaluator
+from mlx_ring.gradient import MicroBatchGradient
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
@@ -27,6 +28,7 @@ from mlx_ring.restore import Found, fill
 from mlx_ring.scheduler import build_schedule
 from mlx_ring.strategies import Strategy, build_strategy
 from mlx_ring.trainer import Progress, Trainer
+from mlx_ring.work_split import WorkSplit
 
 Arrays = dict[str, mx.array]
 
@@ -42,6 +44,7 @@ class Run:
     data: DataManager
     evaluator: Evaluator
     trained: Trainer | None  # None where the run only evaluates
+    first_gradient: str | None  # in exact mode: what this kind of machine makes of the first micro-batch
 
     @property
     def trainer(self) -> Trainer:
@@ -49,11 +52,12 @@ class Run:
         assert self.trained is not None
         return self.trained
 
-    def verify_replicas(self) -> None:
-        """Raises: TrainingError where ranks that should hold equal weights do not. Collective: every rank
-        must call."""
-        if self.strategy.replicas_agree:
-            self.authority.verify(self.files()["model"], self.trainer.progress.step)
+    def verify_replicas(self) -> str | None:
+        """A digest of the weights; None where the strategy lets ranks differ. Collective: every rank must
+        call. Raises: TrainingError where ranks that should hold equal weights do not."""
+        if not self.strategy.replicas_agree:
+            return None
+        return self.authority.verify(self.files()["model"], self.trainer.progress.step)
 
     def files(self) -> dict[str, Arrays]:
         """Everything that is saved, by file."""
@@ -74,11 +78,14 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     data, model, optimizer = _parts(config, communicator)
     authority = _authority(config, communicator)
     agree(communicator, _record(config, data, model))
-    strategy = _strategy(config, communicator)
-    progress = fill(config, communicator, authority, found, data.dataset.digest, model, optimizer, strategy)
-    strategy.setup(model, optimizer)
+    strategy = _strategy(config, communicator, model)
     forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
     loss = build_loss(config.trainer.loss)
+    compiled = config.trainer.compile
+    gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=config.seed, compile=compiled)
+    first = _first_gradient(config, communicator, data, gradient)
+    progress = fill(config, communicator, authority, found, data.dataset.digest, model, optimizer, strategy)
+    strategy.setup(model, optimizer)
     evaluator = Evaluator(
         model,
         data.dataset,
@@ -86,29 +93,44 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
         forward=forward,
         loss=loss,
         micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
-        compile=config.trainer.compile,
+        compile=compiled,
     )
     trainer = None
     if not config.evaluation.only:
+        split = _work_split(config, communicator)
         trainer = Trainer(
             model,
             optimizer,
             strategy,
             communicator,
             authority,
-            _loader(config, data, progress),
-            forward=forward,
-            loss=loss,
+            _loader(config, data, split.share(communicator.rank), progress),
+            gradient,
+            split,
             progress=progress,
-            seed=config.seed,
             total_steps=config.trainer.steps,
             global_batch_size=config.trainer.global_batch_size,
             max_skipped_batches=config.trainer.max_skipped_batches,
-            compile=config.trainer.compile,
             issue_ahead=config.memory.issue_ahead,
             counts_tokens=config.kind.name == "language",
         )
-    return Run(model, optimizer, strategy, authority, data, evaluator, trainer)
+    return Run(model, optimizer, strategy, authority, data, evaluator, trainer, first)
+
+
+def _first_gradient(
+    config: RunConfig, communicator: Communicator, data: DataManager, gradient: MicroBatchGradient
+) -> str | None:
+    """In exact mode, that of the freshly drawn weights: what it depends on is the kind of machine alone."""
+    if config.communicator.name != "exact" or config.evaluation.only:
+        return None
+    digest, repeats = exactness.first_gradient(
+        gradient,
+        data.dataset.train,
+        seed=config.seed,
+        micro_batch_size=config.trainer.micro_batch_size,
+    )
+    exactness.compare(communicator, digest, repeats)
+    return digest
 
 
 def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
@@ -132,26 +154,38 @@ def _authority(config: RunConfig, communicator: Communicator) -> ParameterAuthor
     return ParameterAuthority(
         communicator,
         total_steps=config.trainer.steps,
+        verify_every_steps=config.communicator.verify_every_steps,
         evaluate_every_steps=config.evaluation.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         save_every_seconds=config.checkpoint.every_seconds,
     )
 
 
-def _strategy(config: RunConfig, communicator: Communicator) -> Strategy:
+def _strategy(config: RunConfig, communicator: Communicator, model: nn.Module) -> Strategy:
     return build_strategy(
         config.strategy.name,
         communicator=communicator,
         codec=config.communicator.name,
+        num_tensors=len(tree_flatten(model.trainable_parameters())),
+        num_micro_batches=config.trainer.num_micro_batches,
         clip_gradient_norm=config.trainer.clip_gradient_norm,
         compile=config.trainer.compile,
     )
 
 
-def _loader(config: RunConfig, data: DataManager, progress: Progress) -> Loader:
+def _work_split(config: RunConfig, communicator: Communicator) -> WorkSplit:
+    return WorkSplit(
+        config.trainer.num_micro_batches,
+        communicator.world_size,
+        measured=config.trainer.split.name == "measured",
+    )
+
+
+def _loader(config: RunConfig, data: DataManager, micro_batches: range, progress: Progress) -> Loader:
     return data.loader(
         global_batch_size=config.trainer.global_batch_size,
         micro_batch_size=config.trainer.micro_batch_size,
+        micro_batches=micro_batches,
         next_sample=progress.next_sample,
     )
 

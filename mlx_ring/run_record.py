@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from mlx_ring import __version__
+from mlx_ring import __version__, exactness
 from mlx_ring.checkpoint_manager import CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.config import RunConfig
@@ -23,6 +23,7 @@ from mlx_ring.run_status import RunStatus
 from mlx_ring.trainer import Progress, StepResult
 
 log = logging.getLogger(__name__)
+MANY_MICRO_BATCHES = 256  # in exact mode: half a percent of a small language model's sums were off by 1 %
 STATUS_SECONDS = 1.0  # status.json is renewed at most this often while training
 
 
@@ -38,6 +39,7 @@ class RunRecord:
         world_size: int,
         progress: Progress,
         found: Found | None,
+        first_gradient: str | None,
         hydra_files: dict[str, str],
     ) -> None:
         """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml."""
@@ -61,13 +63,26 @@ class RunRecord:
         self._step, self._failures, self._status_time = progress.step, 0, 0.0
         self._metrics.message(f"run directory {directory.path}")
         if found is not None:
-            self._resumed(found, progress.step)
+            self._resumed(found, progress.step, first_gradient)
+        micro_batches = config.trainer.num_micro_batches
+        if config.communicator.name == "exact" and micro_batches > MANY_MICRO_BATCHES:
+            bits = 31 - micro_batches.bit_length()
+            message = f"warning: {micro_batches} micro-batches leave a gradient's code {bits} bits"
+            self._event("low_precision", progress.step, f"{message}; raise trainer.micro_batch_size")
         self._status.update("running", step=progress.step)
 
-    def _resumed(self, found: Found, step: int) -> None:
+    def _resumed(self, found: Found, step: int, first_gradient: str | None) -> None:
         for problem in found.problems:
             self._event("checkpoint_damaged", step, f"fell back to {found.path.name}: {problem}")
         self._event("resumed", step, f"from {found.path} ({found.manifest.get('world_size')} ranks then)")
+        before = found.manifest.get("first_gradient")
+        if before and first_gradient and before["sha256"] != first_gradient:
+            message = (
+                f"warning: {exactness.machine()} computes other bits than {before['machine']} did before"
+            )
+            self._event(
+                "other_machine", step, f"{message}: this is no longer the run that it would have been"
+            )
 
     # While it trains
 
@@ -81,6 +96,11 @@ class RunRecord:
             self._saved(saved)
         if result.skipped:
             self._event("nonfinite_skipped", result.step, f"{result.why_skipped}: no update")
+        if result.new_split is not None:
+            dealt = asdict(result.new_split)
+            message = f"micro-batches of each rank from now on: {dealt['micro_batches']}, by measured speed"
+            self._event("split_changed", result.step, message, **dealt)
+        if result.skipped:
             return
         self._interval.results.append(result)
         every, last = self._config.metrics.log_every_steps, self._config.trainer.steps
@@ -90,6 +110,12 @@ class RunRecord:
             if time.monotonic() - self._status_time >= STATUS_SECONDS:
                 self._status_time = time.monotonic()
                 self._status.update(step=result.step)
+
+    def verified(self, step: int, digest: str) -> None:
+        """Note that all ranks hold the same weights, and a digest of these, which a replay can be held
+        against."""
+        message = f"all ranks hold the weights {digest[:12]}"
+        self._event("replicas_agree", step, message, weights_digest=digest)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Note an evaluation."""
@@ -109,6 +135,8 @@ class RunRecord:
         facts: dict[str, Any] = {
             "progress": asdict(progress),
             "world_size": self._world_size,
+            "first_gradient": run.first_gradient
+            and {"sha256": run.first_gradient, "machine": exactness.machine()},
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
             "evaluation": evaluation.row() if evaluation is not None and finite else None,
@@ -136,8 +164,8 @@ class RunRecord:
                 f"{self._failures} checkpoints in a row could not be written: {saved.error}"
             )
 
-    def _event(self, event: str, step: int, message: str) -> None:
-        self._metrics.record("event", {"event": event, "step": step, "message": message})
+    def _event(self, event: str, step: int, message: str, **more: Any) -> None:
+        self._metrics.record("event", {"event": event, "step": step, "message": message, **more})
         log.info("%s at step %d: %s", event, step, message)
 
     # The end

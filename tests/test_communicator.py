@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, mpirun, start
 
-from mlx_ring.communicator import plan_buckets
+from mlx_ring.buckets import plan_buckets
 
 CHECKS = [sys.executable, str(Path(__file__).parent / "communicator_checks.py")]
 

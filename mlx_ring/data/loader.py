@@ -68,7 +68,7 @@ class Loader(Iterator[GlobalBatch]):
         self._micro_batches = micro_batches
         self._next_sample = next_sample
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
-        self._orders: dict[int, np.ndarray] = {}  # the thread's own
+        self._orders: dict[tuple[int, range], np.ndarray] = {}  # the thread's own
         self._ahead: deque[Future[GlobalBatch]] = deque()
         for batch in range(prefetch):
             self._prepare(next_sample + batch * global_batch_size)
@@ -87,6 +87,14 @@ class Loader(Iterator[GlobalBatch]):
         self._prepare(self._next_sample + len(self._ahead) * self._global_batch_size)
         return batch
 
+    def deal(self, micro_batches: range) -> None:
+        """From the next batch on give these of each global batch; what was prepared of others is dropped."""
+        self._micro_batches = micro_batches
+        prepared, self._ahead = self._ahead, deque()
+        for batch, old in enumerate(prepared):
+            old.cancel()
+            self._prepare(self._next_sample + batch * self._global_batch_size)
+
     def close(self) -> None:
         """Join the thread and drop what it prepared; more than once is fine."""
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -98,22 +106,24 @@ class Loader(Iterator[GlobalBatch]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _draw(self, first_sample: int) -> dict[int, np.ndarray]:
+    def _draw(self, first_sample: int, micro_batches: range) -> dict[tuple[int, range], np.ndarray]:
         """This rank's indices of the next global batches, by first sample: drawn at once, a small batch costs
         a tenth of what it costs alone."""
-        own = len(self._micro_batches) * self._micro_batch_size
+        own = len(micro_batches) * self._micro_batch_size
         batches = max(1, min(DRAWN_AT_ONCE, len(self._split)) // own)
         firsts = first_sample + np.arange(batches) * self._global_batch_size
-        offsets = self._micro_batches.start * self._micro_batch_size + np.arange(own)
+        offsets = micro_batches.start * self._micro_batch_size + np.arange(own)
         order = sample_order(self._seed, np.add.outer(firsts, offsets).reshape(-1), len(self._split))
-        return dict(zip(firsts.tolist(), order.reshape(batches, own), strict=True))
+        rows = order.reshape(batches, own)
+        return {(first, micro_batches): row for first, row in zip(firsts.tolist(), rows, strict=True)}
 
     def _prepare(self, first_sample: int) -> None:
-        self._ahead.append(self._thread.submit(self._share, first_sample))
+        self._ahead.append(self._thread.submit(self._share, first_sample, self._micro_batches))
 
-    def _share(self, first_sample: int) -> GlobalBatch:
-        if first_sample not in self._orders:
-            self._orders = self._draw(first_sample)
-        rows = self._orders[first_sample].reshape(len(self._micro_batches), self._micro_batch_size)
-        shares = zip(self._micro_batches, rows, strict=True)
+    def _share(self, first_sample: int, micro_batches: range) -> GlobalBatch:
+        wanted = first_sample, micro_batches
+        if wanted not in self._orders:
+            self._orders = self._draw(*wanted)
+        rows = self._orders[wanted].reshape(len(micro_batches), self._micro_batch_size)
+        shares = zip(micro_batches, rows, strict=True)
         return GlobalBatch(first_sample, [(index, *self._split.batch(indices)) for index, indices in shares])

@@ -7,7 +7,6 @@ from typing import Any
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.data.loader import Loader
-from mlx_ring.data.sampler import deal
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed
 
@@ -46,19 +45,20 @@ class DataManager:
         assert dataset is not None
         self.dataset = dataset.checked() if targets_are_classes else dataset
 
-    def loader(self, *, global_batch_size: int, micro_batch_size: int, next_sample: int) -> Loader:
-        """This rank's share of every global batch from `next_sample` on.
+    def loader(
+        self, *, global_batch_size: int, micro_batch_size: int, micro_batches: range, next_sample: int
+    ) -> Loader:
+        """These micro-batches of every global batch from `next_sample` on.
 
         Raises: DataError, the same on every rank, for fewer samples than a global batch.
         """
-        shares = deal(global_batch_size // micro_batch_size, self._communicator.world_size)
         try:
             return Loader(
                 self.dataset.train,
                 seed=self._seed,
                 global_batch_size=global_batch_size,
                 micro_batch_size=micro_batch_size,
-                micro_batches=shares[self._communicator.rank],
+                micro_batches=micro_batches,
                 next_sample=next_sample,
                 prefetch=self._config.prefetch,
             )

@@ -6,7 +6,6 @@ falls outside the data set goes through the network again until it falls inside 
 """
 
 import math
-from itertools import pairwise
 
 import numpy as np
 
@@ -51,11 +50,3 @@ def sample_order(seed: int, positions: np.ndarray, dataset_size: int) -> np.ndar
         here = epochs == epoch
         order[here] = permute(places[here], dataset_size, keys)
     return order
-
-
-def deal(num_micro_batches: int, world_size: int) -> list[range]:
-    """The micro-batches of a global batch that each rank computes, one at least: contiguous, as even as can
-    be."""
-    assert 1 <= world_size <= num_micro_batches, (world_size, num_micro_batches)
-    bounds = [rank * num_micro_batches // world_size for rank in range(world_size + 1)]
-    return [range(start, stop) for start, stop in pairwise(bounds)]

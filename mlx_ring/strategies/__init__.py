@@ -1,18 +1,29 @@
 """Training strategies: how ranks turn their own gradients into the same new weights."""
 
 from mlx_ring.communicator import Communicator
-from mlx_ring.compression import CODECS
+from mlx_ring.compression import build_codec
 from mlx_ring.strategies.all_reduce import AllReduce
-from mlx_ring.strategies.base import Reduced, Strategy
+from mlx_ring.strategies.base import Reduced, Share, Strategy
 
-__all__ = ["Reduced", "Strategy", "build_strategy"]
+__all__ = ["Reduced", "Share", "Strategy", "build_strategy"]
 
 
 def build_strategy(
-    name: str, *, communicator: Communicator, codec: str, clip_gradient_norm: float | None, compile: bool
+    name: str,
+    *,
+    communicator: Communicator,
+    codec: str,
+    num_tensors: int,
+    num_micro_batches: int,
+    clip_gradient_norm: float | None,
+    compile: bool,
 ) -> Strategy:
-    """The strategy of that name, with the codec of that name."""
+    """The strategy of that name, with the codec of that name, for a model with so many trainable tensors."""
     strategies = {"all_reduce": AllReduce}
     return strategies[name](
-        communicator, CODECS[codec](), clip_gradient_norm=clip_gradient_norm, compile=compile
+        communicator,
+        build_codec(codec, num_tensors=num_tensors, num_micro_batches=num_micro_batches),
+        num_micro_batches=num_micro_batches,
+        clip_gradient_norm=clip_gradient_norm,
+        compile=compile,
     )

@@ -10,13 +10,10 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
 from mlx_ring.communicator import Communicator
-from mlx_ring.compression import Codec
-from mlx_ring.strategies.base import Arrays, Reduced, Strategy
+from mlx_ring.compression import Codec, Total
+from mlx_ring.strategies.base import Arrays, Reduced, Share, Strategy
 
-SCALARS = (
-    "scalars"  # the wire's name for [loss, targets / 2^12, targets % 2^12, flags…]; no parameter is called so
-)
-TARGETS_BASE = 4096  # two float32 digits hold any int32 count exactly, also when summed over 4,096 ranks
+NUMBERS = "numbers of the batch"  # the wire's name for what is no gradient; no parameter's path has spaces
 
 
 @final
@@ -24,12 +21,22 @@ class AllReduce(Strategy):
     """The mean is weighted by targets over the whole global batch, whatever rank computed them."""
 
     def __init__(
-        self, communicator: Communicator, codec: Codec, *, clip_gradient_norm: float | None, compile: bool
+        self,
+        communicator: Communicator,
+        codec: Codec,
+        *,
+        num_micro_batches: int,
+        clip_gradient_norm: float | None,
+        compile: bool,
     ) -> None:
         self._communicator, self._codec, self._compiles = communicator, codec, compile
-        measure = partial(_measure, codec, clip_gradient_norm)
-        self._measure = mx.compile(measure) if compile else measure
-        self._update: Callable[[Arrays, mx.array], None]
+        self._num_micro_batches = num_micro_batches
+        measure = partial(_measure, codec, clip_gradient_norm, num_micro_batches, communicator.world_size)
+        self._add, self._measure = codec.add, measure
+        if compile:
+            self._add = mx.compile(codec.add, inputs=[codec.state])
+            self._measure = mx.compile(measure, inputs=[codec.state])
+        self._update: Callable[[Arrays, Arrays, mx.array], None]
 
     @property
     def replicas_agree(self) -> bool:
@@ -37,57 +44,85 @@ class AllReduce(Strategy):
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> None:
         update = partial(_update, model, optimizer, self._codec)
-        state = [model.state, optimizer.state]
+        state = [model.state, optimizer.state, self._codec.state]
         self._update = mx.compile(update, inputs=state, outputs=state) if self._compiles else update
 
-    def add(self, total: Arrays | None, gradients: Arrays) -> Arrays:
-        return self._codec.add(total, gradients)
+    def add(self, total: Total | None, gradients: Arrays) -> Total:
+        return self._add(total, gradients)
 
-    def reduce(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Reduced:
-        wire = dict(self._codec.encode(total))
-        wire[SCALARS] = _pack(loss, targets, flags)
+    def reduce(self, share: Share) -> Reduced:
+        sums, maxima = share.total
+        wire = dict(self._codec.encode(sums))
+        wire[NUMBERS] = self._codec.encode_bits(self._own_numbers(share))
         gradients = self._communicator.all_reduce(wire)
-        scalars = gradients.pop(SCALARS)
-        mean_loss, targets, norm, finite, scale = self._measure(gradients, scalars)
+        maxima = {name: self._communicator.all_max(array) for name, array in maxima.items()}
+        numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
+        loss, targets, norm, fits, finite, scale, flags = self._measure(gradients, maxima, numbers)
         return Reduced(
             gradients=gradients,
+            maxima=maxima,
             scale=scale,
-            loss=mean_loss,
+            loss=loss,
             targets=targets,
             gradient_norm=norm,
+            fits=fits,
             finite=finite,
-            flags=scalars[3:],
+            flags=flags,
         )
 
+    def _own_numbers(self, share: Share) -> mx.array:
+        """A place for every micro-batch's loss, for its number of targets, and for every rank's flags; this
+        rank fills its own and leaves zeros in the others': whatever the sum, it rounds nothing."""
+        before, own = share.first_micro_batch, len(share.losses)
+        after = self._num_micro_batches - before - own
+        rank, ranks, width = self._communicator.rank, self._communicator.world_size, len(share.flags)
+        numbers = [
+            mx.pad(mx.stack(share.losses), (before, after)),
+            mx.pad(mx.stack(share.targets).astype(mx.float32), (before, after)),
+            mx.pad(mx.array(share.flags, dtype=mx.float32), (rank * width, (ranks - 1 - rank) * width)),
+        ]
+        return mx.concatenate(numbers)
+
     def update(self, reduced: Reduced) -> None:
-        self._update(reduced.gradients, reduced.scale)
+        self._update(reduced.gradients, reduced.maxima, reduced.scale)
+
+    def refit(self, reduced: Reduced) -> None:
+        self._codec.state.update(self._codec.next_state(reduced.maxima))
 
     def state(self) -> Arrays:
-        return self._codec.state()
+        return self._codec.state
 
     def load(self, state: Arrays) -> None:
-        self._codec.load(state)
+        self._codec.state.update(state)
 
 
-def _pack(loss: mx.array, targets: mx.array, flags: list[float]) -> mx.array:
-    digits = mx.stack([targets // TARGETS_BASE, targets % TARGETS_BASE]).astype(mx.float32)
-    return mx.concatenate([loss.reshape(1), digits, mx.array(flags, dtype=mx.float32)])
-
-
-def _measure(codec: Codec, clip: float | None, reduced: Arrays, scalars: mx.array) -> tuple[mx.array, ...]:
-    """Mean loss, number of targets, L2 norm of the mean gradient, whether all is finite, the scale."""
-    targets = scalars[1].astype(mx.int32) * TARGETS_BASE + scalars[2].astype(mx.int32)
+def _measure(
+    codec: Codec,
+    clip: float | None,
+    num_micro_batches: int,
+    world_size: int,
+    reduced: Arrays,
+    maxima: Arrays,
+    numbers: mx.array,
+) -> tuple[mx.array, ...]:
+    """Mean loss, number of targets, L2 norm of the mean gradient, whether the codec's state fits, whether all
+    is finite, the scale, and every rank's flags."""
+    losses, counts, flags = mx.split(numbers, [num_micro_batches, 2 * num_micro_batches])
+    targets = counts.astype(mx.int32).sum()
     count = mx.maximum(targets, 1).astype(mx.float32)
+    loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
     squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]
     norm = mx.sqrt(mx.stack(squares).sum()) / count
-    loss = scalars[0] / count
-    finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
+    finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0) & codec.is_finite(maxima)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
         scale = scale * mx.minimum(1.0, clip / mx.maximum(norm, 1e-12))
-    return loss, targets, norm, finite, scale
+    return loss, targets, norm, codec.fits(maxima), finite, scale, flags.reshape(world_size, -1)
 
 
-def _update(model: nn.Module, optimizer: Optimizer, codec: Codec, reduced: Arrays, scale: mx.array) -> None:
+def _update(
+    model: nn.Module, optimizer: Optimizer, codec: Codec, reduced: Arrays, maxima: Arrays, scale: mx.array
+) -> None:
     mean = [(path, gradient * scale) for path, gradient in codec.decode(reduced).items()]
     optimizer.update(model, tree_unflatten(mean))
+    codec.state.update(codec.next_state(maxima))

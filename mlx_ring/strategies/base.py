@@ -7,7 +7,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
+from mlx_ring.compression import Total
+
 Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's part of a global batch: of each of its micro-batches, in order from `first_micro_batch` on,
+    the float32 sum of losses and the int32 number of targets; of all, the total of the gradients of those
+    sums. `flags` is what this rank wants all to know."""
+
+    total: Total
+    losses: list[mx.array]
+    targets: list[mx.array]
+    first_micro_batch: int
+    flags: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +31,24 @@ class Reduced:
 
     `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the
     mean gradient before clipping. `gradients` times `scale` is what the optimizer gets. Where `finite` is
-    false there must be no update.
+    false there must be no update. Where `fits` is false nothing here is of use but for `refit`: the batch
+    must be computed again. `flags` (world size, flags) are every rank's.
     """
 
     gradients: Arrays
+    maxima: Arrays
     scale: mx.array
     loss: mx.array
     targets: mx.array
     gradient_norm: mx.array
+    fits: mx.array
     finite: mx.array
     flags: mx.array
 
 
 class Strategy(ABC):
-    """Abstract; its subclasses are final. The trainer calls `add`, traced into its micro-batch, `reduce`,
-    `update`."""
+    """Abstract; its subclasses are final. The trainer calls `add` for each micro-batch, then `reduce`, and
+    `update` or `refit`."""
 
     @property
     @abstractmethod
@@ -42,25 +60,24 @@ class Strategy(ABC):
         """Take the model and its optimizer, both initialised and equal on every rank."""
 
     @abstractmethod
-    def add(self, total: Arrays | None, gradients: Arrays) -> Arrays:
-        """Add one micro-batch's gradients of the *sum* of losses to the total. Pure: traced by
-        `mx.compile`."""
+    def add(self, total: Total | None, gradients: Arrays) -> Total:
+        """Add one micro-batch's gradients of the *sum* of losses to the total, None at first."""
 
     @abstractmethod
-    def reduce(self, total: Arrays, loss: mx.array, targets: mx.array, flags: list[float]) -> Reduced:
-        """Share this rank's total with the others.
-
-        `loss` is the float32 sum of this rank's losses, `targets` the int32 number of them; `flags` are
-        summed over ranks on the way. Collective: every rank must call.
-        """
+    def reduce(self, share: Share) -> Reduced:
+        """Put this rank's share together with the others'. Collective: every rank must call."""
 
     @abstractmethod
     def update(self, reduced: Reduced) -> None:
         """Update the model with what was reduced."""
 
     @abstractmethod
+    def refit(self, reduced: Reduced) -> None:
+        """Suit the state to what was reduced, before the same batch is computed again."""
+
+    @abstractmethod
     def state(self) -> Arrays:
-        """What besides weights and optimizer must be saved."""
+        """What besides weights and optimizer must be saved; always the same dictionary."""
 
     @abstractmethod
     def load(self, state: Arrays) -> None:

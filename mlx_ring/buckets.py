@@ -1,0 +1,29 @@
+"""Buckets: which arrays travel together in one message, and how a message is cut apart again."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+
+def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> list[list[str]]:
+    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
+
+    Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
+    """
+    open_buckets: dict[str, tuple[list[str], int]] = {}
+    buckets: list[list[str]] = []
+    for name, dtype, size in reversed(arrays):
+        names, total = open_buckets.get(dtype, ([], 0))
+        if not names:
+            buckets.append(names)
+        names.append(name)
+        open_buckets[dtype] = (names, total + size) if total + size < bucket_bytes else ([], 0)
+    return buckets
+
+
+def cut(bucket: mx.array, sizes: list[int]) -> list[mx.array]:
+    """The successive pieces of a flat array, of these numbers of elements."""
+    pieces: Any = mx.split(bucket, list(accumulate(sizes))[:-1])  # MLX's stubs call this list an array
+    return pieces

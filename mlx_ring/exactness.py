@@ -1,0 +1,92 @@
+"""What exact mode stands on: one micro-batch's gradient has the same bits on every rank, every time.
+
+That holds among machines of one kind (chip, MLX, BLAS and its threads) for reproducible operations. Both are
+tried before the first step, with the real model and data.
+"""
+
+import hashlib
+import os
+import socket
+import sys
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from mlx_ring.communicator import MLX_VERSION, Communicator
+from mlx_ring.data.dataset import Split
+from mlx_ring.data.sampler import sample_order
+from mlx_ring.errors import ClusterError, agreed
+from mlx_ring.gradient import MicroBatchGradient
+from mlx_ring.parameter_authority import checksums
+
+
+def machine() -> str:
+    """What decides how this process rounds, in words: chip, BLAS, MLX."""
+    chip = str(mx.device_info(mx.default_device()).get("device_name", "unknown chip"))
+    return f"{chip}, {_blas()}, MLX {MLX_VERSION}"
+
+
+def _blas() -> str:
+    """The BLAS behind MLX's matrix products on a CPU; NumPy's own is another."""
+    if mx.default_device() == mx.gpu:
+        return "its own kernels"
+    if sys.platform == "darwin":
+        return "Accelerate"
+    found = [library for library in threadpool_info() if "numpy" not in library["filepath"]]
+    for library in found:
+        if library["user_api"] == "blas":
+            name, version = library["internal_api"], library["version"]
+            kernels, threads = library.get("architecture", "one kernel"), library["num_threads"]
+            return f"{name} {version} ({kernels}, {threads} thread{'s' if threads > 1 else ''})"
+    return "the BLAS of MLX's wheel"
+
+
+def first_gradient(
+    gradient: MicroBatchGradient, split: Split, *, seed: int, micro_batch_size: int
+) -> tuple[str, bool]:
+    """A digest (SHA-256, hex) of the gradient of the run's first micro-batch, with the weights as they are;
+    and whether computing it a second time gave the same."""
+    samples = split.batch(sample_order(seed, np.arange(micro_batch_size), len(split)))
+    digests: list[str] = []
+    for _ in range(2):
+        loss, targets, gradients = gradient(0, 0, *samples)
+        sums = checksums({**gradients, "loss": loss, "targets": targets})
+        digests.append(hashlib.sha256(repr(sums).encode()).hexdigest())
+    return digests[0], digests[0] == digests[1]
+
+
+def compare(communicator: Communicator, digest: str, repeats: bool) -> None:
+    """Refuse ranks that do not compute what the others do. Collective: every rank must call.
+
+    Raises: ClusterError on every rank, naming the rank, its host and both kinds of machine.
+    """
+    own = {"host": socket.gethostname(), "machine": machine(), "digest": digest, "repeats": repeats}
+    table: list[dict[str, Any]] = communicator.gather_objects(own)
+    rest = "or give up equal bits: communicator=native"
+    for rank, found in enumerate(table):
+        if not found["repeats"]:
+            raise agreed(
+                ClusterError(
+                    f"communicator=exact: rank {rank} on {found['host']} ({found['machine']}) computed one "
+                    "micro-batch's gradient twice and got different bits: an operation of the model is not "
+                    f"reproducible there; `mlx-ring doctor --exact` lists those known; replace it, {rest}"
+                )
+            )
+    digests = [found["digest"] for found in table]
+    usual = digests.index(Counter(digests).most_common(1)[0][0])  # of equally common ones the lowest rank's
+    odd = next((rank for rank, each in enumerate(digests) if each != digests[usual]), None)
+    if odd is not None:
+        two = [
+            f"{digests[rank][:12]} on rank {rank} ({table[rank]['host']}: {table[rank]['machine']})"
+            for rank in (odd, usual)
+        ]
+        raise agreed(
+            ClusterError(
+                f"communicator=exact: the gradient of one and the same micro-batch is {two[0]} and {two[1]}; "
+                "use machines of one kind: equal chips, MLX, BLAS and BLAS threads (OPENBLAS_NUM_THREADS="
+                f"{os.environ.get('OPENBLAS_NUM_THREADS', 'unset')} here), {rest}"
+            )
+        )
