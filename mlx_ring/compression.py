@@ -111,7 +111,8 @@ class ExactCodec(Codec):
         return codes, {"magnitudes": magnitudes}
 
     def encode(self, sums: Arrays) -> Arrays:
-        return sums
+        """Row-major, as after the wire: float sums over a gradient, its norm's for one, go along its memory."""
+        return {name: mx.contiguous(codes) for name, codes in sums.items()}
 
     def decode(self, reduced: Arrays) -> Arrays:
         scales = _power_of_two(-self.state["exponents"])
