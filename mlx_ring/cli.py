@@ -9,7 +9,7 @@ from typing import NoReturn
 import click
 
 from mlx_ring import __version__, checkpoint_format
-from mlx_ring.errors import CheckpointError, MlxRingError
+from mlx_ring.errors import CheckpointError, MlxRingError, TrainingError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -114,6 +114,37 @@ def export(run: Path, output: Path) -> None:
         temporary.unlink(missing_ok=True)
         raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
     click.echo(f"{path} → {output}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=1), required=True, help="The step to repeat.")
+@click.argument("overrides", nargs=-1)
+def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
+    """Repeat a step of RUN on this machine, from the nearest checkpoint, and compare it with the record.
+
+    OVERRIDES are KEY=VALUE, for what lies elsewhere here (data.path=FOLDER). RUN is only read. Exit 4 where
+    something differs.
+
+    Example: mlx-ring replay outputs/2026-11-22_16-28-11_4bdc --step 357
+    """
+    from mlx_ring import replay as replays  # loads MLX
+
+    outcome = replays.replay(run, step, list(overrides))
+    ranks = f"{outcome.world_size} rank{'s' if outcome.world_size > 1 else ''}"
+    click.echo(f"from {outcome.start} to step {step}: {ranks} then, one here")
+    differing = [repeated for repeated in outcome.steps if not repeated.agrees]
+    for repeated in dict.fromkeys([*differing[:1], outcome.steps[-1]]):
+        for name, recorded in repeated.recorded.items():
+            here = repeated.here[name]
+            verdict = "agrees" if here == recorded else "differs"
+            click.echo(f"step {repeated.step}  {name}  {recorded} in the record, {here} here: {verdict}")
+    if differing:
+        why = "the machines are of different kinds, or one of them is at fault"
+        if outcome.codec != "exact" and outcome.world_size > 1:
+            why = f"communicator={outcome.codec} rounds by the number of ranks; communicator=exact does not"
+        raise TrainingError(f"step {differing[0].step} of {run} is another one here: {why}")
+    click.echo(f"step {step} agrees, and so do the {len(outcome.steps) - 1} recorded ones on the way")
 
 
 def main() -> NoReturn:

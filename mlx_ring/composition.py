@@ -114,6 +114,22 @@ def compose_run(*overrides: str) -> RunConfig:
         raise understood(error, None, before_run=True) from error
 
 
+def recorded_run(recorded: dict[str, Any], *overrides: str) -> RunConfig:
+    """The configuration of a run from its record (`RunConfig.record`), with values changed by KEY=VALUE.
+
+    Raises: ConfigError, also for a value that is no KEY=VALUE.
+    """
+    register_look_ups()
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"{item} is not of the form KEY=VALUE; give for example data.path=FOLDER")
+    try:
+        changes = OmegaConf.from_dotlist(list(overrides))
+        return parse(OmegaConf.merge(OmegaConf.create(recorded), changes))  # pyright: ignore[reportArgumentType]
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+
+
 def register_look_ups() -> None:
     OmegaConf.register_new_resolver(
         "mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"), replace=True

@@ -111,7 +111,7 @@ class ExactCodec(Codec):
         return codes, {"magnitudes": magnitudes}
 
     def encode(self, sums: Arrays) -> Arrays:
-        """Row-major, as after the wire: float sums over a gradient, its norm's for one, go along its memory."""
+        """Row-major, as after the wire: a float sum over a gradient, such as its norm, goes along memory."""
         return {name: mx.contiguous(codes) for name, codes in sums.items()}
 
     def decode(self, reduced: Arrays) -> Arrays:

@@ -1,0 +1,205 @@
+"""Exact mode's promise: one SHA-256 of the weights, and one column of losses, whoever shared the work.
+
+Every model, with dropout, under AdamW and under SGD with momentum, is trained on 1, 2, 3, 4 and 7 ranks: over
+the ring with an even split, with a measured one while some ranks share a core (Linux), over MPI; and once
+with all ranks killed and fewer or more started again, 4, 2, 3, 1. A quick run has fewer steps and worlds.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import harness
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
+MODELS = {
+    "mlp": ("model=mlp", "model.hidden_sizes=[64,64]"),
+    "cnn": ("model=cnn", "model.channels=[8,16]", "model.hidden_size=32"),
+    "transformer": ("model=transformer", "model.dimensions=48", "data=synthetic", "data.sequence_length=16",
+                    "data.vocabulary_size=64"),
+}  # fmt: skip
+OPTIMIZERS = {"adamw": ("optimizer=adamw",), "sgd": ("optimizer=sgd", "optimizer.momentum=0.9")}
+COMMON = (
+    "communicator=exact", "model.dropout=0.1", "trainer.global_batch_size=28", "trainer.micro_batch_size=2",
+    "optimizer.learning_rate=3e-3", "evaluation.every_steps=null", "metrics.log_every_steps=1",
+    "metrics.tensorboard=false", "metrics.console=false",
+)  # fmt: skip
+TIMEOUT_SECONDS = 900
+
+
+@dataclass
+class Outcome:
+    """What runs of one experiment left, by how they were shared."""
+
+    hashes: dict[str, str] = field(default_factory=dict[str, str])
+    losses: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    new_splits: int = 0
+
+    def add(self, name: str, run: Path) -> None:
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == "completed", status
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.hashes[name] = status["parameters_sha256"]
+        self.losses[name] = tuple(row["loss"] for row in rows if row["kind"] == "train")
+        self.new_splits += sum(row.get("event") == "split_changed" for row in rows)
+
+
+def environment(**more: str) -> dict[str, str]:
+    launched = ("MLX_", "OMPI_COMM", "PMIX_", "PMI_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(launched)} | more
+
+
+def start_ring(
+    world_size: int, run: Path, overrides: tuple[str, ...], *, silent: bool = False
+) -> list[subprocess.Popen]:
+    """Ranks of one ring on free ports of this machine."""
+    sockets = [socket.socket() for _ in range(world_size)]
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    addresses = [[f"127.0.0.1:{listener.getsockname()[1]}"] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    hostfile = run.with_suffix(".json")
+    hostfile.write_text(json.dumps(addresses) if world_size > 1 else "")  # empty: one rank
+    return [
+        subprocess.Popen(
+            [*TRAIN, f"run.dir={run}", *overrides],
+            env=environment(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile)),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if silent else None,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def end(ranks: list[subprocess.Popen]) -> None:
+    try:
+        assert [rank.wait(TIMEOUT_SECONDS) for rank in ranks] == [0] * len(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def ring(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
+    end(start_ring(world_size, run, overrides))
+
+
+@contextlib.contextmanager
+def crowded_core(ranks: list[subprocess.Popen]) -> Iterator[None]:
+    """Put all ranks but the first on one core, beside a process that never rests."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            for process in (*ranks[1:], busy):
+                psutil.Process(process.pid).cpu_affinity([0])
+            psutil.Process(ranks[0].pid).cpu_affinity([1])
+            yield
+        finally:
+            busy.kill()
+
+
+def measured(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
+    ranks = start_ring(world_size, run, (*overrides, "trainer.split=measured"))
+    with crowded_core(ranks):
+        end(ranks)
+
+
+def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
+    variables = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_mpi_yield_when_idle": "1",
+    }  # fmt: skip
+    mpirun = str(Path(sys.executable).with_name("mpirun"))
+    command = [mpirun, "-n", str(world_size), *TRAIN, f"run.dir={run}", *overrides]
+    subprocess.run(
+        command, check=True, env=environment(**variables), stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS
+    )
+
+
+def killed(worlds: tuple[int, ...], run: Path, overrides: tuple[str, ...], steps: int) -> None:
+    """Every world but the last is killed once it has saved a checkpoint of its own."""
+    every = max(1, steps // (2 * len(worlds)))
+    overrides = (*overrides, f"checkpoint.every_steps={every}")
+    for place, world_size in enumerate(worlds[:-1]):
+        ranks = start_ring(world_size, run, overrides, silent=True)  # they would tell of lost peers
+        wanted = every * (2 * place + 1)
+        while not list((run / "checkpoints").glob(f"step_*{wanted:06d}")):
+            assert all(rank.poll() is None for rank in ranks), "ended before it could be killed"
+            time.sleep(0.01)
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    ring(worlds[-1], run, overrides)
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("event") == "resumed" for row in events) == len(worlds) - 1
+
+
+def experiment(model: str, optimizer: str, folder: Path, steps: int, worlds: tuple[int, ...]) -> Outcome:
+    outcome = Outcome()
+    overrides = (*MODELS[model], *OPTIMIZERS[optimizer], *COMMON, f"trainer.steps={steps}")
+    can_pin = hasattr(psutil.Process, "cpu_affinity") and (os.cpu_count() or 1) > 1
+    for world_size in worlds:
+        ways = {"ring": ring}
+        if world_size > 1:
+            ways |= {"measured": measured} if can_pin else {}
+            ways |= {"mpi": mpi} if shutil.which("mpirun", path=str(Path(sys.executable).parent)) else {}
+        for way, start in ways.items():
+            run = folder / f"{way}_{world_size}"
+            start(world_size, run, overrides)
+            outcome.add(f"{world_size} {way}", run)
+    run = folder / "killed"
+    killed((4, 2, 3, 1), run, overrides, steps)
+    outcome.add("4, killed, 2, killed, 3, killed, 1", run)
+    return outcome
+
+
+def measure(quick: bool) -> dict[str, float]:
+    steps, worlds = (24, (1, 3)) if quick else (200, (1, 2, 3, 4, 7))
+    names = [("mlp", "adamw"), ("transformer", "sgd")]
+    if not quick:
+        names = [(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS]
+    figures: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
+    new_splits = 0
+    for model, optimizer in names:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = experiment(model, optimizer, Path(folder), steps, worlds)
+        name = f"{model}_{optimizer}"
+        outcomes[name] = outcome
+        figures[f"{name}_runs"] = len(outcome.hashes)
+        figures[f"{name}_hashes"] = len(set(outcome.hashes.values()))
+        figures[f"{name}_loss_columns"] = len(set(outcome.losses.values()))
+        new_splits += outcome.new_splits
+    if not quick:
+        figures["changed_splits"] = new_splits
+    show(outcomes)
+    return figures
+
+
+def show(outcomes: dict[str, Outcome]) -> None:
+    """World sizes down the side, the beginning of the SHA-256 of the weights."""
+    table = Table("ranks", *outcomes, title="parameters_sha256")
+    first = next(iter(outcomes.values()))
+    for name in first.hashes:
+        table.add_row(name, *(outcome.hashes[name][:12] for outcome in outcomes.values()))
+    Console(width=140).print(table)
+
+
+GOALS: harness.Goals = {"changed_splits": (">=", 1)}
+for each in (f"{model}_{optimizer}" for model in MODELS for optimizer in OPTIMIZERS):
+    GOALS[f"{each}_hashes"] = GOALS[f"{each}_loss_columns"] = ("<=", 1)
+
+if __name__ == "__main__":
+    harness.run("same_bits", measure, GOALS)

@@ -1,0 +1,137 @@
+"""Repeats a step of a run on this machine, alone, and holds it against what the run's record says of it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_ring import checkpoint_format
+from mlx_ring.checkpoint_manager import to_host
+from mlx_ring.communicator import Communicator
+from mlx_ring.composition import recorded_run
+from mlx_ring.errors import CheckpointError, ConfigError
+from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.restore import Found
+from mlx_ring.run_builder import Run, build
+from mlx_ring.run_status import RunStatus
+
+Facts = dict[str, Any]  # of one step, by name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # told apart by identity
+class Repeated:
+    """One step that the record tells something of: its figures there, and the same ones here."""
+
+    step: int
+    recorded: Facts
+    here: Facts
+
+    @property
+    def agrees(self) -> bool:
+        return self.recorded == self.here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """`steps` are those compared on the way, the one asked for last; the rest is for the report."""
+
+    start: str
+    codec: str
+    world_size: int
+    steps: list[Repeated]
+
+
+def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
+    """Train from the newest checkpoint before `step`, or from the first weights, to `step`; write nothing.
+
+    `overrides` are Hydra's, for what lies elsewhere on this machine, such as data.path.
+
+    Raises: CheckpointError for no run there; ConfigError for a step that its record tells nothing of, and as
+    a resumed run does.
+    """
+    facts = _recorded_facts(directory)
+    if step not in facts:
+        _refuse(directory, step, facts)
+    found, config_record = _start(directory, step)
+    config = recorded_run(config_record, f"run.dir={directory}", "cluster.ranks=null", *overrides)
+    communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    run = build(config, communicator, found)
+    compared: list[Repeated] = []
+    try:
+        for result in run.trainer.steps():
+            recorded = {} if result.skipped else facts.get(result.step, {})
+            if recorded:
+                own = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+                here = {name: own[name] if name in own else _weights(run, name) for name in recorded}
+                compared.append(Repeated(step=result.step, recorded=recorded, here=here))
+            if result.step == step:
+                break
+    finally:
+        run.trainer.close()
+    status = RunStatus.read(directory) or {}
+    return Replay(
+        start=found.path.name if found else "the first weights",
+        codec=config.communicator.name,
+        world_size=int(status.get("world_size", 1)),
+        steps=compared,
+    )
+
+
+def _recorded_facts(directory: Path) -> dict[int, Facts]:
+    """What metrics.jsonl and the manifests say of each step's outcome."""
+    path, facts = directory / "metrics.jsonl", dict[int, Facts]()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a run's directory") from None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that is being written
+        if row["kind"] == "train":
+            facts.setdefault(row["step"], {}).update({name: row[name] for name in ("loss", "gradient_norm")})
+        elif row.get("event") == "replicas_agree":
+            facts.setdefault(row["step"], {})["weights_digest"] = row["weights_digest"]
+    for checkpoint in checkpoint_format.scan(directory / "checkpoints"):
+        try:
+            digest = checkpoint_format.read_manifest(checkpoint).get("parameters_sha256")
+        except CheckpointError:
+            continue
+        facts.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
+    return facts
+
+
+def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
+    known = sorted(facts)
+    near = sorted(known, key=lambda other: abs(other - step))[:2]
+    reached = f"steps {known[0]} to {known[-1]}" if known else "no step"
+    raise ConfigError(
+        f"--step {step}: the record of {directory} tells nothing of it (it tells of {reached}); "
+        f"choose {' or '.join(map(str, sorted(near))) or 'another run'}, or log more often "
+        "(metrics.log_every_steps)"
+    )
+
+
+def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
+    """The newest valid checkpoint before `step`, and the configuration saved with it; where there is none,
+    that of any checkpoint, for the first weights are drawn from its seed."""
+    present = checkpoint_format.scan(directory / "checkpoints")
+    before = [path for path in present if checkpoint_format.step_of(path) < step]
+    path, manifest, problems = checkpoint_format.newest_valid(before)
+    if path is not None:
+        return Found(path=path, manifest=manifest, problems=problems, own=True), manifest["config"]
+    path, manifest, _ = checkpoint_format.newest_valid(present)
+    if path is None:
+        raise CheckpointError(f"{directory} has no usable checkpoint, which would hold its configuration")
+    return None, manifest["config"]
+
+
+def _weights(run: Run, name: str) -> str:
+    """A digest of the weights as they are: what the replicas were compared by, or the checkpoint's."""
+    if name == "weights_digest":
+        return str(run.verify_replicas())
+    arrays = run.files()["model"]
+    return checkpoint_format.parameters_sha256(
+        {path: to_host(array, array.dtype) for path, array in arrays.items()}
+    )
