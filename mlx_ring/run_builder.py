@@ -123,12 +123,17 @@ def _first_gradient(
     """In exact mode, that of the freshly drawn weights: what it depends on is the kind of machine alone."""
     if config.communicator.name != "exact" or config.evaluation.only:
         return None
-    digest, repeats = exactness.first_gradient(
-        gradient,
-        data.dataset.train,
-        seed=config.seed,
-        micro_batch_size=config.trainer.micro_batch_size,
-    )
+    digest, repeats, error = "", True, None
+    try:
+        digest, repeats = exactness.first_gradient(
+            gradient,
+            data.dataset.train,
+            seed=config.seed,
+            micro_batch_size=config.trainer.micro_batch_size,
+        )
+    except MlxRingError as caught:  # a sample that is damaged on one host
+        error = caught
+    communicator.agree_on_error(error)
     exactness.compare(communicator, digest, repeats)
     return digest
 

@@ -118,7 +118,7 @@ class Trainer:
         self._model, self._optimizer, self._strategy = model, optimizer, strategy
         self._state = TrainingState(model, optimizer, strategy)
         self._communicator, self._authority, self._loader = communicator, authority, loader
-        self._gradient, self._work_split = gradient, work_split
+        self.gradient, self._work_split = gradient, work_split
         self._total_steps, self._global_batch_size = total_steps, global_batch_size
         self._max_skipped_batches, self._counts_tokens = max_skipped_batches, counts_tokens
         self._ahead = issue_ahead and communicator.world_size == 1
@@ -262,7 +262,7 @@ class Trainer:
         losses: list[mx.array] = []
         targets: list[mx.array] = []
         for index, *samples in batch.micro_batches:
-            loss, count, gradients = self._gradient(number, index, *samples)
+            loss, count, gradients = self.gradient(number, index, *samples)
             total = self._strategy.add(total, gradients)
             losses.append(loss)
             targets.append(count)

@@ -93,7 +93,12 @@ def test_values_may_refer_to_one_another() -> None:
             ["trainer.clip_gradient_norm=inf"],
             "trainer.clip_gradient_norm must be a finite number above 0; got inf",
         ),
-        (["trainer.split=measured"], "trainer.split: Invalid value 'measured', expected one of"),
+        (["trainer.split=random"], "trainer.split: Invalid value 'random', expected one of"),
+        (["communicator.verify_every_steps=0"], "communicator.verify_every_steps must be null or at least 1"),
+        (
+            ["communicator=exact", "trainer.global_batch_size=8194", "trainer.micro_batch_size=2"],
+            "trainer.global_batch_size must be at most 4096 micro-batches .*; got 4097",
+        ),
         (["model.hidden_sizes=[8,0]"], r"model.hidden_sizes must be positive; got \[8, 0\]"),
         (["model.dropout=1"], r"model.dropout must be in \[0, 1\); got 1"),
         (["model=cnn", "model.channels=[]"], "model.channels must be one or more positive numbers"),

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_ring.data.loader import GlobalBatch, Loader
-from mlx_ring.data.sampler import deal, sample_order
+from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import DataError
+from mlx_ring.work_split import WorkSplit
 
 MICRO_BATCH_SIZE = 3
 NUM_MICRO_BATCHES = 7
@@ -67,7 +68,8 @@ def plain(batch: GlobalBatch) -> list[tuple[int, list[float], list[int]]]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_a_global_batch_does_not_depend_on_the_world_size(world_size: int) -> None:
-    shares = [batches(make_loader(micro_batches=share), 6) for share in deal(NUM_MICRO_BATCHES, world_size)]
+    split = WorkSplit(NUM_MICRO_BATCHES, world_size, measured=False)
+    shares = [batches(make_loader(micro_batches=split.share(rank)), 6) for rank in range(world_size)]
     for step, ranks in enumerate(zip(*shares, strict=True)):
         whole = [micro_batch for rank in ranks for micro_batch in plain(rank)]
         order = sample_order(5, step * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE), SAMPLES)
@@ -86,6 +88,21 @@ def test_a_loader_resumes_at_next_sample(prefetch: int) -> None:
         position = loader.next_sample
     taken += [plain(batch) for batch in batches(make_loader(next_sample=position, prefetch=prefetch), 5)]
     assert taken == expected
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_another_share_begins_with_the_next_batch(prefetch: int) -> None:
+    """Whatever was prepared of the old share is dropped; no batch is passed over or given twice."""
+    whole = [plain(batch) for batch in batches(make_loader(), 6)]
+    with make_loader(micro_batches=range(3), prefetch=prefetch) as loader:
+        taken = [plain(next(loader)) for _ in range(2)]
+        loader.deal(range(2, 7))
+        taken += [plain(next(loader)) for _ in range(3)]
+        loader.deal(range(6, 7))
+        taken.append(plain(next(loader)))
+        assert loader.next_sample == 6 * GLOBAL_BATCH_SIZE
+    shares = [range(3)] * 2 + [range(2, 7)] * 3 + [range(6, 7)]
+    assert taken == [[batch[index] for index in share] for batch, share in zip(whole, shares, strict=True)]
 
 
 def test_a_resume_may_change_the_batch_size() -> None:

@@ -1,0 +1,87 @@
+"""Models and data that put exact mode to the test, named on the command line by import path."""
+
+import os
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_ring.data.dataset import Dataset, DataSpec
+
+RANK = os.environ.get("MLX_RANK", "0")
+
+
+class Classifier(nn.Module):
+    """Two layers; the subclasses add what is to be tested."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(*input_shape, 16), nn.Linear(16, num_classes)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layers[1](nn.relu(self.layers[0](x)))
+
+
+class Augmented(Classifier):
+    """Training samples are shifted at random and lose features: all drawn from mx.random's state."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.training:
+            x = x + 0.1 * mx.random.normal(x.shape)
+            x = x * mx.random.bernoulli(0.8, x.shape)
+        return super().__call__(x)
+
+
+class Drawn(Classifier):
+    """Its outputs are random numbers alone, so its loss tells one draw from another."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.random.normal((x.shape[0], 3)) + 0 * super().__call__(x)
+
+
+class Slow(Classifier):
+    """Rank 0 computes slowly. Not under mx.compile, which calls a model once."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if RANK == "0" and self.training:
+            time.sleep(0.05)
+        return super().__call__(x)
+
+
+class Unlike(Classifier):
+    """Rank 1 rounds otherwise than the others, as a machine of another kind would."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) * (1 + 2**-20 if RANK == "1" else 1)
+
+
+class Unsteady(Classifier):
+    """Its outputs are others at each call, on rank 1. Not under mx.compile."""
+
+    calls = 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.calls += RANK == "1"
+        return super().__call__(x) * (1 + self.calls * 2**-20)
+
+
+class Points:
+    """Points of a plane; the first of every `rare` is `factor` times as far away."""
+
+    def __init__(self, count: int, factor: float, rare: int) -> None:
+        self.count, self.factor, self.rare = count, factor, rare
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x = np.stack([np.sin(indices), np.cos(indices)], axis=1).astype(np.float32)
+        far = np.where(indices % self.rare == 0, self.factor, 1).astype(np.float32)
+        return x * far[:, None], (indices % 3).astype(np.int32)
+
+
+def points(factor: float = 1.0, rare: int = 50) -> Dataset:
+    spec = DataSpec(kind="classifier", input_shape=(2,), num_classes=3)
+    held_out = Points(16, 1.0, rare)
+    return Dataset(spec=spec, digest=f"points {factor}", train=Points(200, factor, rare), held_out=held_out)
