@@ -3,13 +3,14 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from mlx_ring import __version__, checkpoint_format
-from mlx_ring.errors import CheckpointError, MlxRingError, TrainingError
+from mlx_ring.errors import CheckpointError, ClusterError, MlxRingError, TrainingError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -145,6 +146,34 @@ def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
             why = f"communicator={outcome.codec} rounds by the number of ranks; communicator=exact does not"
         raise TrainingError(f"step {differing[0].step} of {run} is another one here: {why}")
     click.echo(f"step {step} agrees, and so do the {len(outcome.steps) - 1} recorded ones on the way")
+
+
+@cli.command()
+@click.option(
+    "--exact", is_flag=True, help="Check only whether gradients repeat to the bit; today the whole."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(exact: bool, as_json: bool) -> None:
+    """Check this machine: whether each operation of training gives the same bits every time.
+
+    Exact mode needs that, and equal digests on all machines that train together. Exit 3 where a check fails.
+
+    Example: mlx-ring doctor --exact
+    """
+    from mlx_ring.doctor import exact_checks  # only here: it loads mlx
+
+    checks: list[dict[str, str]] = []
+    for check in map(asdict, exact_checks()):
+        checks.append(check)
+        if not as_json:
+            click.echo(f"{check['name']} … [{check['status']}] {check['detail']}")
+            if check["remedy"]:
+                click.echo(f"    {check['remedy']}")
+    if as_json:
+        click.echo(json.dumps({"checks": checks}))
+    failed = [check["name"] for check in checks if check["status"] == "fail"]
+    if failed:
+        raise ClusterError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
 def main() -> NoReturn:

@@ -27,6 +27,7 @@ COMPUTES = {
     "checkpoint_manager",
     "communicator",
     "memory_manager",
+    "doctor",
 }  # at most
 FILLED = {  # what a group leaves to the user
     "model/custom": {"import_path": "package.module:name"},

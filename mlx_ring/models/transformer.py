@@ -14,6 +14,11 @@ from mlx_ring.config import TransformerModel
 from mlx_ring.models.dropout import draw_key, dropout, split_key
 
 
+def fused_attention(query: mx.array, key: mx.array, value: mx.array, *, scale: float) -> mx.array:
+    """Causal attention, (B, heads, T, width) each; `key` and `value` may have fewer heads."""
+    return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask="causal")
+
+
 class Attention(nn.Module):
     """Causal attention in which a group of query heads shares one key and value head."""
 
@@ -25,14 +30,14 @@ class Attention(nn.Module):
         self.value = nn.Linear(dimensions, kv_heads * self.head_dimensions, bias=False)
         self.output = nn.Linear(dimensions, dimensions, bias=False)
         self.rope = nn.RoPE(self.head_dimensions, base=rope_base)
+        self.attend = fused_attention  # exact mode has another, in models/reproducible.py
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) → (B, T, D)"""
         query = self.rope(self._heads(self.query(x)))
         key = self.rope(self._heads(self.key(x)))
         value = self._heads(self.value(x))
-        scale = self.head_dimensions**-0.5
-        mixed = mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask="causal")
+        mixed = self.attend(query, key, value, scale=self.head_dimensions**-0.5)
         return self.output(mixed.transpose(0, 2, 1, 3).flatten(2))
 
     def _heads(self, x: mx.array) -> mx.array:
