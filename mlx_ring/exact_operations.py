@@ -131,6 +131,7 @@ def _layers(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
     """Layers and losses, as the models here compute them."""
     tokens, width = sizes.tokens, sizes.width
     rows, hidden, logits = (tokens, width), (sizes.hidden, width), (tokens, sizes.vocabulary)
+    batch, heads, positions, _ = sizes.attention
     kernel = (sizes.channels, 3, 3, sizes.image[-1])
     targets = mx.random.randint(0, sizes.vocabulary, (tokens,), key=mx.random.key(9))
     loss = build_loss("cross_entropy")
@@ -140,7 +141,7 @@ def _layers(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
         return [x.sum(), x.sum(axis=0), x.mean(axis=-1), x.square().sum(), mx.linalg.norm(x), x.max()]
 
     def summed() -> Compute:
-        x = _draw(logits, dtype, 0)
+        x = _draw((sizes.vocabulary, width), dtype, 0)
         return mx.compile(lambda: norms(x))
 
     def row(what: str, function: Function, *shapes: tuple[int, ...]) -> Operation:
@@ -150,7 +151,7 @@ def _layers(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
         row("linear", lambda x, w, b: mx.addmm(b, x, w.T), rows, hidden, (sizes.hidden,)),
         row("layer norm", partial(mx.fast.layer_norm, eps=1e-5), rows, (width,), (width,)),
         row("RMS norm", partial(mx.fast.rms_norm, eps=1e-5), rows, (width,)),
-        row("softmax", lambda x: mx.softmax(x, axis=-1, precise=True), logits),
+        row("softmax", partial(mx.softmax, axis=-1, precise=True), (batch * heads, positions, positions)),
         row("cross entropy", lambda x: loss(x, targets), logits),
         row("rotary positions", lambda x: rope(x, x.shape[-1]), sizes.attention),
         row("conv2d", lambda x, w: mx.conv2d(x, w, padding=1), sizes.image, kernel),
