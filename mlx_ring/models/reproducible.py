@@ -67,8 +67,10 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             assert mask == "causal"
             mask = mx.tri(*scores.shape[-2:], k=key.shape[-2] - query.shape[-2]).astype(mx.bool_)
         if mask is not None:
+            # As MLX has it: a row that may see nothing sees all alike.
+            least = mx.finfo(scores.dtype).min
             is_kept = mask.dtype == mx.bool_
-            scores = mx.where(mask, scores, -mx.inf) if is_kept else scores + mask.astype(scores.dtype)
+            scores = mx.where(mask, scores, least) if is_kept else scores + mask.astype(scores.dtype)
         mixed = mx.softmax(scores, axis=-1, precise=True) @ value
         return self.out_proj(mixed.transpose(0, 2, 1, 3).flatten(2))
 
