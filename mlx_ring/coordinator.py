@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import mlx.core as mx
-
 from mlx_ring import __version__
 from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
@@ -22,6 +20,7 @@ from mlx_ring.errors import (
     record_error,
 )
 from mlx_ring.evaluator import Evaluation
+from mlx_ring.exactness import device
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build
@@ -109,7 +108,9 @@ class Coordinator:
         plan = run.authority.decide(result.step, result.flags)
         if not result.skipped or plan.stop:
             if plan.verify:
-                self._verify(run)
+                digest = run.verify_replicas()
+                if self._record is not None and digest is not None:
+                    self._record.verified(result.step, digest)
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
@@ -202,7 +203,7 @@ class Coordinator:
             job=self.job,
             world_size=self._communicator.world_size,
             backend=self._communicator.backend,
-            device=_device(),
+            device=device(),
             hosts=self._communicator.hosts,
             reached=None if replaces_record(self._config, found) else reached,
         )
@@ -229,11 +230,6 @@ class Coordinator:
         )
 
     # What is due
-
-    def _verify(self, run: Run) -> None:
-        digest = run.verify_replicas()
-        if self._record is not None and digest is not None:
-            self._record.verified(run.trainer.progress.step, digest)
 
     def _evaluate(self, run: Run) -> Evaluation:
         evaluation = run.evaluator.evaluate()
@@ -296,10 +292,3 @@ class Coordinator:
         RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         os._exit(Interrupted.exit_status)
-
-
-def _device() -> str:
-    """What computes, such as `gpu NVIDIA H200`."""
-    device = mx.default_device()
-    name = mx.device_info(device).get("device_name", "")
-    return f"{'gpu' if device == mx.gpu else 'cpu'} {name}".strip()

@@ -23,10 +23,16 @@ from mlx_ring.gradient import MicroBatchGradient
 from mlx_ring.parameter_authority import checksums
 
 
+def device() -> str:
+    """What computes, such as `gpu NVIDIA H200`."""
+    found = mx.default_device()
+    name = mx.device_info(found).get("device_name", "")
+    return f"{'gpu' if found == mx.gpu else 'cpu'} {name}".strip()
+
+
 def machine() -> str:
     """What decides how this process rounds, in words: chip, BLAS, MLX."""
-    chip = str(mx.device_info(mx.default_device()).get("device_name", "unknown chip"))
-    return f"{chip}, {_blas()}, MLX {MLX_VERSION}"
+    return f"{device()}, {_blas()}, MLX {MLX_VERSION}"
 
 
 def _blas() -> str:

@@ -21,6 +21,7 @@ from mlx_ring.gradient import MicroBatchGradient
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
+from mlx_ring.models.reproducible import make_reproducible
 from mlx_ring.models.requirements import check_outputs, check_parameters
 from mlx_ring.optimizers import build_optimizer, is_hidden_matrix
 from mlx_ring.parameter_authority import ParameterAuthority, agree, parameter_shapes, sha256_of
@@ -211,6 +212,8 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
     try:
         memory_manager.apply_limits(config.memory)
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
+        if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
+            make_reproducible(model)
         if config.memory.activation_checkpointing:
             memory_manager.checkpoint_activations(model)
         check_parameters(model)

@@ -19,7 +19,7 @@ SENTENCE = "Collective: every rank must call"
 FUNCTION_LINES = 50
 FILE_LINES = 300
 LONGER_FILES = {
-    "config.py": 500,  # one dataclass a group, its units and rules: a list to look things up in
+    "config.py": 510,  # one dataclass a group, its units and rules: a list to look things up in
 }
 COMPUTES = {
     "trainer",
