@@ -1,0 +1,113 @@
+"""mlx-ring replay: one step of a cluster's run, repeated alone, and whether it comes to the same bits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import SMALL, Ranks, command, rows, start
+from refusals import CHECKPOINT, CONFIGURATION, TRAINING, assert_refused, contents
+
+EXACT = [*SMALL, "communicator=exact", "model.dropout=0.2", "trainer.steps=9", "checkpoint.every_steps=4",
+         "communicator.verify_every_steps=3", "run.dir=run"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine steps on three ranks, with checkpoints of steps 4, 8 and 9."""
+    folder = tmp_path_factory.mktemp("finished")
+    start(EXACT, folder, world_size=3).wait().ok()
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def replay(folder: Path, step: int, *overrides: str) -> Ranks:
+    return command(["mlx-ring", "replay", "run", "--step", str(step), *overrides], folder)
+
+
+@pytest.mark.parametrize(
+    ("step", "origin", "compared"),
+    [
+        (2, "the first weights", ["loss", "gradient_norm"]),
+        (3, "the first weights", ["loss", "gradient_norm", "weights_digest"]),
+        (4, "the first weights", ["loss", "gradient_norm", "weights_digest", "parameters_sha256"]),
+        (6, "step_00000004", ["loss", "gradient_norm", "weights_digest"]),
+        (9, "step_00000008", ["loss", "gradient_norm", "weights_digest", "parameters_sha256"]),
+    ],
+)
+def test_a_step_repeats(folder: Path, step: int, origin: str, compared: list[str]) -> None:
+    before = contents(folder / "run")
+    said = replay(folder, step).ok().members[0].stdout
+    assert f"from {origin} to step {step}: 3 ranks then, one here" in said
+    shown = [line.split()[2] for line in said.splitlines() if line.startswith(f"step {step}  ")]
+    assert shown == compared and said.count(": agrees") == len(compared)
+    assert f"step {step} agrees" in said
+    assert contents(folder / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("train", "loss"), ("train", "gradient_norm"), ("event", "weights_digest")]
+)
+def test_a_record_that_differs_is_told(folder: Path, kind: str, name: str) -> None:
+    """As if the cluster had computed step 6 otherwise."""
+    path = folder / "run/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    changed = [row for row in lines if row["kind"] == kind and row["step"] == 6 and name in row]
+    assert len(changed) == 1
+    changed[0][name] = "0" * 64 if kind == "event" else changed[0][name] * (1 + 2**-22)
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    refused = replay(folder, 7)
+    assert_refused(refused, TRAINING, "step 6 of run is another one here", "machine")
+    said = refused.members[0].stdout
+    assert f"step 6  {name}" in said and said.count(": differs") == 1
+    replay(folder, 5).ok()
+
+
+def test_a_checkpoint_of_other_weights_is_told(folder: Path) -> None:
+    manifest = folder / "run/checkpoints/step_00000008/manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"parameters_sha256": "0" * 64}))
+    assert_refused(replay(folder, 8), TRAINING, "step 8 of run is another one here")
+
+
+def test_a_damaged_checkpoint_is_passed_over(folder: Path) -> None:
+    weights = folder / "run/checkpoints/step_00000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "from the first weights" in replay(folder, 6).ok().members[0].stdout
+
+
+def test_a_native_run_of_several_ranks_says_why_it_differs(tmp_path: Path) -> None:
+    start([*EXACT, "communicator=native"], tmp_path, world_size=3).wait().ok()
+    ranks = replay(tmp_path, 9)
+    if ranks.statuses != [0]:  # in nine steps the roundings may happen to agree
+        assert_refused(ranks, TRAINING, "communicator=native rounds by the number of ranks")
+    start([*EXACT, "communicator=native", "run.dir=alone"], tmp_path).wait().ok()
+    command(["mlx-ring", "replay", "alone", "--step", "9"], tmp_path).ok()
+
+
+def test_what_cannot_be_replayed_is_refused(folder: Path) -> None:
+    assert_refused(replay(folder, 10), CONFIGURATION, "--step 10", "steps 1 to 9", "choose 8 or 9")
+    assert_refused(replay(folder, 6, "seed"), CONFIGURATION, "seed is not of the form KEY=VALUE")
+    assert_refused(
+        replay(folder, 6, "data.nowhere=3"), CONFIGURATION, "unknown configuration key data.nowhere"
+    )
+    assert_refused(replay(folder, 6, "data=synthetic"), CONFIGURATION, "data must be a group of values")
+    shutil.rmtree(folder / "run/checkpoints")
+    assert_refused(replay(folder, 6), CHECKPOINT, "run has no usable checkpoint")
+    assert_refused(
+        command(["mlx-ring", "replay", "nowhere", "--step", "1"], folder),
+        CHECKPOINT,
+        "nowhere",
+        "run's directory",
+    )
+    assert command(["mlx-ring", "replay", "run", "--step", "0"], folder).statuses == [2]
+
+
+def test_replicas_are_compared_as_often_as_asked(finished: Path) -> None:
+    found = [row["step"] for row in rows(finished, "event") if row["event"] == "replicas_agree"]
+    assert found == [3, 4, 6, 8, 9]
