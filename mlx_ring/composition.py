@@ -4,6 +4,7 @@ import re
 import sys
 import sysconfig
 from argparse import Namespace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,7 +131,17 @@ def recorded_run(recorded: dict[str, Any], *overrides: str) -> RunConfig:
         raise explain(error) from error
 
 
+def usual_codec() -> str:
+    """The codec where none is chosen: exact on a CPU, where it costs little; native on a GPU.
+
+    Found out without loading MLX: its Linux builds for a GPU are packages of their own, and a Mac has Metal.
+    """
+    cuda = any(list(distributions(name=name)) for name in ("mlx-cuda-12", "mlx-cuda-13"))
+    return "native" if cuda or sys.platform == "darwin" else "exact"
+
+
 def register_look_ups() -> None:
+    OmegaConf.register_new_resolver("mlx_ring.usual_codec", usual_codec, replace=True)
     OmegaConf.register_new_resolver(
         "mlx_ring.standard_library", lambda: sysconfig.get_path("stdlib"), replace=True
     )

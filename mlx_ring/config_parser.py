@@ -47,8 +47,11 @@ def parse(composed: DictConfig) -> RunConfig:
         rule = f"below trainer.steps={config.trainer.steps}"
         require(False, "schedule.warmup_steps", config.schedule.warmup_steps, rule)
     if config.communicator.name == "exact" and config.trainer.num_micro_batches > MOST_MICRO_BATCHES:
-        rule = f"at most {MOST_MICRO_BATCHES} micro-batches with communicator=exact, which shares 31 bits out"
-        require(False, "trainer.global_batch_size", config.trainer.num_micro_batches, rule)
+        raise ConfigError(
+            f"trainer.global_batch_size must be at most {MOST_MICRO_BATCHES} micro-batches with "
+            f"communicator=exact, which share 31 bits; got {config.trainer.num_micro_batches}: raise "
+            "trainer.micro_batch_size, or choose communicator=native"
+        )
     return config
 
 

@@ -68,7 +68,11 @@ def test_accumulation_equals_one_large_batch(alone: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "options", [("communicator=bf16",), ("communicator.overlap=true", "communicator.bucket_bytes=4096")]
+    "options",
+    [
+        ("communicator=bf16",),
+        ("communicator=native", "communicator.overlap=true", "communicator.bucket_bytes=4096"),
+    ],
 )
 def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     train(tmp_path, *WEIGHTED, *options, world_size=2).ok()
@@ -77,7 +81,7 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
     sent = [row["wire_bytes"] for row in rows(tmp_path, "train")]
     parameters = sum(array.size for array in weights(tmp_path).values())
     width = 2 if "bf16" in options[0] else 4
-    assert sent[0] == pytest.approx(parameters * width, abs=64)  # 2 (n - 1) / n with two ranks is 1
+    assert sent[0] == pytest.approx(parameters * width, abs=128)  # 2 (n - 1) / n with two ranks is 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
