@@ -8,7 +8,7 @@ import pytest
 from ranks import ROOT, SMALL, mpirun, rows, status, train
 from safetensors.numpy import load_file
 
-WEIGHTED = ("trainer.clip_gradient_norm=0.5",)
+WEIGHTED = ("communicator=native", "trainer.clip_gradient_norm=0.5")  # exact mode has tests of its own
 
 
 def weights(folder: Path, run: str = "run", step: int = 6) -> dict[str, np.ndarray]:
@@ -41,7 +41,7 @@ def test_unequal_micro_batches_weigh_by_their_targets(
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
     options = (
         "data=custom", "data.import_path=own_code:half_labelled", "model.dropout=0.3", "trainer.compile=true",
-        "optimizer=sgd", "optimizer.learning_rate=0.1", "trainer.global_batch_size=28",
+        "optimizer=sgd", "optimizer.learning_rate=0.1", "trainer.global_batch_size=28", "communicator=native",
     )  # fmt: skip
     train(tmp_path, *options, run="alone").ok()
     train(tmp_path, *options, world_size=world_size, run="shared").ok()  # 7 micro-batches
@@ -84,10 +84,19 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
     assert sent[0] == pytest.approx(parameters * width, abs=128)  # 2 (n - 1) / n with two ranks is 1
 
 
+@pytest.mark.parametrize("communicator", ["native", "exact"])
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stop_and_resume_is_no_stop(tmp_path: Path, world_size: int, optimizer: str) -> None:
-    options = (f"optimizer={optimizer}", "model.dropout=0.3", "schedule=linear", "checkpoint.every_steps=2")
+def test_stop_and_resume_is_no_stop(
+    tmp_path: Path, world_size: int, optimizer: str, communicator: str
+) -> None:
+    options = (
+        f"optimizer={optimizer}",
+        f"communicator={communicator}",
+        "model.dropout=0.3",
+        "schedule=linear",
+        "checkpoint.every_steps=2",
+    )
     train(tmp_path, *options, "trainer.steps=8", world_size=world_size, run="whole").ok()
     # The same schedule needs the same trainer.steps: a run killed at step 4 left its first checkpoints
     # behind.
