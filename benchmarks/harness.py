@@ -1,11 +1,13 @@
-"""What every benchmark shares: its command line, its table, its JSON and the check of its goals."""
+"""What the benchmarks share: command line, table, JSON and the check of goals; ranks of one ring."""
 
 import argparse
 import json
 import os
 import platform
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,7 +17,12 @@ from rich.table import Table
 Goals = dict[str, tuple[str, float]]
 
 
-def run(name: str, measure: Callable[[bool], dict[str, float]], goals: Goals) -> None:
+def run(
+    name: str,
+    measure: Callable[[bool], dict[str, float]],
+    goals: Goals,
+    own_options: Sequence[argparse.ArgumentParser] = (),
+) -> None:
     """Measure, print a table, write JSON; exit with status 1 where `--check` finds a goal missed.
 
     Args:
@@ -23,8 +30,9 @@ def run(name: str, measure: Callable[[bool], dict[str, float]], goals: Goals) ->
         measure: gives the figures by name, with units in the names; True asks for a quick run.
         goals: by a figure's name, "<=" or ">=" and the bound.
             A goal whose figure this machine or a quick run does not measure is left out.
+        own_options: parsers, without a help of their own, of what else this benchmark is told.
     """
-    parser = argparse.ArgumentParser(prog=f"{name}.py")
+    parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own_options)
     parser.add_argument("--quick", action="store_true", help="a minute at most, on two cores")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a goal is missed")
@@ -54,6 +62,44 @@ def environment() -> dict[str, str | int | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def environment_of_ranks(**more: str) -> dict[str, str]:
+    """This process's environment, without what a launcher put there."""
+    launched = ("MLX_", "OMPI_COMM", "PMIX_", "PMI_")
+    return {key: value for key, value in os.environ.items() if not key.startswith(launched)} | more
+
+
+def start_ring(
+    command: list[str], world_size: int, hostfile: Path, *, silent: bool = False
+) -> list[subprocess.Popen]:
+    """Ranks of one ring on free ports of this machine, each running `command`."""
+    sockets = [socket.socket() for _ in range(world_size)]
+    for listener in sockets:
+        listener.bind(("127.0.0.1", 0))
+    addresses = [[f"127.0.0.1:{listener.getsockname()[1]}"] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    hostfile.write_text(json.dumps(addresses) if world_size > 1 else "")  # empty: one rank
+    return [
+        subprocess.Popen(
+            command,
+            env=environment_of_ranks(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile)),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if silent else None,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:
+    """Wait until all have ended well."""
+    try:
+        assert [rank.wait(timeout_seconds) for rank in ranks] == [0] * len(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def _met(value: float, goal: tuple[str, float]) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -56,45 +55,15 @@ class Outcome:
         self.new_splits += sum(row.get("event") == "split_changed" for row in rows)
 
 
-def environment(**more: str) -> dict[str, str]:
-    launched = ("MLX_", "OMPI_COMM", "PMIX_", "PMI_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(launched)} | more
-
-
 def start_ring(
     world_size: int, run: Path, overrides: tuple[str, ...], *, silent: bool = False
 ) -> list[subprocess.Popen]:
-    """Ranks of one ring on free ports of this machine."""
-    sockets = [socket.socket() for _ in range(world_size)]
-    for listener in sockets:
-        listener.bind(("127.0.0.1", 0))
-    addresses = [[f"127.0.0.1:{listener.getsockname()[1]}"] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    hostfile = run.with_suffix(".json")
-    hostfile.write_text(json.dumps(addresses) if world_size > 1 else "")  # empty: one rank
-    return [
-        subprocess.Popen(
-            [*TRAIN, f"run.dir={run}", *overrides],
-            env=environment(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile)),
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL if silent else None,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def end(ranks: list[subprocess.Popen]) -> None:
-    try:
-        assert [rank.wait(TIMEOUT_SECONDS) for rank in ranks] == [0] * len(ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    command = [*TRAIN, f"run.dir={run}", *overrides]
+    return harness.start_ring(command, world_size, run.with_suffix(".json"), silent=silent)
 
 
 def ring(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
-    end(start_ring(world_size, run, overrides))
+    harness.end(start_ring(world_size, run, overrides))
 
 
 @contextlib.contextmanager
@@ -113,7 +82,7 @@ def crowded_core(ranks: list[subprocess.Popen]) -> Iterator[None]:
 def measured(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
     ranks = start_ring(world_size, run, (*overrides, "trainer.split=measured"))
     with crowded_core(ranks):
-        end(ranks)
+        harness.end(ranks)
 
 
 def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
@@ -123,9 +92,8 @@ def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
     }  # fmt: skip
     mpirun = str(Path(sys.executable).with_name("mpirun"))
     command = [mpirun, "-n", str(world_size), *TRAIN, f"run.dir={run}", *overrides]
-    subprocess.run(
-        command, check=True, env=environment(**variables), stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS
-    )
+    env = harness.environment_of_ranks(**variables)
+    subprocess.run(command, check=True, env=env, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
 
 
 def killed(worlds: tuple[int, ...], run: Path, overrides: tuple[str, ...], steps: int) -> None:
