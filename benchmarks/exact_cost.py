@@ -6,8 +6,8 @@ the rounds' ratios of medians (`step_overhead.py` says why). Steps are those of 
 On a CPU two ranks of this very program make a ring: a transformer with 256 tokens a micro-batch, and, with no
 goal, the default perceptron, whose micro-batches of 16 samples take less than a millisecond. The wire's bytes
 are all that a rank sent after its first step, which exact mode takes twice: maxima, other steps taken twice
-and comparisons of replicas included. MLX's wheel brings a slow BLAS, beside which anything looks cheap: the ranks inherit an `LD_PRELOAD` of
-OpenBLAS, to be given with OPENBLAS_NUM_THREADS=1.
+and comparisons of replicas included. MLX's wheel brings a slow BLAS, beside which anything looks cheap: the
+ranks inherit an `LD_PRELOAD` of OpenBLAS, to be given with OPENBLAS_NUM_THREADS=1.
 
 On a GPU one rank trains the 124M transformer. Exact mode also takes other forms of some operations there,
 whose gradients repeat; native mode with these is measured too, so that their price (`operations_ratio`) and
@@ -114,7 +114,7 @@ def measure_rank(folder: Path, quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, case in (GPU_CASES if GPU else CPU_CASES).items():
         rounds = [
-            compare(case, communicator, folder / f"{name}_{number}", *((6, 0.1) if quick else (20, 0.3)))
+            compare(case, communicator, folder / f"{name}_{number}", *((5, 0.1) if quick else (20, 0.3)))
             for number in range(3 if quick else 9)
         ]
         for way in WAYS:
