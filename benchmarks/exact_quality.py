@@ -1,0 +1,184 @@
+"""Whether exact mode learns as well: `text_small`, three seeds, native and exact, by final evaluation loss.
+
+The runs of one seed are a pair: equal first weights, batches and dropout. `difference` is the mean over the
+pairs of exact less native; `difference_over_spread` is its magnitude over the standard deviation (n - 1) of
+native's losses from seed to seed: what exact mode changes, in units of what another seed changes (Glass's
+delta). At most 1 is "within seed noise". Three seeds give that deviation only roughly, so
+`difference_standard_error`, that of the mean over the pairs, says how far `difference` itself can be trusted.
+
+On a GPU it is the experiment itself; `--steps N` shortens it, and `--parallel N` is how many runs share each
+GPU at a time. On a CPU, and for a quick run, it is a smaller one: a tiny model, 8 micro-batches, little text.
+
+There the precision of the integers is measured too, with the gradients of a model so trained: of the elements
+of M micro-batches' sum that are not zero, the share that is off by more than 1 % from the sum in float64, and
+the L2 norm of the error over that of the sum.
+"""
+
+import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import harness
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_ring.composition import compose_run
+from mlx_ring.compression import Codec, ExactCodec, NativeCodec, Total
+from mlx_ring.data.sources import open_dataset, prepare
+from mlx_ring.gradient import MicroBatchGradient
+from mlx_ring.models import build_model
+from mlx_ring.models.losses import build_loss
+from mlx_ring.models.precision import build_forward
+
+TRAIN = str(Path(__file__).parent.parent / "train.py")
+GPU = mx.default_device() == mx.gpu
+SEEDS = (0, 1, 2)
+CODECS = ("native", "exact")
+COMMON = (
+    "experiment=text_small", "evaluation.every_steps=null", "checkpoint.every_steps=null",
+    "metrics.console=false", "metrics.tensorboard=false",
+)  # fmt: skip
+SMALL = (
+    "model.layers=2", "model.dimensions=32", "model.heads=2", "model.kv_heads=2",
+    "model.hidden_dimensions=64", "model.max_sequence_length=32", "trainer.compute_dtype=float32",
+    f"data.path={sysconfig.get_path('stdlib')}/email", "trainer.steps=60", "schedule.warmup_steps=10",
+    "trainer.global_batch_size=16", "trainer.micro_batch_size=2", "optimizer.learning_rate=3e-3",
+    "evaluation.micro_batch_size=64",
+)  # fmt: skip
+MICRO_BATCHES = (8, 64, 256)  # the codec knows of
+OPTIONS = argparse.ArgumentParser(add_help=False)
+OPTIONS.add_argument("--steps", type=int, metavar="N", help="fewer than the experiment's")
+OPTIONS.add_argument("--parallel", type=int, default=1 if GPU else 2, metavar="N", help="runs at a time")
+
+
+def train(folder: Path, *overrides: str, device: str | None) -> float:
+    """Run an experiment to its end. Returns its last evaluation loss."""
+    environment = harness.environment_of_ranks(**({} if device is None else {"CUDA_VISIBLE_DEVICES": device}))
+    command = [sys.executable, TRAIN, *COMMON, *overrides, f"run.dir={folder}"]
+    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "evaluation"][-1]
+
+
+def train_all(folder: Path, overrides: tuple[str, ...], parallel: int) -> dict[tuple[str, int], float]:
+    """The loss of every run, by codec and seed; a GPU is given to a run where one is free."""
+    devices: list[str | None] = [None]
+    if GPU:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = [*(visible.split(",") if visible else map(str, range(mx.device_count(mx.gpu))))]
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for device in devices * parallel:
+        free.put(device)
+
+    def one(run: tuple[str, int]) -> float:
+        codec, seed = run
+        device = free.get()
+        try:
+            own = (f"communicator={codec}", f"seed={seed}")
+            return train(folder / f"{codec}_{seed}", *overrides, *own, device=device)
+        finally:
+            free.put(device)
+
+    runs = [(codec, seed) for seed in SEEDS for codec in CODECS]
+    with ThreadPoolExecutor(len(devices) * parallel) as pool:
+        return dict(zip(runs, pool.map(one, runs), strict=True))
+
+
+def figures_of(losses: dict[tuple[str, int], float]) -> dict[str, float]:
+    figures = {f"{codec}_seed_{seed}_loss": loss for (codec, seed), loss in losses.items()}
+    native, exact = ([losses[codec, seed] for seed in SEEDS] for codec in CODECS)
+    differences = [after - before for before, after in zip(native, exact, strict=True)]
+    difference, deviation = statistics.mean(differences), statistics.stdev(native)
+    return figures | {
+        "native_mean_loss": statistics.mean(native),
+        "exact_mean_loss": statistics.mean(exact),
+        "native_range": max(native) - min(native),
+        "native_standard_deviation": deviation,
+        "difference": difference,
+        "difference_standard_error": statistics.stdev(differences) / len(SEEDS) ** 0.5,
+        "difference_over_spread": abs(difference) / deviation,
+    }
+
+
+def gradients_of(overrides: tuple[str, ...], weights: Path) -> list[dict[str, mx.array]]:
+    """The gradients of as many micro-batches as the largest sum has, at the weights of a checkpoint."""
+    config = compose_run(*COMMON, *overrides, f"run.dir={weights.parent}")
+    data = open_dataset(
+        config.data, kind="language", seed=config.seed, files=prepare(config.data),
+        sequence_length=config.model.max_sequence_length,
+    )  # fmt: skip
+    model = build_model(config.model, input_shape=data.spec.input_shape, num_classes=data.spec.num_classes)
+    model.load_weights(str(weights))
+    forward, loss = build_forward(model, mx.float32), build_loss("cross_entropy")
+    gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=config.seed, compile=True)
+    order = np.random.default_rng(0).permutation(len(data.train))
+    size, gradients = config.trainer.micro_batch_size, []
+    for index in range(max(MICRO_BATCHES)):
+        gradients.append(gradient(0, index, *data.train.batch(order[index * size : (index + 1) * size]))[2])
+        mx.eval(gradients[-1])
+    return gradients
+
+
+def summed(codec: Codec, gradients: list[dict[str, mx.array]]) -> Total:
+    total: Total | None = None
+    for each in gradients:
+        total = codec.add(total, each)
+        mx.eval(total)
+    assert total is not None
+    return total
+
+
+def errors(codec: Codec, gradients: list[dict[str, mx.array]]) -> tuple[float, float]:
+    """Of the elements that are not zero, the share whose sum is off by more than 1 %; the relative error of
+    all together, in L2 norm."""
+    decoded = codec.decode(codec.encode(summed(codec, gradients)[0]))
+    right = {
+        name: np.sum([np.array(each[name], np.float64) for each in gradients], axis=0) for name in decoded
+    }
+    sums = np.concatenate([right[name].reshape(-1) for name in decoded])
+    error = np.concatenate([np.array(array, np.float64).reshape(-1) for array in decoded.values()]) - sums
+    share = (np.abs(error) > 0.01 * np.abs(sums)).sum() / (sums != 0).sum()
+    return float(share), float(np.linalg.norm(error) / np.linalg.norm(sums))
+
+
+def precision(overrides: tuple[str, ...], weights: Path) -> dict[str, float]:
+    gradients = gradients_of(overrides, weights)
+    figures: dict[str, float] = {}
+    for number in MICRO_BATCHES:
+        some = gradients[:number]
+        exact = ExactCodec(len(tree_flatten(some[0])), number)
+        exact.state.update(exact.next_state(summed(exact, some)[1]))  # as in a step that is taken again
+        for prefix, codec in (("", exact), ("native_", NativeCodec())):
+            share, relative = errors(codec, some)
+            figures[f"{prefix}share_off_by_1_percent_at_{number}"] = share
+            figures[f"{prefix}relative_error_at_{number}"] = relative
+    return figures
+
+
+def measure(quick: bool) -> dict[str, float]:
+    options, _ = OPTIONS.parse_known_args()
+    small = quick or not GPU
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = (*SMALL, f"data.cache_dir={folder}") if small else ()
+        if options.steps is not None:
+            overrides = (*overrides, f"trainer.steps={options.steps}")
+        figures = figures_of(train_all(folder, overrides, options.parallel))
+        if small:
+            (weights,) = (folder / "native_0" / "checkpoints").glob("step_*/model.safetensors")
+            figures |= precision(overrides, weights)
+    return figures
+
+
+if __name__ == "__main__":
+    goals: harness.Goals = {"difference_over_spread": ("<=", 1.0)}
+    harness.run("exact_quality", measure, goals, [OPTIONS])
