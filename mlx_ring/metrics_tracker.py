@@ -15,7 +15,6 @@ from mlx_ring.sinks.tensorboard import TensorBoardSink
 __all__ = ["MetricsTracker", "Row", "read_rows"]
 
 KINDS = ("train", "evaluation", "checkpoint", "event")
-QUIET_EVENTS = ("replicas_agree",)  # for metrics.jsonl alone
 
 
 class MetricsTracker:
@@ -52,8 +51,6 @@ class MetricsTracker:
         assert kind in KINDS, kind
         self._step = finished_steps(row)
         self._jsonl.write(kind, row)
-        if row.get("event") in QUIET_EVENTS:
-            return
         self._to_tensorboard(lambda board: board.record(kind, row))
         if self._console is not None:
             self._console.record(kind, row)

@@ -1,6 +1,5 @@
 """Repeats a step of a run on this machine, alone, and holds it against what the run's record says of it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.restore import Found
 from mlx_ring.run_builder import Run, build
 from mlx_ring.run_status import RunStatus
+from mlx_ring.sinks.jsonl import read_rows
 
 Facts = dict[str, Any]  # of one step, by name
 
@@ -78,21 +78,18 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
 
 
 def _recorded_facts(directory: Path) -> dict[int, Facts]:
-    """What metrics.jsonl and the manifests say of each step's outcome."""
-    path, facts = directory / "metrics.jsonl", dict[int, Facts]()
+    """What metrics.jsonl, digests.jsonl and the manifests say of each step's outcome."""
+    facts: dict[int, Facts] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        for row in read_rows(directory / "metrics.jsonl"):
+            if row["kind"] == "train":
+                own = {name: row[name] for name in ("loss", "gradient_norm")}
+                facts.setdefault(row["step"], {}).update(own)
+        if (directory / "digests.jsonl").exists():
+            for row in read_rows(directory / "digests.jsonl"):
+                facts.setdefault(row["step"], {})["weights_digest"] = row["weights"]
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a run's directory") from None
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that is being written
-        if row["kind"] == "train":
-            facts.setdefault(row["step"], {}).update({name: row[name] for name in ("loss", "gradient_norm")})
-        elif row.get("event") == "replicas_agree":
-            facts.setdefault(row["step"], {})["weights_digest"] = row["weights_digest"]
+        raise CheckpointError(f"{directory} cannot be read: {error}; give a run's directory") from None
     for checkpoint in checkpoint_format.scan(directory / "checkpoints"):
         try:
             digest = checkpoint_format.read_manifest(checkpoint).get("parameters_sha256")

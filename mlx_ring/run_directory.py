@@ -13,7 +13,7 @@ from mlx_ring import checkpoint_format
 from mlx_ring.errors import ConfigError
 from mlx_ring.process_lock import LockHeld, ProcessLock
 
-RECORD = ("checkpoints", "metrics.jsonl", "tensorboard", "config.yaml")
+RECORD = ("checkpoints", "metrics.jsonl", "digests.jsonl", "tensorboard", "config.yaml")
 
 
 class RunDirectory:

@@ -20,6 +20,7 @@ from mlx_ring.restore import Found
 from mlx_ring.run_builder import Run
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
+from mlx_ring.sinks.jsonl import JSONLSink
 from mlx_ring.trainer import Progress, StepResult
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class RunRecord:
             hyperparameters=_hyperparameters(config),
             title=f"{config.model.name} on {config.data.name}, {world_size} rank(s)",
         )
+        self._digests = JSONLSink(directory.path / "digests.jsonl", progress.step)
         self._interval = Interval(tokens_before=progress.tokens)
         self._step, self._failures, self._status_time = progress.step, 0, 0.0
         self._metrics.message(f"run directory {directory.path}")
@@ -114,8 +116,7 @@ class RunRecord:
     def verified(self, step: int, digest: str) -> None:
         """Note that all ranks hold the same weights, and a digest of these, which a replay can be held
         against."""
-        message = f"all ranks hold the weights {digest[:12]}"
-        self._event("replicas_agree", step, message, weights_digest=digest)
+        self._digests.write("digest", {"step": step, "weights": digest})
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Note an evaluation."""
@@ -129,6 +130,7 @@ class RunRecord:
         since = time.perf_counter()
         for saved in self._checkpoints.wait():
             self._saved(saved)
+        self._digests.sync()
         self._metrics.flush()  # a checkpoint never outlives the rows before it
         progress = run.trainer.progress
         finite = evaluation is not None and math.isfinite(evaluation.loss)
@@ -184,6 +186,7 @@ class RunRecord:
         if self._config.checkpoint.resume != "auto":
             again = "the same command with checkpoint.resume=auto continues"
         message = f"stopped on request; {again}" if stopped else None
+        self._digests.close()
         self._metrics.close(succeeded=not stopped)
         self._status.update("stopped" if stopped else "completed", step=step, message=message)
 
@@ -198,6 +201,7 @@ class RunRecord:
                 self._event(event, self._step, message)
         with contextlib.suppress(OSError):
             self._status.update(step=max(self._step, self._status.step))
+        self._digests.close()
         with contextlib.suppress(OSError):
             self._metrics.close(succeeded=False)
 

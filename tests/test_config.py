@@ -14,7 +14,7 @@ from omegaconf.errors import GrammarParseError
 from ranks import train
 
 from mlx_ring import config_parser
-from mlx_ring.composition import CONF, compose_run
+from mlx_ring.composition import CONF, compose_run, register_look_ups
 from mlx_ring.config import CHOICES, SECTIONS, RunConfig
 from mlx_ring.config_parser import nearest_key
 from mlx_ring.config_record import record, refuse_changes, to_yaml
@@ -22,6 +22,7 @@ from mlx_ring.errors import ConfigError
 
 
 def composed(*overrides: str) -> DictConfig:
+    register_look_ups()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=["run.dir=run", *overrides])
 
