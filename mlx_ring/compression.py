@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 import mlx.core as mx
 
 Arrays = dict[str, mx.array]
-Total = tuple[Arrays, Arrays]  # what is added over ranks; what the largest over ranks is taken of
+Total = tuple[Arrays, Arrays]  # what is added over ranks; what `maxima` are taken of
 
 NOT_FINITE = 0x7F800000  # float32 bits of infinity; those of a NaN are above
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 COARSEST, FINEST = -126, 126  # exponents k for which 2^k and 2^-k are normal float32 numbers
 HEADROOM_BITS = 3  # how much a gradient may grow from one step to the next
 PRECISION_BITS = 10  # how much it may shrink until its codes are made anew
@@ -47,6 +48,10 @@ class Codec(ABC):
     def decode_bits(self, reduced: mx.array) -> mx.array:
         """Those numbers again, from the sum over ranks."""
         return reduced
+
+    def maxima(self, largest: Arrays) -> Arrays:
+        """Integers of which the largest over ranks is needed, from a total's second part."""
+        return {}
 
     def is_finite(self, maxima: Arrays) -> mx.array:
         """Whether no gradient held an infinity or a NaN, as far as the sums do not show it themselves."""
@@ -99,16 +104,24 @@ class ExactCodec(Codec):
         self.state["exponents"] = mx.full((num_tensors,), COARSEST, dtype=mx.int32)  # in the model's order
 
     def add(self, total: Total | None, gradients: Arrays) -> Total:
-        """Codes are added; of the magnitudes' bits, the largest of each tensor is kept."""
+        """Codes are added, and of each element the largest magnitude is kept, as the bits of a float32.
+
+        One pass over the gradient makes both; a maximum over each tensor here would take two more.
+        """
         scales = _power_of_two(self.state["exponents"])
         codes: Arrays = {}
+        largest: Arrays = {}
         for index, (name, gradient) in enumerate(gradients.items()):
-            codes[name] = mx.round(gradient.astype(mx.float32) * scales[index]).astype(mx.int32)
-        magnitudes = mx.stack([_largest_magnitude(gradient) for gradient in gradients.values()])
-        if total is not None:
-            codes = _added(total[0], codes)
-            magnitudes = mx.maximum(total[1]["magnitudes"], magnitudes)
-        return codes, {"magnitudes": magnitudes}
+            gradient = gradient.astype(mx.float32)
+            codes[name] = mx.round(gradient * scales[index]).astype(mx.int32)
+            largest[name] = gradient.view(mx.int32) & MAGNITUDE  # in the magnitudes' order, NaN on top
+        if total is None:
+            return codes, largest
+        return _added(total[0], codes), {name: mx.maximum(total[1][name], largest[name]) for name in largest}
+
+    def maxima(self, largest: Arrays) -> Arrays:
+        """The bits of the largest magnitude of each tensor."""
+        return {"magnitudes": mx.stack([bits.max() for bits in largest.values()])}
 
     def encode(self, sums: Arrays) -> Arrays:
         """Row-major, as after the wire: a float sum over a gradient, such as its norm, goes along memory."""
@@ -158,14 +171,3 @@ def _added(sums: Arrays, more: Arrays) -> Arrays:
 def _power_of_two(exponents: mx.array) -> mx.array:
     """2^exponents, float32, made of its bits: pow and exp2 may round."""
     return ((exponents + 127) << 23).view(mx.float32)
-
-
-def _largest_magnitude(gradient: mx.array) -> mx.array:
-    """The bits of the largest |value|, int32: ordered like the magnitudes, a NaN above infinity.
-
-    Two plain maxima, over positive and over negative numbers, cost less than one over absolute values.
-    """
-    bits = gradient.astype(mx.float32)
-    positive = bits.view(mx.int32).max()  # negative where all numbers are
-    negative = (bits.view(mx.uint32).max() & 0x7FFFFFFF).astype(mx.int32)
-    return mx.maximum(positive, negative)

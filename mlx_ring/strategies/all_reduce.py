@@ -32,8 +32,9 @@ class AllReduce(Strategy):
         self._communicator, self._codec, self._compiles = communicator, codec, compile
         self._num_micro_batches = num_micro_batches
         measure = partial(_measure, codec, clip_gradient_norm, num_micro_batches, communicator.world_size)
-        self._add, self._measure = codec.add, measure
+        self._add, self._maxima, self._measure = codec.add, codec.maxima, measure
         if compile:
+            self._maxima = mx.compile(codec.maxima)
             self._add = mx.compile(codec.add, inputs=[codec.state])
             self._measure = mx.compile(measure, inputs=[codec.state])
         self._update: Callable[[Arrays, Arrays, mx.array], None]
@@ -51,11 +52,11 @@ class AllReduce(Strategy):
         return self._add(total, gradients)
 
     def reduce(self, share: Share) -> Reduced:
-        sums, maxima = share.total
+        sums, largest = share.total
         wire = dict(self._codec.encode(sums))
         wire[NUMBERS] = self._codec.encode_bits(self._own_numbers(share))
         gradients = self._communicator.all_reduce(wire)
-        maxima = {name: self._communicator.all_max(array) for name, array in maxima.items()}
+        maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}
         numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
         loss, targets, norm, fits, finite, scale, flags = self._measure(gradients, maxima, numbers)
         return Reduced(
