@@ -71,9 +71,10 @@ def crowded_core(ranks: list[subprocess.Popen]) -> Iterator[None]:
     """Put all ranks but the first on one core, beside a process that never rests."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
+            crowded, free = psutil.Process().cpu_affinity()[:2]
             for process in (*ranks[1:], busy):
-                psutil.Process(process.pid).cpu_affinity([0])
-            psutil.Process(ranks[0].pid).cpu_affinity([1])
+                psutil.Process(process.pid).cpu_affinity([crowded])
+            psutil.Process(ranks[0].pid).cpu_affinity([free])
             yield
         finally:
             busy.kill()

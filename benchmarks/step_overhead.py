@@ -5,7 +5,8 @@ gives the ratio of the medians. On a CPU one and the same loop is up to a fifth 
 building to the next, for as long as it lives: so both are built anew for every round, and the figure is the
 median of the rounds. mlx_ring's step includes everything its loop does: loading, the decision, the record. On
 a GPU the model is the 124M transformer; on a CPU a perceptron and a small transformer whose steps
-take little more than 20 ms, the least for which the goal holds: longer ones hide more.
+take little more than 20 ms, the least for which the goal holds: longer ones hide more. Gradients are
+native; `exact_cost.py` tells what exact mode adds.
 """
 
 import statistics
@@ -110,7 +111,13 @@ def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -
     """Median seconds of a step: mlx_ring's, the hand-written one's."""
     with tempfile.TemporaryDirectory() as folder:
         batch = next(item.partition("=")[2] for item in overrides if "global_batch_size" in item)
-        config = compose_run(*QUIET, f"run.dir={folder}", *overrides, f"trainer.micro_batch_size={batch}")
+        config = compose_run(
+            *QUIET,
+            "communicator=native",
+            f"run.dir={folder}",
+            *overrides,
+            f"trainer.micro_batch_size={batch}",
+        )
         communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
         coordinator = Coordinator(config, communicator, Path(folder))
         run = coordinator.prepare()

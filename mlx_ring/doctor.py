@@ -16,8 +16,8 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.exact_operations import Operation, operations
+from mlx_ring.exactness import machine
 from mlx_ring.parameter_authority import checksum
 
 REPEATS = 8
@@ -46,11 +46,10 @@ def exact_checks() -> Iterator[Check]:
         yield check
         mx.clear_cache()
     together = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
-    device = mx.device_info().get("device_name", "unknown device")
     yield _check(
         "all that exact mode uses",
         "fail" if failed else "ok",
-        f"digest {together} of {len(digests)} operations on {device}, mlx {MLX_VERSION}",
+        f"digest {together} of {len(digests)} operations on {machine()}",
         "train with another communicator than exact, or on another machine" if failed else "",
     )
 

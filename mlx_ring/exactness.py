@@ -41,7 +41,7 @@ def _blas() -> str:
         return "its own kernels"
     if sys.platform == "darwin":
         return "Accelerate"
-    found = [library for library in threadpool_info() if "numpy" not in library["filepath"]]
+    found = [library for library in threadpool_info() if "numpy.libs" not in library["filepath"]]
     for library in found:
         if library["user_api"] == "blas":
             name, version = library["internal_api"], library["version"]

@@ -12,7 +12,6 @@ from mlx_ring.errors import CheckpointError, ConfigError
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.restore import Found
 from mlx_ring.run_builder import Run, build
-from mlx_ring.run_status import RunStatus
 from mlx_ring.sinks.jsonl import read_rows
 
 Facts = dict[str, Any]  # of one step, by name
@@ -49,11 +48,18 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
     Raises: CheckpointError for no run there; ConfigError for a step that its record tells nothing of, and as
     a resumed run does.
     """
-    facts = _recorded_facts(directory)
+    facts, world_sizes = _recorded_facts(directory)
     if step not in facts:
         _refuse(directory, step, facts)
     found, config_record = _start(directory, step)
-    config = recorded_run(config_record, f"run.dir={directory}", "cluster.ranks=null", *overrides)
+    # Issued ahead, the weights would be those of the step after.
+    own = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
+    config = recorded_run(config_record, *own, *overrides)
+    if found is None and config.checkpoint.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before it "
+            "is left; choose a later step"
+        )
     communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
     run = build(config, communicator, found)
     compared: list[Repeated] = []
@@ -68,23 +74,30 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
                 break
     finally:
         run.trainer.close()
-    status = RunStatus.read(directory) or {}
+    if not compared or compared[-1].step != step:
+        raise ConfigError(
+            f"--step {step}: the configuration saved with the run ends before it, at trainer.steps="
+            f"{config.trainer.steps}; choose an earlier step"
+        )
+    later = [size for number, size in sorted(world_sizes.items()) if number >= step]
     return Replay(
         start=found.path.name if found else "the first weights",
         codec=config.communicator.name,
-        world_size=int(status.get("world_size", 1)),
+        world_size=[*later, *world_sizes.values(), 1][0],
         steps=compared,
     )
 
 
-def _recorded_facts(directory: Path) -> dict[int, Facts]:
-    """What metrics.jsonl, digests.jsonl and the manifests say of each step's outcome."""
+def _recorded_facts(directory: Path) -> tuple[dict[int, Facts], dict[int, int]]:
+    """What metrics.jsonl, digests.jsonl and the manifests say of each step's outcome; the world sizes."""
     facts: dict[int, Facts] = {}
+    world_sizes: dict[int, int] = {}
     try:
         for row in read_rows(directory / "metrics.jsonl"):
             if row["kind"] == "train":
-                own = {name: row[name] for name in ("loss", "gradient_norm")}
-                facts.setdefault(row["step"], {}).update(own)
+                figures = {name: row[name] for name in ("loss", "gradient_norm")}
+                facts.setdefault(row["step"], {}).update(figures)
+                world_sizes[row["step"]] = row["world_size"]
         if (directory / "digests.jsonl").exists():
             for row in read_rows(directory / "digests.jsonl"):
                 facts.setdefault(row["step"], {})["weights_digest"] = row["weights"]
@@ -96,7 +109,7 @@ def _recorded_facts(directory: Path) -> dict[int, Facts]:
         except CheckpointError:
             continue
         facts.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
-    return facts
+    return facts, world_sizes
 
 
 def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
@@ -111,17 +124,18 @@ def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
 
 
 def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
-    """The newest valid checkpoint before `step`, and the configuration saved with it; where there is none,
-    that of any checkpoint, for the first weights are drawn from its seed."""
-    present = checkpoint_format.scan(directory / "checkpoints")
+    """The newest valid checkpoint before `step`, None for the first weights; and the configuration that the
+    step was made with, which a resume may have changed: that of the first checkpoint not before it."""
+    present = checkpoint_format.scan(directory / "checkpoints")  # newest first
     before = [path for path in present if checkpoint_format.step_of(path) < step]
     path, manifest, problems = checkpoint_format.newest_valid(before)
-    if path is not None:
-        return Found(path=path, manifest=manifest, problems=problems, own=True), manifest["config"]
-    path, manifest, _ = checkpoint_format.newest_valid(present)
-    if path is None:
-        raise CheckpointError(f"{directory} has no usable checkpoint, which would hold its configuration")
-    return None, manifest["config"]
+    found = None if path is None else Found(path=path, manifest=manifest, problems=problems, own=True)
+    for other in [*reversed(present[: len(present) - len(before)]), *before]:
+        try:
+            return found, checkpoint_format.read_manifest(other)["config"]
+        except (CheckpointError, KeyError):
+            continue
+    raise CheckpointError(f"{directory} has no usable checkpoint, which would hold its configuration")
 
 
 def _weights(run: Run, name: str) -> str:

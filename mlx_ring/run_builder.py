@@ -75,7 +75,6 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     Raises: ConfigError or DataError, the same on every rank; ClusterError where the ranks do not agree;
     CheckpointError where the checkpoint does not fit.
     """
-    mx.random.seed(config.seed)
     data, model, optimizer = _parts(config, communicator)
     authority = _authority(config, communicator)
     agree(communicator, _record(config, data, model))
@@ -211,6 +210,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
     error: MlxRingError | None = None
     try:
         memory_manager.apply_limits(config.memory)
+        mx.random.seed(config.seed)  # the first weights are the seed's, whatever the data set drew
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
             make_reproducible(model)

@@ -124,6 +124,7 @@ class Trainer:
         self._ahead = issue_ahead and communicator.world_size == 1
         self._skipped_in_a_row, self._last_read = 0, 0.0
         self._micro_batch_seconds = 0.0  # what one took this rank in the last step; 0: not known yet
+        self._just_dealt = False
 
     def steps(self) -> Iterator[StepResult]:
         """Train up to the total number of steps.
@@ -180,11 +181,14 @@ class Trainer:
         """
         start = time.perf_counter()
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
-        wishes = self._authority.flags()
+        # An attempt keeps its wishes: what was issued after it counts on nothing being due.
+        wishes = self._authority.flags() if before is None else before.wishes
         held = self._state.held() if self._ahead else None
         reduced = self._strategy.reduce(self._own_share(batch, wishes))
         waited = self._communicator.wait_seconds - waited
-        self._micro_batch_seconds = (time.perf_counter() - start - waited) / len(batch.micro_batches)
+        seconds = (time.perf_counter() - start - waited) / len(batch.micro_batches)
+        self._micro_batch_seconds = 0.0 if self._just_dealt else seconds  # which may have had to compile
+        self._just_dealt = False
         if self._ahead or bool((reduced.fits & reduced.finite).item()):
             self._strategy.update(reduced)
         reduced = replace(reduced, gradients={})  # which would stay in memory
@@ -252,7 +256,7 @@ class Trainer:
         if typical is None:
             return None
         self._loader.deal(self._work_split.share(self._communicator.rank))
-        self._micro_batch_seconds = 0.0  # the next step may compile: its time says nothing
+        self._just_dealt = True
         return NewSplit(micro_batches=self._work_split.counts, seconds_per_micro_batch=typical)
 
     def _own_share(self, batch: GlobalBatch, wishes: list[float]) -> Share:

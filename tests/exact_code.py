@@ -40,6 +40,13 @@ class Drawn(Classifier):
         return mx.random.normal((x.shape[0], 3)) + 0 * super().__call__(x)
 
 
+class Endless(Classifier):
+    """A finite loss whose gradient is not: the square root has an infinite slope at 0."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(x) + 0 * mx.sqrt(mx.abs(0 * self.layers[1].bias))
+
+
 class Slow(Classifier):
     """Rank 0 computes slowly. Not under mx.compile, which calls a model once."""
 

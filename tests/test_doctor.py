@@ -77,7 +77,7 @@ def test_every_operation_repeats_on_this_machine() -> None:
             r"8 repeats, \d distinct results?, \d+\.\d{3} ms, digest [0-9a-f]{8}", check["detail"]
         )
     relied_on = sum(not operation.instead for operation in table)
-    assert re.match(rf"digest [0-9a-f]{{12}} of {relied_on} operations on .+, mlx \d", checks[-1]["detail"])
+    assert re.match(rf"digest [0-9a-f]{{12}} of {relied_on} operations on .+, MLX \d", checks[-1]["detail"])
 
 
 @pytest.mark.parametrize("arguments", [["--json"], []])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
-from refusals import CLUSTER, assert_refused
+from refusals import CLUSTER, TRAINING, assert_refused
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
@@ -116,6 +116,35 @@ def test_a_batch_with_a_nan_is_skipped_alike(tmp_path: Path) -> None:
     assert expected[3] and outcome(tmp_path, "three") == expected
 
 
+def test_a_gradient_that_is_not_finite_is_told_beside_a_finite_loss(tmp_path: Path) -> None:
+    """Its codes are any integers: the bits of the magnitudes tell."""
+    ranks = run(tmp_path, "run", 2, own("Endless"), "trainer.max_skipped_batches=2")
+    assert_refused(ranks, TRAINING, "gradient norm nan in 2 batches in a row", agreed=True)
+    assert "non-finite loss 1." in ranks.errors[0]
+
+
+def test_what_is_made_again_takes_no_new_wish(tmp_path: Path) -> None:
+    """A stop that is asked for while the first step is made again: the step after it is already under way."""
+
+    def stopped(name: str, issue_ahead: bool) -> tuple[int, str | None]:
+        config = compose_run(
+            f"run.dir={tmp_path}/{name}", "communicator=exact", f"memory.issue_ahead={issue_ahead}",
+            "evaluation.every_steps=null", "checkpoint.every_steps=null", "trainer.steps=9",
+        )  # fmt: skip
+        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        built = build(config, communicator, None)
+        asked = [[0.0, 0.0]] * 2  # by steps 1 and 2
+        built.authority.flags = lambda: asked.pop() if asked else [1.0, 0.0]
+        for result in built.trainer.steps():
+            if result.flags[0]:
+                break
+        built.trainer.close()
+        return result.step, built.verify_replicas()
+
+    ahead, waits = stopped("ahead", True), stopped("waits", False)
+    assert ahead == waits and ahead[0] == 3
+
+
 # Who computes what
 
 
@@ -129,7 +158,7 @@ def test_a_measured_split_follows_the_speeds_and_changes_no_bit(tmp_path: Path) 
     dealt = [change["micro_batches"] for change in changes]
     assert dealt and dealt[0][0] == 1 and sum(dealt[0]) == 7 and min(dealt[0]) == 1 and max(dealt[0]) >= 3
     seconds = changes[0]["seconds_per_micro_batch"]
-    assert isinstance(seconds, list) and seconds[0] >= 0.05 > seconds[1]
+    assert isinstance(seconds, list) and seconds[0] > 2 * seconds[1]
     assert not events(tmp_path, "split_changed", "alone")
 
 
@@ -165,9 +194,8 @@ def test_the_wire_carries_as_much_as_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_every_micro_batch_of_every_step_draws_its_own(tmp_path: Path, compiled: bool) -> None:
     """A random state that `mx.compile` does not capture would freeze the masks, and still give one hash."""
-    own = ("data=custom", "data.import_path=exact_code:points", "model=custom")
     config = compose_run(
-        f"run.dir={tmp_path}", *own, "model.import_path=exact_code:Drawn", "trainer.global_batch_size=12",
+        f"run.dir={tmp_path}", *OWN, "model.import_path=exact_code:Drawn", "trainer.global_batch_size=12",
         "trainer.micro_batch_size=4", "trainer.steps=8", "communicator=exact", f"trainer.compile={compiled}",
     )  # fmt: skip
     communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))

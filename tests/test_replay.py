@@ -86,13 +86,19 @@ def test_a_damaged_checkpoint_is_passed_over(folder: Path) -> None:
     assert "from the first weights" in replay(folder, 6).ok().members[0].stdout
 
 
-def test_a_native_run_of_several_ranks_says_why_it_differs(tmp_path: Path) -> None:
-    start([*EXACT, "communicator=native"], tmp_path, world_size=3).wait().ok()
-    ranks = replay(tmp_path, 9)
-    if ranks.statuses != [0]:  # in nine steps the roundings may happen to agree
-        assert_refused(ranks, TRAINING, "communicator=native rounds by the number of ranks")
-    start([*EXACT, "communicator=native", "run.dir=alone"], tmp_path).wait().ok()
-    command(["mlx-ring", "replay", "alone", "--step", "9"], tmp_path).ok()
+def test_a_run_that_was_continued_repeats_on_both_sides(tmp_path: Path) -> None:
+    """Nine steps on three ranks, then to twelve on two: every step has the schedule of its own command."""
+    start(EXACT, tmp_path, world_size=3).wait().ok()
+    start([*EXACT, "trainer.steps=12"], tmp_path, world_size=2).wait().ok()
+    assert "3 ranks then" in replay(tmp_path, 8).ok().members[0].stdout
+    assert "from step_00000009 to step 11: 2 ranks then" in replay(tmp_path, 11).ok().members[0].stdout
+    lines = (tmp_path / "run/digests.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4, 6, 8, 9, 12]
+
+
+def test_a_native_run_of_one_rank_repeats(tmp_path: Path) -> None:
+    start([*EXACT, "communicator=native"], tmp_path).wait().ok()
+    replay(tmp_path, 9).ok()
 
 
 def test_what_cannot_be_replayed_is_refused(folder: Path) -> None:

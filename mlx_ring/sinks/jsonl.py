@@ -1,4 +1,4 @@
-"""metrics.jsonl: the record of a run, one JSON object a line."""
+"""Files of rows, one JSON object a line: metrics.jsonl, the record of a run, and digests.jsonl."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from mlx_ring.sinks import Row, Value, finished_steps
 
 
 class JSONLSink:
-    """metrics.jsonl, one write a line: a killed run tears the last line at most."""
+    """One file, one write a line: a killed run tears the last line at most."""
 
     def __init__(self, path: Path, restored_step: int) -> None:
         self._path = path
@@ -52,7 +52,7 @@ class JSONLSink:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, also while it is being written: a torn last line is left out.
+    """The rows of such a file, also while it is being written: a torn last line is left out.
 
     Raises: OSError where it cannot be read.
     """

@@ -113,8 +113,9 @@ def _measure(
     count = mx.maximum(targets, 1).astype(mx.float32)
     loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
     squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]
-    norm = mx.sqrt(mx.stack(squares).sum()) / count
-    finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0) & codec.is_finite(maxima)
+    # Codes do not show an infinity or a NaN.
+    norm = mx.where(codec.is_finite(maxima), mx.sqrt(mx.stack(squares).sum()) / count, mx.nan)
+    finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
         scale = scale * mx.minimum(1.0, clip / mx.maximum(norm, 1e-12))

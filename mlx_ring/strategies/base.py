@@ -30,9 +30,9 @@ class Reduced:
     """What one global batch says, equal on every rank. Arrays that need not be computed yet.
 
     `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the
-    mean gradient before clipping. `gradients` times `scale` is what the optimizer gets. Where `finite` is
-    false there must be no update. Where `fits` is false nothing here is of use but for `refit`: the batch
-    must be computed again. `flags` (world size, flags) are every rank's.
+    mean gradient before clipping. `gradients` times `scale` is what the optimizer gets; `maxima` are the
+    codec's. Where `finite` is false there must be no update. Where `fits` is false nothing here is of use but
+    for `refit`: the batch must be computed again. `flags` (world size, flags) are every rank's.
     """
 
     gradients: Arrays
