@@ -149,9 +149,7 @@ def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.option(
-    "--exact", is_flag=True, help="Check only whether gradients repeat to the bit; today the whole."
-)
+@click.option("--exact", is_flag=True, help="Check exactness alone; there is no other check yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(exact: bool, as_json: bool) -> None:
     """Check this machine: whether each operation of training gives the same bits every time.
