@@ -6,6 +6,7 @@ what goes on the wire, and `decode` turns the sum over ranks back into float32 g
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import mlx.core as mx
 
@@ -108,12 +109,11 @@ class ExactCodec(Codec):
 
         One pass over the gradient makes both; a maximum over each tensor here would take two more.
         """
-        scales = _power_of_two(self.state["exponents"])
         codes: Arrays = {}
         largest: Arrays = {}
-        for index, (name, gradient) in enumerate(gradients.items()):
+        for (name, gradient), scale in zip(gradients.items(), self._scales(1), strict=True):
             gradient = gradient.astype(mx.float32)
-            codes[name] = mx.round(gradient * scales[index]).astype(mx.int32)
+            codes[name] = mx.round(gradient * scale).astype(mx.int32)
             largest[name] = gradient.view(mx.int32) & MAGNITUDE  # in the magnitudes' order, NaN on top
         if total is None:
             return codes, largest
@@ -128,11 +128,14 @@ class ExactCodec(Codec):
         return {name: mx.contiguous(codes) for name, codes in sums.items()}
 
     def decode(self, reduced: Arrays) -> Arrays:
-        scales = _power_of_two(-self.state["exponents"])
-        return {
-            name: codes.astype(mx.float32) * scales[index]
-            for index, (name, codes) in enumerate(reduced.items())
-        }
+        scaled = zip(reduced.items(), self._scales(-1), strict=True)
+        return {name: codes.astype(mx.float32) * scale for (name, codes), scale in scaled}
+
+    def _scales(self, sign: int) -> list[mx.array]:
+        """2^(sign × k) of each tensor, float32 scalars, made of their bits: pow and exp2 may round."""
+        exponents = sign * self.state["exponents"]
+        scales: Any = mx.split(((exponents + 127) << 23).view(mx.float32), exponents.size)
+        return [scale.squeeze() for scale in scales]
 
     def encode_bits(self, numbers: mx.array) -> mx.array:
         return numbers.view(mx.int32)
@@ -166,8 +169,3 @@ def build_codec(name: str, *, num_tensors: int, num_micro_batches: int) -> Codec
 
 def _added(sums: Arrays, more: Arrays) -> Arrays:
     return {name: sums[name] + array for name, array in more.items()}
-
-
-def _power_of_two(exponents: mx.array) -> mx.array:
-    """2^exponents, float32, made of its bits: pow and exp2 may round."""
-    return ((exponents + 127) << 23).view(mx.float32)

@@ -158,6 +158,14 @@ def test_no_infinity_or_nan_is_lost(value: float, place: int) -> None:
     assert not codec.is_finite(maxima) and codec.fits(maxima)
 
 
+def test_a_scalar_stays_one() -> None:
+    parts = [{"a": mx.array(0.25), "b": mx.array([[3.0]])}]
+    codec = fitted(parts)
+    decoded = codec.decode(codec.encode(total(codec, parts)[0]))
+    assert (decoded["a"].shape, decoded["b"].shape) == ((), (1, 1))
+    assert (decoded["a"].item(), decoded["b"].item()) == (0.25, 3.0)
+
+
 def test_halves_are_rounded_to_even() -> None:
     codec = ExactCodec(1, 1)
     codec.state["exponents"] = mx.array([0], dtype=mx.int32)
