@@ -10,12 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ring.fixed_point import (
+    LARGEST_EXPONENT,
+    LEAST_EXPONENT,
+    NOT_FINITE,
+    exponent_above,
+    magnitude_bits,
+    power_of_two,
+)
+
 Arrays = dict[str, mx.array]
 Total = tuple[Arrays, Arrays]  # what is added over ranks; what `maxima` are taken of
 
-NOT_FINITE = 0x7F800000  # float32 bits of infinity; those of a NaN are above
-MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
-COARSEST, FINEST = -126, 126  # exponents k for which 2^k and 2^-k are normal float32 numbers
 HEADROOM_BITS = 3  # how much a gradient may grow from one step to the next
 PRECISION_BITS = 10  # how much it may shrink until its codes are made anew
 
@@ -102,7 +108,9 @@ class ExactCodec(Codec):
         super().__init__()
         largest_code = (2**31 - 1) // num_micro_batches
         self._code_bits = largest_code.bit_length() - 1  # 2^code_bits <= largest_code
-        self.state["exponents"] = mx.full((num_tensors,), COARSEST, dtype=mx.int32)  # in the model's order
+        self.state["exponents"] = mx.full(
+            (num_tensors,), LEAST_EXPONENT, dtype=mx.int32
+        )  # in the model's order
 
     def add(self, total: Total | None, gradients: Arrays) -> Total:
         """Codes are added, and of each element the largest magnitude is kept, as the bits of a float32.
@@ -114,7 +122,7 @@ class ExactCodec(Codec):
         for (name, gradient), scale in zip(gradients.items(), self._scales(1), strict=True):
             gradient = gradient.astype(mx.float32)
             codes[name] = mx.round(gradient * scale).astype(mx.int32)
-            largest[name] = gradient.view(mx.int32) & MAGNITUDE  # in the magnitudes' order, NaN on top
+            largest[name] = magnitude_bits(gradient)
         if total is None:
             return codes, largest
         return _added(total[0], codes), {name: mx.maximum(total[1][name], largest[name]) for name in largest}
@@ -132,9 +140,9 @@ class ExactCodec(Codec):
         return {name: codes.astype(mx.float32) * scale for (name, codes), scale in scaled}
 
     def _scales(self, sign: int) -> list[mx.array]:
-        """2^(sign × k) of each tensor, float32 scalars, made of their bits: pow and exp2 may round."""
+        """2^(sign × k) of each tensor, float32 scalars."""
         exponents = sign * self.state["exponents"]
-        scales: Any = mx.split(((exponents + 127) << 23).view(mx.float32), exponents.size)
+        scales: Any = mx.split(power_of_two(exponents), exponents.size)
         return [scale.squeeze() for scale in scales]
 
     def encode_bits(self, numbers: mx.array) -> mx.array:
@@ -155,8 +163,8 @@ class ExactCodec(Codec):
     def next_state(self, maxima: Arrays) -> Arrays:
         """Exponents that leave the headroom above these magnitudes; a tensor of zeros keeps its own."""
         magnitudes, exponents = maxima["magnitudes"], self.state["exponents"]
-        magnitude_bits = (magnitudes >> 23) - 126  # |gradient| < 2^magnitude_bits
-        fitting = mx.clip(self._code_bits - HEADROOM_BITS - magnitude_bits, COARSEST, FINEST)
+        fitting = self._code_bits - HEADROOM_BITS - exponent_above(magnitudes)
+        fitting = mx.clip(fitting, LEAST_EXPONENT, LARGEST_EXPONENT)
         return {"exponents": mx.where(magnitudes == 0, exponents, fitting)}
 
 

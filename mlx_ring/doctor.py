@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ring.exact_operations import Operation, operations
 from mlx_ring.exactness import machine
-from mlx_ring.parameter_authority import checksum
+from mlx_ring.parameter_authority import checksums, sha256_of
 
 REPEATS = 8
 
@@ -93,18 +93,12 @@ def _repeated(operation: Operation, repeats: int) -> tuple[list[str], list[float
         mx.eval(result)
         mx.synchronize()
         seconds.append(time.perf_counter() - start)
-        arrays: list[Any] = [array for _, array in tree_flatten(result)]
-        digests.append(_digest(arrays))
+        arrays: dict[str, Any] = dict(tree_flatten(result))
+        digests.append(sha256_of(checksums(arrays))[:8])
         if operation.expected is not None:
-            values = arrays[0].tolist()
+            (values,) = (array.tolist() for array in arrays.values())
         del result, arrays
     return digests, seconds, values
-
-
-def _digest(arrays: list[mx.array]) -> str:
-    """8 hexadecimal digits that change with any bit of the arrays."""
-    sums: Any = mx.stack([checksum(array) for array in arrays]).tolist()
-    return hashlib.sha256(repr(sums).encode()).hexdigest()[:8]
 
 
 def _remedy(operation: Operation) -> str:

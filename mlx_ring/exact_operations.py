@@ -10,11 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_ring.config import CNNModel, MLPModel, Size, TransformerModel
+from mlx_ring.gradient import MicroBatchGradient
 from mlx_ring.models import ModelConfig, build_model
 from mlx_ring.models.dropout import dropout
-from mlx_ring.models.losses import build_loss, sum_of_losses
+from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
 from mlx_ring.models.reproducible import attention, embedding_rows, make_reproducible
 from mlx_ring.models.transformer import fused_attention
@@ -246,19 +248,6 @@ def _whole(config: ModelConfig, shape: tuple[int, ...], num_classes: int, dtype:
     targets = mx.random.randint(0, num_classes, (4, *shape) if is_language else (4,))
     inputs = targets if is_language else mx.random.normal((4, *shape))
     forward, loss = build_forward(model, dtype), build_loss("cross_entropy")
-
-    def gradients() -> Any:
-        masters = model.parameters()
-        found = mx.grad(lambda parameters: sum_of_losses(loss, forward(parameters, inputs), targets)[0])(
-            model.trainable_parameters()
-        )
-        model.update(masters)
-        return found
-
-    compiled = mx.compile(gradients, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-
-    def compute() -> Any:
-        mx.random.seed(1)
-        return compiled()
-
-    return compute
+    gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=0, compile=True)
+    samples = np.array(inputs), np.array(targets)
+    return lambda: gradient(0, 0, *samples)

@@ -4,12 +4,9 @@ That holds among machines of one kind (chip, MLX, BLAS and its threads) for repr
 tried before the first step, with the real model and data.
 """
 
-import hashlib
 import os
-import socket
 import sys
-from collections import Counter
-from typing import Any
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +17,7 @@ from mlx_ring.data.dataset import Split
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import ClusterError, agreed
 from mlx_ring.gradient import MicroBatchGradient
-from mlx_ring.parameter_authority import checksums
+from mlx_ring.parameter_authority import checksums, odd_one_out, sha256_of
 
 
 def device() -> str:
@@ -30,6 +27,7 @@ def device() -> str:
     return f"{'gpu' if found == mx.gpu else 'cpu'} {name}".strip()
 
 
+@cache  # every checkpoint names it
 def machine() -> str:
     """What decides how this process rounds, in words: chip, BLAS, MLX."""
     return f"{device()}, {_blas()}, MLX {MLX_VERSION}"
@@ -59,8 +57,7 @@ def first_gradient(
     digests: list[str] = []
     for _ in range(2):
         loss, targets, gradients = gradient(0, 0, *samples)
-        sums = checksums({**gradients, "loss": loss, "targets": targets})
-        digests.append(hashlib.sha256(repr(sums).encode()).hexdigest())
+        digests.append(sha256_of(checksums({**gradients, "loss": loss, "targets": targets})))
     return digests[0], digests[0] == digests[1]
 
 
@@ -69,25 +66,22 @@ def compare(communicator: Communicator, digest: str, repeats: bool) -> None:
 
     Raises: ClusterError on every rank, naming the rank, its host and both kinds of machine.
     """
-    own = {"host": socket.gethostname(), "machine": machine(), "digest": digest, "repeats": repeats}
-    table: list[dict[str, Any]] = communicator.gather_objects(own)
+    own = {"machine": machine(), "digest": digest, "repeats": repeats}
+    table, hosts = communicator.gather_objects(own), communicator.hosts
     rest = "or give up equal bits: communicator=native"
     for rank, found in enumerate(table):
         if not found["repeats"]:
             raise agreed(
                 ClusterError(
-                    f"communicator=exact: rank {rank} on {found['host']} ({found['machine']}) computed one "
+                    f"communicator=exact: rank {rank} on {hosts[rank]} ({found['machine']}) computed one "
                     "micro-batch's gradient twice and got different bits: an operation of the model is not "
                     f"reproducible there; `mlx-ring doctor --exact` lists those known; replace it, {rest}"
                 )
             )
     digests = [found["digest"] for found in table]
-    usual = digests.index(Counter(digests).most_common(1)[0][0])  # of equally common ones the lowest rank's
-    odd = next((rank for rank, each in enumerate(digests) if each != digests[usual]), None)
-    if odd is not None:
+    if pair := odd_one_out(digests):
         two = [
-            f"{digests[rank][:12]} on rank {rank} ({table[rank]['host']}: {table[rank]['machine']})"
-            for rank in (odd, usual)
+            f"{digests[rank][:12]} on rank {rank} ({hosts[rank]}: {table[rank]['machine']})" for rank in pair
         ]
         raise agreed(
             ClusterError(

@@ -65,6 +65,14 @@ def checksums(arrays: Arrays) -> list[int]:
     return sums
 
 
+def odd_one_out(values: list[Any]) -> tuple[int, int] | None:
+    """The first place that differs from the most common value, and the first place of that; None where all
+    are equal. Of equally common values the first counts."""
+    usual = values.index(Counter(values).most_common(1)[0][0])
+    odd = next((place for place, value in enumerate(values) if value != values[usual]), None)
+    return None if odd is None else (odd, usual)
+
+
 def parameter_shapes(parameters: Arrays) -> dict[str, str]:
     """Each parameter's path with its dtype and shape, as text."""
     return {path: f"{array.dtype} {array.shape}" for path, array in parameters.items()}
@@ -138,10 +146,8 @@ class ParameterAuthority:
         own = checksums(parameters)
         table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
         for path, sums in zip(sorted(parameters), zip(*table, strict=True), strict=True):
-            usual = sums.index(Counter(sums).most_common(1)[0][0])  # of equally common ones the lowest rank's
-            odd = next((rank for rank, found in enumerate(sums) if found != sums[usual]), None)
-            if odd is not None:
-                two = [f"{sums[rank]:08x} on rank {rank} ({hosts[rank]})" for rank in (odd, usual)]
+            if pair := odd_one_out(list(sums)):
+                two = [f"{sums[rank]:08x} on rank {rank} ({hosts[rank]})" for rank in pair]
                 raise agreed(
                     TrainingError(
                         f"replicas differ after step {step}: {path} has checksum {two[0]} and {two[1]}; that "

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring import checkpoint_format
-from mlx_ring.checkpoint_manager import to_host
+from mlx_ring.checkpoint_manager import snapshot, to_host
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import recorded_run
 from mlx_ring.errors import CheckpointError, ConfigError
@@ -53,8 +53,8 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
         _refuse(directory, step, facts)
     found, config_record = _start(directory, step)
     # Issued ahead, the weights would be those of the step after.
-    own = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
-    config = recorded_run(config_record, *own, *overrides)
+    alone = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
+    config = recorded_run(config_record, *alone, *overrides)
     if found is None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
             f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before it "
@@ -144,5 +144,5 @@ def _weights(run: Run, name: str) -> str:
         return str(run.verify_replicas())
     arrays = run.files()["model"]
     return checkpoint_format.parameters_sha256(
-        {path: to_host(array, array.dtype) for path, array in arrays.items()}
+        {path: to_host(snapshot(array), array.dtype) for path, array in arrays.items()}
     )

@@ -96,13 +96,12 @@ class RunRecord:
         self._step = result.step
         for saved in self._checkpoints.poll():
             self._saved(saved)
-        if result.skipped:
-            self._event("nonfinite_skipped", result.step, f"{result.why_skipped}: no update")
         if result.new_split is not None:
             dealt = asdict(result.new_split)
             message = f"micro-batches of each rank from now on: {dealt['micro_batches']}, by measured speed"
             self._event("split_changed", result.step, message, **dealt)
         if result.skipped:
+            self._event("nonfinite_skipped", result.step, f"{result.why_skipped}: no update")
             return
         self._interval.results.append(result)
         every, last = self._config.metrics.log_every_steps, self._config.trainer.steps

@@ -81,7 +81,8 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
     sent = [row["wire_bytes"] for row in rows(tmp_path, "train")]
     parameters = sum(array.size for array in weights(tmp_path).values())
     width = 2 if "bf16" in options[0] else 4
-    assert sent[0] == pytest.approx(parameters * width, abs=128)  # 2 (n - 1) / n with two ranks is 1
+    numbers = 2 * 8 + 3 * 2  # a loss and a count of each micro-batch, three flags of each rank
+    assert sent == [parameters * width + 4 * numbers] * 6  # 2 (n - 1) / n with two ranks is 1
 
 
 @pytest.mark.parametrize("communicator", ["native", "exact"])

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_ring.compression import (
-    COARSEST,
-    FINEST,
     HEADROOM_BITS,
     PRECISION_BITS,
     ExactCodec,
     Total,
 )
+from mlx_ring.fixed_point import LARGEST_EXPONENT, LEAST_EXPONENT
 
 Gradients = dict[str, mx.array]
 
@@ -99,7 +98,7 @@ def test_codes_of_the_largest_gradients_never_overflow_together(micro_batches: i
 
 def test_a_first_gradient_fits_at_the_second_attempt() -> None:
     codec = ExactCodec(2, 4)
-    assert codec.state["exponents"].tolist() == [COARSEST, COARSEST]
+    assert codec.state["exponents"].tolist() == [LEAST_EXPONENT, LEAST_EXPONENT]
     _, maxima = total(codec, [gradients(0)])
     assert not codec.fits(maxima)
     codec.state.update(codec.next_state(maxima))
@@ -130,7 +129,7 @@ def test_extremes_stay_within_normal_numbers() -> None:
     for value in (1e-45, 1e-38, 3e38):
         parts = [{"a": mx.array([value, 0.0]), "b": mx.array([-value])}]
         codec = fitted(parts)
-        assert COARSEST <= min(codec.state["exponents"].tolist()) <= FINEST
+        assert LEAST_EXPONENT <= min(codec.state["exponents"].tolist()) <= LARGEST_EXPONENT
         codes, maxima = total(codec, parts)
         assert codec.fits(maxima)  # so that it is not made again for ever
         if value > 1e-30:

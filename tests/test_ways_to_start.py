@@ -14,6 +14,7 @@ RECORD = {
     "config.yaml",
     "status.json",
     "metrics.jsonl",
+    "digests.jsonl",
     "tensorboard",
     "checkpoints",
     "logs",

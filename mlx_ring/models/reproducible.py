@@ -12,9 +12,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_ring.fixed_point import (
+    LARGEST_EXPONENT,
+    LEAST_EXPONENT,
+    NOT_FINITE,
+    exponent_above,
+    magnitude_bits,
+    power_of_two,
+)
 from mlx_ring.models.transformer import Attention, fused_attention
 
-INFINITY_BITS = 0x7F800000  # of a float32; those of a NaN are above
 Arrays = tuple[mx.array, ...]
 
 
@@ -164,23 +171,17 @@ def _row_sums(cotangent: mx.array, tokens: mx.array, shape: tuple[int, ...]) -> 
     """
     rows = cotangent.astype(mx.float32).reshape(tokens.size, shape[-1])
     bits = ((2**31 - 1) // tokens.size).bit_length() - 1  # `size` codes of at most 2^bits fit
-    # The bits of positive floats are in their values' order, NaN on top, which a float maximum may lose.
-    largest = (rows.view(mx.int32) & 0x7FFFFFFF).max()
-    exponent = mx.clip(bits + 126 - (largest >> 23), -126, 126)
-    codes = rows * _power_of_two(exponent)
+    largest = magnitude_bits(rows).max()
+    exponent = mx.clip(bits - exponent_above(largest), LEAST_EXPONENT, LARGEST_EXPONENT)
+    codes = rows * power_of_two(exponent)
     first = mx.round(codes)
     second = mx.round((codes - first) * 2.0 ** (bits + 1))
 
     def total(words: mx.array) -> mx.array:
         return mx.zeros(shape, dtype=mx.int32).at[tokens.reshape(-1)].add(words.astype(mx.int32))
 
-    unit = mx.where(largest < INFINITY_BITS, _power_of_two(-exponent), mx.nan)
+    unit = mx.where(largest < NOT_FINITE, power_of_two(-exponent), mx.nan)
     return (_float(total(first)) + _float(total(second)) * 2.0 ** -(bits + 1)) * unit
-
-
-def _power_of_two(exponent: mx.array) -> mx.array:
-    """2^exponent for int32 from -126 to 127, from its bits: a device's exp2 may be off by the last one."""
-    return ((exponent + 127) << 23).view(mx.float32)
 
 
 _embedding_rows: Any = mx.custom_function(lambda weight, tokens: weight[tokens])
