@@ -34,7 +34,8 @@ class WorkSplit:
     """The split of one run, the same on every rank. Micro-batches of a rank are contiguous, in rank order.
 
     A measured split decides on what every rank was told alike, so that all come to the same with no further
-    message.
+    message. With `communicator.overlap` what is computed while buckets travel counts as waiting: the seconds
+    come out shorter, alike on all ranks.
     """
 
     def __init__(self, num_micro_batches: int, world_size: int, *, measured: bool) -> None:
