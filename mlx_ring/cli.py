@@ -19,6 +19,38 @@ def cli() -> None:
     """Tools around mlx_ring's training runs. Training itself is `train.py`."""
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("-n", "ranks", type=click.IntRange(min=1), help="Ranks on this machine.")
+@click.option("--hostfile", type=click.Path(path_type=Path), help="A rank on every host listed, over ssh.")
+@click.option("--launcher", type=click.Choice(["ssh", "mpirun"]), default="ssh", help="What starts the ranks.")
+@click.option("--min-hosts", type=click.IntRange(min=1), help="Go on with so many at least (all at first, then 1).")
+@click.option("--max-restarts", type=click.IntRange(min=0), default=20, show_default=True)
+@click.option(
+    "--deadline", type=click.FloatRange(min=1), default=30.0, show_default=True,
+    help="Seconds without progress, or ten times the usual step, after which a run hangs.",
+)
+@click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
+@click.argument("overrides", nargs=-1)
+def run(
+    ranks: int | None, hostfile: Path | None, launcher: str, min_hosts: int | None, max_restarts: int,
+    deadline: float, python: str, overrides: tuple[str, ...],
+) -> None:
+    """Train under supervision: what fails is restarted, and the exit status is the run's.
+
+    OVERRIDES are train.py's. A host file may be edited while the run goes on.
+
+    Example: mlx-ring run -n 4 -- model=cnn trainer.steps=500
+    """
+    from mlx_ring.elastic_supervisor import supervise
+    from mlx_ring.supervised_run import options
+
+    chosen = options(
+        list(overrides), ranks=ranks, hostfile=hostfile, mpirun=launcher == "mpirun", min_hosts=min_hosts,
+        max_restarts=max_restarts, deadline_seconds=deadline, python=python,
+    )  # fmt: skip
+    sys.exit(supervise(chosen))
+
+
 @cli.group()
 def checkpoint() -> None:
     """Look at, check and export the checkpoints of a run."""

@@ -61,7 +61,8 @@ class Communicator:
         self.backend = environment.backend
         self.sent_bytes, self.wait_seconds = 0, 0.0
         self.bucket_bytes, self.overlap = 16 * 2**20, False
-        self._thread, self._failed, self._calls = threading.get_ident(), False, 0
+        self._thread, self._failed = threading.get_ident(), False
+        self.calls, self.call = 0, ""  # collectives entered so far; the one that this rank is in
         self._locks: list[ProcessLock] = []
         self._group: Any = None
         self._stream: Any = None
@@ -219,17 +220,18 @@ class Communicator:
         assert threading.get_ident() == self._thread, "collectives belong to one thread"
         if self._failed:
             raise ClusterError(f"rank {self.rank}: no collective is possible after a peer was lost")
-        self._calls += 1
+        self.calls, self.call = self.calls + 1, name
         try:
             result = build()
             mx.eval(result)
         except RuntimeError as error:
             self._failed = True
             raise ClusterError(
-                f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self._calls} "
+                f"rank {self.rank} on {socket.gethostname()} lost a peer in collective {self.calls} "
                 f"({name}, {self.backend}, {self.world_size} ranks): {error}; the other ranks' logs say "
                 "which one failed"
             ) from error
+        self.call = ""
         return result
 
     def _identify(self, job: str) -> None:

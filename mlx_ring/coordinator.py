@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mlx_ring import __version__
 from mlx_ring.communicator import MLX_VERSION, Communicator
@@ -21,6 +21,7 @@ from mlx_ring.errors import (
 )
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.exactness import device
+from mlx_ring.heartbeat import Heartbeat
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build
@@ -31,6 +32,7 @@ from mlx_ring.stop_signal import StopSignal
 from mlx_ring.trainer import StepResult
 
 log = logging.getLogger(__name__)
+LOCK_SECONDS = 20.0  # a rank that its supervisor has lost may hold the directory until its lease ends
 
 
 class Coordinator:
@@ -42,8 +44,10 @@ class Coordinator:
         communicator: Communicator,
         run_directory: Path,
         hydra_files: dict[str, str] | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml."""
+        self._heartbeat, self.phase = heartbeat, "starting"
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
         self.directory = RunDirectory(run_directory)
@@ -69,7 +73,7 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             stopped = False
-            self._run = run
+            self._run, self.phase = run, "training"
             for result in run.trainer.steps():
                 plan = self.follow(run, result)
                 stopped = plan.stop and result.step < self._config.trainer.steps
@@ -84,6 +88,7 @@ class Coordinator:
 
         Collective: every rank must call.
         """
+        self.phase = "preparing"
         agree(
             self._communicator,
             {"host": self._communicator.hosts[self._communicator.rank], "config": self._config.flat()},
@@ -115,6 +120,14 @@ class Coordinator:
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
         return plan
+
+    def vitals(self) -> dict[str, Any]:
+        """Where this run is, for whoever watches; may be called from any thread."""
+        vitals: dict[str, Any] = {"phase": self.phase, "saved_step": self._saved_step}
+        if (run := self._run) is not None:
+            vitals |= {"step": run.trainer.progress.step, "work": run.evaluator.micro_batches}
+            vitals["busy_seconds"] = run.trainer.busy_seconds
+        return vitals
 
     # Opening
 
@@ -157,7 +170,7 @@ class Coordinator:
     def _open(self) -> None:
         """Lock the directory and find the checkpoint to continue from."""
         if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
-            self.directory.open()
+            self.directory.open(wait_seconds=LOCK_SECONDS if self._heartbeat else 0.0)
         self._found = find(self._config, self.directory)
 
     def _keep_log(self) -> None:
@@ -227,26 +240,32 @@ class Coordinator:
             found=found,
             first_gradient=run.first_gradient,
             hydra_files=self._hydra_files,
+            notes=self._heartbeat.notes if self._heartbeat else list,
         )
 
     # What is due
 
     def _evaluate(self, run: Run) -> Evaluation:
+        before, self.phase = self.phase, "evaluating"
         evaluation = run.evaluator.evaluate()
         if self._record is not None:
             self._record.evaluation(run.trainer.progress.step, evaluation)
+        self.phase = before
         return evaluation
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
+        before, self.phase = self.phase, "saving"
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
         if self._record is not None:
             self._record.save(run, evaluation)
+        self.phase = before
 
     # The end
 
     def _finish(self, run: Run, stopped: bool) -> int:
         """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
+        self.phase = "finishing"
         run.trainer.close()
         if self._communicator.broadcast_object(self._saved_step is None):
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.

@@ -54,6 +54,7 @@ class Evaluator:
     ) -> None:
         self._model, self._dataset, self._communicator = model, dataset, communicator
         self._forward, self._loss, self._micro_batch_size = forward, loss, micro_batch_size
+        self.micro_batches = 0  # evaluated so far: a sign of life
         self._compiled = mx.compile(self._sums, inputs=[model.state]) if compile else self._sums
 
     def evaluate(self) -> Evaluation:
@@ -73,6 +74,7 @@ class Evaluator:
             inputs, targets = self._dataset.held_out.batch(indices)
             sums: Any = self._compiled(mx.array(inputs), mx.array(targets))
             mx.eval(sums)
+            self.micro_batches += 1
             losses.append(sums[0].item())
             counted += sums[1].item()
             correct += sums[2].item()

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,27 @@ class RunDirectory:
         self.path = path
         self._lock: ProcessLock | None = None
 
-    def open(self) -> None:
+    def open(self, *, wait_seconds: float = 0.0) -> None:
         """Make it private, lock it, and clear what dead processes left. Rank 0.
 
-        Raises: ConfigError when it cannot be written, or a live run holds it.
+        Raises: ConfigError when it cannot be written, or a live run holds it for longer than `wait_seconds`.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
-            self._lock = ProcessLock(self.path / "run.lock")
+            self._lock = self._locked(time.monotonic() + wait_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
             checkpoint_format.sweep(self.path / "checkpoints")
+
+    def _locked(self, deadline: float) -> ProcessLock:
+        while True:
+            try:
+                return ProcessLock(self.path / "run.lock")
+            except LockHeld:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.2)
 
     def is_free(self) -> bool:
         """Whether no other process holds it. From then on this one does."""

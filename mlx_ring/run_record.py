@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -42,8 +43,11 @@ class RunRecord:
         found: Found | None,
         first_gradient: str | None,
         hydra_files: dict[str, str],
+        notes: Callable[[], list[dict[str, Any]]],
     ) -> None:
-        """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml."""
+        """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml;
+        `notes` gives the supervisor's events since it was last asked."""
+        self._notes = notes
         self._directory, self._status, self._config, self._world_size = directory, status, config, world_size
         self._checkpoints = CheckpointManager(
             directory.path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -94,6 +98,8 @@ class RunRecord:
         Raises: CheckpointError after too many failed saves; OSError where the record cannot be written.
         """
         self._step = result.step
+        for note in self._notes():
+            self._event(note.pop("event"), result.step, note.pop("message"), **note)
         for saved in self._checkpoints.poll():
             self._saved(saved)
         if result.new_split is not None:

@@ -4,17 +4,20 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mlx_ring import heartbeat
 from mlx_ring.composition import (
     CONF,
     LOOKS_ONLY,
@@ -30,6 +33,7 @@ from mlx_ring.config import RunConfig
 from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
 from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError
+from mlx_ring.heartbeat import DONE, LEASE_SECONDS, Heartbeat
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.ring_addresses import refuse_public_addresses
 from mlx_ring.run_directory import RunDirectory
@@ -59,6 +63,34 @@ class Process:
         self._looks_only = False
         self._run_id = ""
         self._joining = self._agreed = False
+        self._heartbeat: Heartbeat | None = None
+        self._done = False
+
+    def vitals(self) -> dict[str, Any]:
+        """Where this rank is, for its supervisor. In the heartbeat's thread."""
+        coordinator, communicator = self.coordinator, self.communicator
+        vitals: dict[str, Any] = {"phase": "joining" if self._joining else "starting"}
+        if communicator is not None:
+            vitals |= {"calls": communicator.calls, "call": communicator.call}
+        if coordinator is not None:
+            vitals |= coordinator.vitals()
+        return vitals | {"phase": DONE} if self._done else vitals
+
+    def done(self) -> None:
+        """The last word to the supervisor: this rank leaves because all is done."""
+        self._done = True
+        if self._heartbeat is not None:
+            self._heartbeat.report()
+
+    def _unwatched(self) -> None:
+        """The supervisor is gone: stop as after a signal, or else just end. In the heartbeat's thread."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LEASE_SECONDS)
+        message = "the supervisor was lost, and no orderly stop was possible"
+        if self.coordinator is not None:
+            RunStatus.mark_failed(self.coordinator.directory.path, job=self.coordinator.job, message=message)
+        print(f"error: rank {self.environment.rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(ClusterError.exit_status)
 
     def join(self, root: DictConfig) -> "Communicator":
         """The group, joined at the first call: Hydra first needs a directory that all agree on.
@@ -111,6 +143,7 @@ class Process:
     def main(self) -> int:
         """Everything from the environment to the end of the run. Returns the exit status."""
         self.environment = RankEnvironment.read()
+        self._heartbeat = heartbeat.connect(os.environ, self.environment.rank, self.vitals, self._unwatched)
         use_bundled_open_mpi()
         options = hydra_options()
         self._looks_only = any(getattr(options, name) for name in LOOKS_ONLY)
@@ -143,7 +176,9 @@ class Process:
             if config is not None:
                 assert self.directory is not None
                 files = hydra_files(composed)
-                self.coordinator = Coordinator(config, communicator, self.directory, files)
+                self.coordinator = Coordinator(
+                    config, communicator, self.directory, files, self._heartbeat
+                )
             self.agree_on_command(composed)
             communicator.agree_on_error(error)
             assert config is not None and self.coordinator is not None
@@ -284,9 +319,18 @@ def _abort_mpi(status: int) -> None:
     MPI.COMM_WORLD.Abort(status)
 
 
+def _stay_awake() -> None:
+    """Keep a Mac from idle sleep as long as this process lives."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            subprocess.Popen(["caffeinate", "-ims", "-w", str(os.getpid())])
+
+
 def main() -> NoReturn:
     """The installed command `train.py`."""
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # where every thread is, to stderr
+    _stay_awake()
     logging.getLogger().setLevel(logging.INFO)
     logging.getLogger().addHandler(logging.NullHandler())  # the run adds a file; the console is the tracker's
     process = Process()
@@ -294,4 +338,5 @@ def main() -> NoReturn:
         status = process.main()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this rank must end, and say why
         process.leave(error)
+    process.done()
     raise SystemExit(status)

@@ -159,6 +159,11 @@ class Trainer:
                 )
                 raise agreed(TrainingError(message))
 
+    @property
+    def busy_seconds(self) -> float:
+        """What this rank computed in the last step; 0 where it is not known yet."""
+        return self._micro_batch_seconds * self._work_split.counts[self._communicator.rank]
+
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()

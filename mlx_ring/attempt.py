@@ -1,0 +1,267 @@
+"""One attempt at a run: ranks on hosts, from their start to the end of all of them. No mlx here."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
+from mlx_ring.heartbeat import JOB
+from mlx_ring.host_agent import GRACE_SECONDS
+from mlx_ring.host_file import Host
+from mlx_ring.launcher import AgentLink, Report
+from mlx_ring.watch import Failure, Rank, Watch
+
+HOST_SILENT_SECONDS = 10.0  # an agent reports twice a second
+SETTLE_SECONDS = 1.0  # after a first rank has ended badly others follow: who was the first?
+DUMP_SECONDS = 1.0  # for the stacks of hanging ranks to arrive
+TICK_SECONDS = 0.5
+Reports = asyncio.Queue[tuple[AgentLink, Report]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended: its exit status, or what it failed of; and how far it came."""
+
+    status: int
+    failure: Failure | None
+    saved_step: int
+
+
+class Attempt:
+    """Ranks, one for every host given, in that order; hosts may repeat."""
+
+    def __init__(
+        self,
+        hosts: list[Host],
+        links: dict[str, AgentLink],
+        reports: Reports,
+        *,
+        program: list[str],
+        mpirun: list[str] | None,
+        deadline_seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
+        """`links`: an agent for each host's ssh name. `program`: a rank's command line. `mpirun`: the command
+        that starts all of them, instead of their agents."""
+        self._hosts, self._links, self._reports = hosts, links, reports
+        self._program, self._mpirun, self._say = program, mpirun, say
+        self._job = secrets.token_hex(4)
+        now = asyncio.get_running_loop().time()
+        ranks = [Rank(number, links[host.ssh].name) for number, host in enumerate(hosts)]
+        self.watch = Watch(ranks, deadline_seconds=deadline_seconds, now=now)
+        self._running: dict[str, AgentLink] = {}
+        self._ended: list[Rank] = []
+        self._notes: list[dict[str, Any]] = []
+        self._outcome_of_mpirun: int | None = None
+
+    @property
+    def used(self) -> dict[str, AgentLink]:
+        """The agents that have ranks."""
+        return {host.ssh: self._links[host.ssh] for host in self._hosts}
+
+    async def run(self, notes: list[dict[str, Any]]) -> Outcome:
+        """To the end; `notes` are events for the record, emptied once the ranks have them.
+
+        Raises: ClusterError or ConfigError where it cannot be started.
+        """
+        self._notes = notes
+        try:
+            await self._start()
+            failure = await self._until_it_ends()
+        finally:
+            await self._end()
+        status = failure.status if failure is not None else max((rank.status or 0) for rank in self.watch.ranks)
+        return Outcome(status=status, failure=failure, saved_step=self.watch.saved_step)
+
+    def signal(self, name: str) -> None:
+        """Send a signal to every rank."""
+        for link in self.used.values():
+            link.order("signal", name=name)
+
+    # Starting
+
+    async def _start(self) -> None:
+        ring = [] if self._mpirun or len(self._hosts) == 1 else await self._ring()
+        common = {JOB: self._job, "PYTHONUNBUFFERED": "1"}
+        for ssh, link in self.used.items():
+            members: list[Report] = []
+            for number, host in enumerate(self._hosts):
+                if host.ssh == ssh and not self._mpirun:
+                    own = {"MLX_RANK": str(number)}
+                    members.append({"name": f"rank {number}", "command": self._program, "environment": own})
+            if self._mpirun and ssh == self._hosts[0].ssh:
+                command = [*self._mpirun, "-x", JOB, *self._program]
+                members.append({"name": "mpirun", "command": command, "environment": {}})
+            for member in members:
+                self._running[member["name"]] = link
+            link.order("start", job=self._job, ring=ring, environment=dict(common), members=members)
+
+    async def _ring(self) -> list[list[str]]:
+        """Fresh ports on every host, so that no earlier attempt or other job is met."""
+        addresses: list[tuple[Host, str]] = [(host, ip) for host in self._hosts for ip in host.ips]
+        found: dict[tuple[str, str], list[int]] = {}
+        for ssh, ip in dict.fromkeys((host.ssh, ip) for host, ip in addresses):
+            count = sum(host.ssh == ssh and each == ip for host, each in addresses)
+            self._links[ssh].order("ports", address=ip, count=count)
+            answer = await self._answer(self._links[ssh], "ports")
+            if answer["error"]:
+                raise ConfigError(
+                    f"host {ssh} cannot listen on {ip}: {answer['error']}; give one of its own addresses"
+                )
+            found[ssh, ip] = answer["ports"]
+        return [[f"{ip}:{found[host.ssh, ip].pop()}" for ip in host.ips] for host in self._hosts]
+
+    async def _answer(self, link: AgentLink, kind: str) -> Report:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HOST_SILENT_SECONDS):
+                while True:
+                    sender, report = await self._reports.get()
+                    if sender is link and report["is"] == kind:
+                        return report
+                    if sender is link and report["is"] == "closed":
+                        raise ClusterError(f"host {link.name} was lost: {report['why']}")
+        raise ClusterError(f"host {link.name} did not answer for {HOST_SILENT_SECONDS:g} s")
+
+    # Watching
+
+    async def _until_it_ends(self) -> Failure | None:
+        loop = asyncio.get_running_loop()
+        settled: float | None = None
+        awake = loop.time()
+        while self._running:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    link, report = await self._reports.get()
+                    if lost := self._take(link, report, loop.time()):
+                        return lost
+            now = loop.time()
+            if now - awake > 4 * TICK_SECONDS:  # this very process was stopped: nobody else was silent
+                for link in self.used.values():
+                    link.heard = now
+            awake = now
+            if self._ended and settled is None and self.watch.of_exits(self._ended):
+                settled = now + SETTLE_SECONDS
+            if settled is not None and now >= settled:
+                break
+            if silent := self._silent():
+                return silent
+            if settled is None and self.watch.hangs(now):
+                return await self._dumped(now)
+            self._look_for_stragglers()
+        return self._verdict()
+
+    def _verdict(self) -> Failure | None:
+        if self._mpirun is not None and self._outcome_of_mpirun not in (None, 0, EXIT_STOPPED):
+            words = next((rank.last_words for rank in self.watch.ranks if rank.last_words), "see the ranks' logs")
+            status = self._outcome_of_mpirun
+            assert status is not None
+            return Failure(
+                message=f"mpirun ended with status {status}: {words}", status=status if 0 < status < 128 else 3
+            )
+        return None if self._mpirun else self.watch.of_exits(self._ended)
+
+    def _take(self, link: AgentLink, report: Report, now: float) -> Failure | None:
+        """One report. Returns: a failure where it alone is one."""
+        match report["is"]:
+            case "pulse":
+                for vitals in report["ranks"]:
+                    self.watch.hear(vitals, now)
+                if self._notes and any(vitals["rank"] == 0 for vitals in report["ranks"]):
+                    link.order("note", events=self._notes)
+                    self._notes.clear()
+            case "output":
+                self._print(report)
+            case "exit":
+                self._exited(report, now)
+            case "closed" if link in self._running.values():
+                return Failure(message=f"host {link.name} was lost: {report['why']}", status=3, host=link.host)
+            case _:
+                pass
+        return None
+
+    def _exited(self, report: Report, now: float) -> None:
+        if report["name"] not in self._running:
+            return
+        del self._running[report["name"]]
+        for vitals in report["last"]:
+            self.watch.hear(vitals, now)
+        for rank in self.watch.ranks:
+            if report["name"] == "mpirun" or report["name"] == f"rank {rank.rank}":
+                rank.status = report["status"]
+                rank.last_words = rank.last_words or report["error"]
+                self._ended.append(rank)
+        if report["name"] == "mpirun":
+            self._outcome_of_mpirun = report["status"]
+
+    def _print(self, report: Report) -> None:
+        stream = sys.stdout if report["stream"] == "out" else sys.stderr
+        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
+            print(f"[{report['name']}] {report['text']}", file=stream, flush=True)
+        if report["text"].startswith("error:"):
+            for rank in self.watch.ranks:
+                if report["name"] in ("mpirun", f"rank {rank.rank}"):
+                    rank.last_words = report["text"].removeprefix("error:").strip()
+
+    def _silent(self) -> Failure | None:
+        for link in set(self._running.values()):
+            if link.silent_seconds > HOST_SILENT_SECONDS:
+                message = f"host {link.name} has been silent for {link.silent_seconds:.0f} s: its network, or it sleeps"
+                return Failure(message=message, status=3, host=link.host)
+        return None
+
+    async def _dumped(self, now: float) -> Failure:
+        """Have all ranks show their stacks, and say who holds them up."""
+        failure = self.watch.of_hang(now)
+        self._say(f"{failure.message}; the stacks of all ranks follow")
+        for link in self.used.values():
+            link.order("dump")
+        await self._drain(DUMP_SECONDS, until_ended=False)
+        return failure
+
+    def _look_for_stragglers(self) -> None:
+        if found := self.watch.straggler():
+            rank, times = found
+            message = f"{rank.name} computes {times:.1f} times as long as the others"
+            self._say(f"{message}; trainer.split=measured gives it less")
+            event = {"event": "straggler", "message": message, "rank": rank.rank, "host": rank.host}
+            self._links[self._hosts[0].ssh].order("note", events=[event])
+
+    # Ending
+
+    async def _end(self) -> None:
+        """No rank is left where an agent still answers; elsewhere its lease ends them."""
+        for link in self.used.values():
+            link.order("end")
+        waiting = {link for link in self.used.values() if link.open and link.silent_seconds < HOST_SILENT_SECONDS}
+        await self._drain(GRACE_SECONDS + 2.0, waiting)
+
+    async def _drain(self, seconds: float, waiting: set[AgentLink] | None = None, *, until_ended: bool = True) -> None:
+        """Pass on what ranks say, for some seconds, or until those agents have ended theirs."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while waiting or not until_ended:
+                    link, report = await self._reports.get()
+                    self._take(link, report, asyncio.get_running_loop().time())
+                    if report["is"] in ("ended", "closed") and waiting:
+                        waiting.discard(link)
+
+
+def rank_program(python: str, overrides: list[str]) -> list[str]:
+    """A rank's command line: the installed command `train.py` beside that interpreter."""
+    return [python, str(Path(python).with_name("train.py")), *overrides]
+
+
+def mpirun_command(hosts: list[Host]) -> list[str]:
+    """Open MPI's own start of one rank a host entry."""
+    command = ["mpirun", "-n", str(len(hosts))]
+    names = list(dict.fromkeys(host.ssh for host in hosts))
+    if len(names) > 1:
+        slots = ",".join(f"{name}:{sum(host.ssh == name for host in hosts)}" for name in names)
+        return [*command, "--host", slots]
+    return [*command, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--map-by", ":oversubscribe"]

@@ -1,0 +1,135 @@
+"""Starts a `host_agent` on a host, here or through ssh, and talks to it. No mlx here."""
+
+import asyncio
+import contextlib
+import json
+import shlex
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from pathlib import Path
+from typing import Any
+
+from mlx_ring.errors import ClusterError
+from mlx_ring.host_agent import LINE_BYTES
+
+READY_SECONDS = 20.0  # for ssh, Python and the first word
+PING_SECONDS = 2.0
+NO_FOLDER, NO_PYTHON, SSH_FAILED = 96, 97, 255  # exit statuses
+HERE = ("localhost", "127.0.0.1")
+SSH = (
+    "ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5",
+    "-o", "ServerAliveCountMax=3", "-o", "ForwardAgent=no", "-o", "ForwardX11=no", "--",
+)  # fmt: skip
+Report = dict[str, Any]
+
+
+class AgentLink:
+    """One host's agent, as the supervisor sees it: orders out, reports in, on a queue shared by all hosts.
+
+    The last report of an agent is {"is": "closed"}, whatever ended it.
+    """
+
+    def __init__(self, host: str, process: Process, reports: asyncio.Queue[tuple["AgentLink", Report]]) -> None:
+        self.host, self.name = host, host
+        self._process, self._reports = process, reports
+        self._complaints: list[str] = []  # the last lines of stderr, ssh's own among them
+        self.heard = asyncio.get_running_loop().time()
+        self.open = True
+        self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._complain(), self._ping())]
+
+    @staticmethod
+    async def start(
+        host: str, reports: asyncio.Queue[tuple["AgentLink", Report]], *, python: str, environment: dict[str, str]
+    ) -> "AgentLink":
+        """Returns once the agent has spoken. Raises: ClusterError naming the host and what is wrong there."""
+        command = [python, "-m", "mlx_ring.host_agent"]
+        if host not in HERE:
+            command = [*SSH, host, _remote(command, environment)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
+            )
+        except OSError as error:
+            raise ClusterError(f"host {host}: {command[0]} cannot be run: {error.strerror}") from None
+        own: asyncio.Queue[tuple[AgentLink, Report]] = asyncio.Queue()
+        link = AgentLink(host, process, own)
+        try:
+            _, first = await asyncio.wait_for(own.get(), READY_SECONDS)
+        except TimeoutError:
+            first = {"is": "closed", "why": f"no word within {READY_SECONDS:g} s"}
+        if first["is"] != "ready":
+            await link.close()
+            raise ClusterError(f"host {host}: {first['why']}")
+        link._reports = reports
+        link.name = f"{host} ({first['host']})" if host not in HERE else first["host"]
+        while not own.empty():
+            reports.put_nowait(own.get_nowait())
+        return link
+
+    def order(self, do: str, **fields: Any) -> None:
+        """Send an order; nothing happens where the agent is gone, which its last report tells."""
+        if self.open and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+
+    @property
+    def silent_seconds(self) -> float:
+        """Since the last report."""
+        return asyncio.get_running_loop().time() - self.heard
+
+    async def close(self) -> None:
+        """End the agent, which ends its ranks; where it does not listen, only our end of the line."""
+        self.open = False
+        for task in self._tasks:
+            task.cancel()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), 1.0)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGKILL)
+            await self._process.wait()
+
+    async def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):
+            while line := await self._process.stdout.readline():
+                self.heard = asyncio.get_running_loop().time()
+                self._reports.put_nowait((self, json.loads(line)))
+        status = await self._process.wait()
+        self.open = False
+        self._reports.put_nowait((self, {"is": "closed", "why": self._why(status)}))
+
+    async def _complain(self) -> None:
+        assert self._process.stderr is not None
+        with contextlib.suppress(ValueError):
+            while line := await self._process.stderr.readline():
+                self._complaints = [*self._complaints[-3:], line.decode(errors="replace").strip()]
+
+    async def _ping(self) -> None:
+        while True:
+            self.order("ping")
+            await asyncio.sleep(PING_SECONDS)
+
+    def _why(self, status: int) -> str:
+        said = "; ".join(filter(None, self._complaints))
+        folder, python = Path.cwd(), sys.executable
+        if status == NO_FOLDER:
+            return f"it has no folder {folder}; mlx_ring works in the folder of the same name on every host"
+        if status == NO_PYTHON:
+            return f"it has no {python}; install mlx_ring there at the same place, or give --python"
+        if status == SSH_FAILED:
+            return f"ssh failed: {said or 'no reason given'}"
+        return f"its agent ended with status {status}{': ' if said else ''}{said}"
+
+
+def _remote(command: list[str], environment: dict[str, str]) -> str:
+    """The line that ssh hands to the other host's shell; `environment` is the host file's, shown there."""
+    names = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+    return (
+        f"cd {shlex.quote(str(Path.cwd()))} || exit {NO_FOLDER}; "
+        f"command -v {shlex.quote(command[0])} >/dev/null || exit {NO_PYTHON}; "
+        f"{'export ' + names + '; ' if names else ''}exec {shlex.join(command)}"
+    )

@@ -1,0 +1,44 @@
+"""What `mlx-ring run` was asked for: its own options and the configuration, put together and checked."""
+
+import os
+import time
+from pathlib import Path
+
+from mlx_ring.composition import compose_run
+from mlx_ring.elastic_supervisor import Options
+from mlx_ring.errors import ConfigError
+
+
+def options(
+    overrides: list[str],
+    *,
+    ranks: int | None,
+    hostfile: Path | None,
+    mpirun: bool,
+    min_hosts: int | None,
+    max_restarts: int,
+    deadline_seconds: float,
+    python: str,
+) -> Options:
+    """Raises: ConfigError for a mistake that shows before any rank is started."""
+    if not any(item.startswith("run.dir=") for item in overrides):  # the same one for every attempt
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        overrides = [*overrides, f"run.dir=outputs/{stamp}_{os.urandom(2).hex()}"]
+    config = compose_run(*overrides)
+    if config.cluster.hostfile is not None and hostfile is None and ranks is None:
+        hostfile = Path(config.cluster.hostfile)
+    if ranks is not None and hostfile is not None:
+        raise ConfigError(f"-n {ranks} and --hostfile {hostfile} exclude one another; give one of them")
+    if hostfile is None and ranks is None:
+        ranks = config.cluster.ranks or 1
+    return Options(
+        overrides=overrides,
+        directory=Path(config.record["run"]["dir"]),
+        local_ranks=ranks or 0,
+        hostfile=hostfile,
+        mpirun=mpirun,
+        min_hosts=min_hosts,
+        max_restarts=max_restarts,
+        deadline_seconds=deadline_seconds,
+        python=python,
+    )

@@ -1,0 +1,181 @@
+"""What a supervisor makes of the reports of ranks and hosts: who progresses, and who is to blame. No mlx here.
+
+Nothing here waits or acts: it is fed with reports and a clock, and asked.
+"""
+
+import signal
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_ring.errors import EXIT_STOPPED, ClusterError
+from mlx_ring.heartbeat import DONE
+
+Vitals = dict[str, Any]
+
+START_SECONDS = 600.0  # for reading data, restoring and the first step, which is compiled; for saving
+HANG_STEPS = 10  # a step that takes this many times the usual one hangs
+SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is a straggler
+SLOW_STEPS = 20  # for so many of its reports in a row
+TRAINING = ("training", "evaluating")
+
+
+@dataclass
+class Rank:
+    """What is known of one rank."""
+
+    rank: int
+    host: str
+    vitals: Vitals = field(default_factory=dict[str, Any])
+    changed: float = 0.0  # when it last progressed
+    last_words: str = ""  # its last line that begins with "error:"
+    status: int | None = None  # of its process, once that has ended
+    slow_reports: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return tuple(self.vitals.get(key) for key in ("phase", "step", "calls", "work"))
+
+    @property
+    def phase(self) -> str:
+        return str(self.vitals.get("phase", "starting"))
+
+    @property
+    def calls(self) -> int:
+        return int(self.vitals.get("calls", 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why an attempt ended: the rank and host that are to blame, as far as it is known, and the exit status
+    that says so."""
+
+    message: str
+    status: int
+    host: str | None = None
+    rank: int | None = None
+    event: str = "peer_lost"
+
+    @property
+    def worth_a_restart(self) -> bool:
+        """Not where the same would happen again: a wrong configuration, no usable checkpoint, a loss that is
+        no number, or the user's own wish."""
+        return self.status not in (2, 4, 5, 130)
+
+
+class Watch:
+    """The ranks of one attempt."""
+
+    def __init__(self, ranks: list[Rank], *, deadline_seconds: float, now: float) -> None:
+        self.ranks = ranks
+        self._deadline_seconds = deadline_seconds
+        self._steps: deque[tuple[float, int]] = deque(maxlen=HANG_STEPS + 1)
+        for rank in ranks:
+            rank.changed = now
+
+    @property
+    def step(self) -> int:
+        """The newest step that a rank has finished."""
+        return max((int(rank.vitals.get("step", 0)) for rank in self.ranks), default=0)
+
+    @property
+    def saved_step(self) -> int:
+        """The newest step that rank 0 has begun to save."""
+        return max((int(rank.vitals.get("saved_step") or 0) for rank in self.ranks), default=0)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a first step of this attempt is done: what takes long for good reasons is over."""
+        return len(self._steps) > 1 and all(rank.phase in TRAINING for rank in self.ranks)
+
+    def hear(self, vitals: Vitals, now: float) -> None:
+        """A rank's report, as its agent passed it on."""
+        rank = next((each for each in self.ranks if each.rank == vitals["rank"]), None)
+        if rank is None:
+            return
+        before = rank.place
+        rank.vitals = vitals
+        if rank.place != before:
+            rank.changed = now
+        if rank.rank == 0 and rank.phase in TRAINING and (not self._steps or self._steps[-1][1] != vitals["step"]):
+            self._steps.append((now, int(vitals["step"])))
+
+    def deadline(self) -> float:
+        """Seconds without progress after which the run hangs."""
+        if not self.trains:
+            return max(START_SECONDS, self._deadline_seconds)
+        (start, first), (end, last) = self._steps[0], self._steps[-1]
+        usual = (end - start) / max(1, last - first)
+        return max(self._deadline_seconds, HANG_STEPS * usual)
+
+    def hangs(self, now: float) -> bool:
+        """Whether no rank has progressed for the deadline."""
+        return now - max(rank.changed for rank in self.ranks) > self.deadline()
+
+    def straggler(self) -> tuple[Rank, float] | None:
+        """A rank that has long computed much longer than the others, once, and how many times as long."""
+        busy = {each.rank: float(each.vitals.get("busy_seconds") or 0.0) for each in self.ranks}
+        if len(busy) < 2 or not all(busy.values()) or not self.trains:
+            return None
+        for rank in self.ranks:
+            usual = statistics.median(value for other, value in busy.items() if other != rank.rank)
+            slow = busy[rank.rank] > SLOW_FACTOR * usual
+            rank.slow_reports = rank.slow_reports + 1 if slow else min(rank.slow_reports, 0)
+            if rank.slow_reports == SLOW_STEPS:
+                return rank, busy[rank.rank] / usual
+        return None
+
+    # Who is to blame
+
+    def of_exits(self, ended: list[Rank]) -> Failure | None:
+        """From the ranks that have ended, in order; None where they all ended well.
+
+        One that only lost a peer is a witness; one that left with status 0 in the middle of a run is not.
+        """
+        bad = [rank for rank in ended if rank.status != EXIT_STOPPED and not (rank.status == 0 and rank.phase == DONE)]
+        if not bad:
+            return None
+        witnesses = [rank for rank in bad if rank.status == ClusterError.exit_status]
+        rank = next((rank for rank in bad if rank not in witnesses), bad[0])
+        assert rank.status is not None
+        where = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
+        if rank.status < 0:
+            message = f"{rank.name} was ended by {signal.Signals(-rank.status).name} ({where})"
+        elif rank.status == 0:
+            message = f"{rank.name} left with status 0 before the run had ended ({where})"
+        else:
+            words = rank.last_words or "it gave no reason; see its log"
+            message = words if rank.rank == 0 or rank.name in words else f"{rank.name}: {words}"
+            message = f"{message} (status {rank.status}, {where})" if rank.status in (1, 3) else message
+        return Failure(message=message, status=max(rank.status, 0) or 3, host=rank.host, rank=rank.rank)
+
+    def of_hang(self, now: float) -> Failure:
+        """From where the ranks stand: the one that is behind all others holds them up."""
+        still = now - max(rank.changed for rank in self.ranks)
+        furthest = max(rank.calls for rank in self.ranks)
+        stopped = [rank for rank in self.ranks if rank.vitals.get("process") == "stopped"]
+        absent = [rank for rank in self.ranks if not rank.vitals]
+        behind = [rank for rank in self.ranks if rank.calls < furthest]
+        mute = [rank for rank in self.ranks if rank.vitals.get("heard", 0) > 5]
+        if not (suspects := stopped or absent or mute or behind):
+            call = self.ranks[0].vitals.get("call") or "no collective"
+            message = f"no rank has progressed for {still:.0f} s: all are in {call} {furthest}, phase {self.ranks[0].phase}"
+            return Failure(message=f"{message}; the network between them, or a deadlock", status=3, event="hang")
+        rank = suspects[0]
+        if rank in stopped:
+            cause = "process stopped"
+        elif rank in absent:
+            cause = "it never reported"
+        elif rank in mute:
+            cause = "it has gone silent"
+        else:
+            cause = f"it is still at {rank.vitals.get('call') or 'computing'}"
+        waits = f"never entered collective {furthest}" if rank.calls < furthest else f"holds up collective {furthest}"
+        message = f"{rank.name} {waits}: {cause} (step {rank.vitals.get('step', 0)}, phase {rank.phase})"
+        message = f"no progress for {still:.0f} s: {message}"
+        return Failure(message=message, status=3, host=rank.host, rank=rank.rank, event="hang")
