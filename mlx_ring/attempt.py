@@ -12,16 +12,15 @@ from typing import Any
 
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
 from mlx_ring.heartbeat import JOB
-from mlx_ring.host_agent import GRACE_SECONDS
 from mlx_ring.host_file import Host
-from mlx_ring.launcher import AgentLink, Report
+from mlx_ring.launcher import AgentLink, Report, Reports
+from mlx_ring.rank_processes import GRACE_SECONDS
 from mlx_ring.watch import Failure, Rank, Watch
 
 HOST_SILENT_SECONDS = 10.0  # an agent reports twice a second
 SETTLE_SECONDS = 1.0  # after a first rank has ended badly others follow: who was the first?
 DUMP_SECONDS = 1.0  # for the stacks of hanging ranks to arrive
 TICK_SECONDS = 0.5
-Reports = asyncio.Queue[tuple[AgentLink, Report]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +52,12 @@ class Attempt:
         self._program, self._mpirun, self._say = program, mpirun, say
         self._job = secrets.token_hex(4)
         now = asyncio.get_running_loop().time()
-        ranks = [Rank(number, links[host.ssh].name) for number, host in enumerate(hosts)]
+        ranks = [Rank(number, host.ssh, links[host.ssh].name) for number, host in enumerate(hosts)]
         self.watch = Watch(ranks, deadline_seconds=deadline_seconds, now=now)
         self._running: dict[str, AgentLink] = {}
         self._ended: list[Rank] = []
         self._notes: list[dict[str, Any]] = []
-        self._outcome_of_mpirun: int | None = None
+        self._status_of_mpirun = 0
 
     @property
     def used(self) -> dict[str, AgentLink]:
@@ -76,7 +75,9 @@ class Attempt:
             failure = await self._until_it_ends()
         finally:
             await self._end()
-        status = failure.status if failure is not None else max((rank.status or 0) for rank in self.watch.ranks)
+        status = (
+            failure.status if failure is not None else max((rank.status or 0) for rank in self.watch.ranks)
+        )
         return Outcome(status=status, failure=failure, saved_step=self.watch.saved_step)
 
     def signal(self, name: str) -> None:
@@ -157,14 +158,14 @@ class Attempt:
         return self._verdict()
 
     def _verdict(self) -> Failure | None:
-        if self._mpirun is not None and self._outcome_of_mpirun not in (None, 0, EXIT_STOPPED):
-            words = next((rank.last_words for rank in self.watch.ranks if rank.last_words), "see the ranks' logs")
-            status = self._outcome_of_mpirun
-            assert status is not None
-            return Failure(
-                message=f"mpirun ended with status {status}: {words}", status=status if 0 < status < 128 else 3
-            )
-        return None if self._mpirun else self.watch.of_exits(self._ended)
+        if self._mpirun is None:
+            return self.watch.of_exits(self._ended)
+        status = self._status_of_mpirun
+        if status in (0, EXIT_STOPPED):
+            return None
+        words = next((rank.last_words for rank in self.watch.ranks if rank.last_words), "see the ranks' logs")
+        message = f"mpirun ended with status {status}: {words}"
+        return Failure(message=message, status=status if 0 < status < 128 else ClusterError.exit_status)
 
     def _take(self, link: AgentLink, report: Report, now: float) -> Failure | None:
         """One report. Returns: a failure where it alone is one."""
@@ -180,7 +181,9 @@ class Attempt:
             case "exit":
                 self._exited(report, now)
             case "closed" if link in self._running.values():
-                return Failure(message=f"host {link.name} was lost: {report['why']}", status=3, host=link.host)
+                return Failure(
+                    message=f"host {link.name} was lost: {report['why']}", status=3, host=link.host
+                )
             case _:
                 pass
         return None
@@ -197,7 +200,7 @@ class Attempt:
                 rank.last_words = rank.last_words or report["error"]
                 self._ended.append(rank)
         if report["name"] == "mpirun":
-            self._outcome_of_mpirun = report["status"]
+            self._status_of_mpirun = report["status"]
 
     def _print(self, report: Report) -> None:
         stream = sys.stdout if report["stream"] == "out" else sys.stderr
@@ -211,8 +214,9 @@ class Attempt:
     def _silent(self) -> Failure | None:
         for link in set(self._running.values()):
             if link.silent_seconds > HOST_SILENT_SECONDS:
-                message = f"host {link.name} has been silent for {link.silent_seconds:.0f} s: its network, or it sleeps"
-                return Failure(message=message, status=3, host=link.host)
+                message = f"host {link.name} has been silent for {link.silent_seconds:.0f} s"
+                message = f"{message}: its network, or it sleeps"
+                return Failure(message=message, status=ClusterError.exit_status, host=link.host)
         return None
 
     async def _dumped(self, now: float) -> Failure:
@@ -236,12 +240,16 @@ class Attempt:
 
     async def _end(self) -> None:
         """No rank is left where an agent still answers; elsewhere its lease ends them."""
+        waiting = set[AgentLink]()
         for link in self.used.values():
             link.order("end")
-        waiting = {link for link in self.used.values() if link.open and link.silent_seconds < HOST_SILENT_SECONDS}
+            if link.open and link.silent_seconds < HOST_SILENT_SECONDS:
+                waiting.add(link)
         await self._drain(GRACE_SECONDS + 2.0, waiting)
 
-    async def _drain(self, seconds: float, waiting: set[AgentLink] | None = None, *, until_ended: bool = True) -> None:
+    async def _drain(
+        self, seconds: float, waiting: set[AgentLink] | None = None, *, until_ended: bool = True
+    ) -> None:
         """Pass on what ranks say, for some seconds, or until those agents have ended theirs."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -22,18 +22,29 @@ def cli() -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("-n", "ranks", type=click.IntRange(min=1), help="Ranks on this machine.")
 @click.option("--hostfile", type=click.Path(path_type=Path), help="A rank on every host listed, over ssh.")
-@click.option("--launcher", type=click.Choice(["ssh", "mpirun"]), default="ssh", help="What starts the ranks.")
-@click.option("--min-hosts", type=click.IntRange(min=1), help="Go on with so many at least (all at first, then 1).")
+@click.option("--launcher", type=click.Choice(["ssh", "mpirun"]), default="ssh", help="What starts ranks.")
+@click.option(
+    "--min-hosts", type=click.IntRange(min=1), help="Go on with so many at least (all at first, then 1)."
+)
 @click.option("--max-restarts", type=click.IntRange(min=0), default=20, show_default=True)
 @click.option(
-    "--deadline", type=click.FloatRange(min=1), default=30.0, show_default=True,
+    "--deadline",
+    type=click.FloatRange(min=1),
+    default=30.0,
+    show_default=True,
     help="Seconds without progress, or ten times the usual step, after which a run hangs.",
 )
 @click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
 @click.argument("overrides", nargs=-1)
 def run(
-    ranks: int | None, hostfile: Path | None, launcher: str, min_hosts: int | None, max_restarts: int,
-    deadline: float, python: str, overrides: tuple[str, ...],
+    ranks: int | None,
+    hostfile: Path | None,
+    launcher: str,
+    min_hosts: int | None,
+    max_restarts: int,
+    deadline: float,
+    python: str,
+    overrides: tuple[str, ...],
 ) -> None:
     """Train under supervision: what fails is restarted, and the exit status is the run's.
 

@@ -1,16 +1,15 @@
-"""Keeps a run going: attempt after attempt, on the hosts that answer, until it has ended well. No mlx here."""
+"""Keeps a run going, attempt after attempt, on the hosts that answer, until it has ended well. No mlx."""
 
 import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_ring.attempt import Attempt, Outcome, Reports, mpirun_command, rank_program
-from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
+from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted
 from mlx_ring.host_file import Host, HostFile, read_hostfile
 from mlx_ring.launcher import HERE, AgentLink
 from mlx_ring.watch import Failure
@@ -62,7 +61,7 @@ class ElasticSupervisor:
         self._file = self._read_hosts()
 
     async def run(self) -> int:
-        """To the end. Returns the exit status. Raises: MlxRingError where it ends without a status of a rank."""
+        """To the end. Returns: the exit status. Raises: MlxRingError where no rank could be started."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled, number)
@@ -138,7 +137,9 @@ class ElasticSupervisor:
         needed = self._options.min_hosts or (len(names) if first else 1)
         if len(answering) < needed:
             why = "; ".join(problems) or "the others are set aside"
-            raise ClusterError(f"{len(answering)} of {len(names)} hosts answer and {needed} are needed: {why}")
+            raise ClusterError(
+                f"{len(answering)} of {len(names)} hosts answer and {needed} are needed: {why}"
+            )
         for problem in problems:
             self._note("host_lost", f"goes on without it: {problem}")
         return [host for host in self._file.hosts if host.ssh in answering]
@@ -174,7 +175,11 @@ class ElasticSupervisor:
             joined = sorted(name for name, problem in zip(idle, problems, strict=True) if not problem)
             gone = sorted(set(attempt.used) - listed)
             if (joined or gone) and self._attempt is attempt and attempt.watch.trains:
-                words = [f"{', '.join(names)} {what}" for names, what in ((joined, "joins"), (gone, "leaves")) if names]
+                words = [
+                    f"{', '.join(names)} {what}"
+                    for names, what in ((joined, "joins"), (gone, "leaves"))
+                    if names
+                ]
                 self._rearranging = "; ".join(words)
                 self._note("hosts_changed", self._rearranging, joined=joined, left=gone)
                 self._say(f"{self._rearranging}: the ranks save their state and start anew")
@@ -193,14 +198,18 @@ class ElasticSupervisor:
         """Set aside a host that keeps failing, where there are others."""
         if failure.host is None:
             return
-        name = next((name for name, link in self._links.items() if failure.host in (name, link.name)), failure.host)
+        name = next(
+            (name for name, link in self._links.items() if failure.host in (name, link.name)), failure.host
+        )
         record = self._record(name)
         record.failures = 1 if progress else record.failures + 1
         if record.failures >= SET_ASIDE_FAILURES and len({host.ssh for host in self._file.hosts}) > 1:
             seconds = SET_ASIDE_SECONDS * 2**record.times_set_aside
             record.set_aside_until = asyncio.get_running_loop().time() + seconds
             record.failures, record.times_set_aside = 0, record.times_set_aside + 1
-            self._note("host_set_aside", f"{name} keeps failing: it is tried again in {seconds:.0f} s")
+            self._note(
+                "host_set_aside", f"{failure.host} keeps failing: it is tried again in {seconds:.0f} s"
+            )
 
     # Restarts
 
@@ -232,7 +241,7 @@ class ElasticSupervisor:
     # Signals and words
 
     def _signalled(self, number: int) -> None:
-        """The first: finish the step, save, leave. The second: leave at once; a lost terminal is never one."""
+        """The first: finish the step, save, leave. The second, never SIGHUP: leave at once."""
         if self._stops and number == signal.SIGHUP:
             return
         self._stops += 1

@@ -12,6 +12,9 @@ A message is one line: what failed, where, both values, the remedy.
 """
 
 import errno
+import logging
+import sys
+import traceback
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 EXIT_COMPLETED = 0
@@ -85,3 +88,13 @@ def record_error(error: OSError) -> MlxRingError:
             f"the run's record cannot be written: {error}; make room, then the same command continues"
         )
     return ConfigError(f"the run's record cannot be written: {error}; mend it, or choose another run.dir")
+
+
+def whereabouts(error: BaseException) -> str:
+    """Where an unforeseen error arose. Its traceback is in this rank's log; before there is one, here."""
+    logs = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+    if not logs:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return ""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({place.filename}, line {place.lineno}); its traceback is in {logs[0].baseFilename}"

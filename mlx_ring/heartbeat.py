@@ -9,14 +9,20 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from mlx_ring.errors import ClusterError
 
 JOB = "MLX_RING_JOB_ID"  # of one attempt; equal on all its ranks
+LONGEST_FOLDER = 55  # characters: a socket's path has 103 at most (macOS)
 PULSE_SECONDS = 0.5
 LEASE_SECONDS = 12.0  # for which a rank, or an agent, goes on without the one that watches over it
 DONE = "done"  # the phase of a rank's last word
@@ -29,16 +35,20 @@ def agent_directory(job: str) -> Path:
     """
     network = Path("/proc/self/ns/net")
     number = network.stat().st_ino if network.exists() else 0
-    return Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{job}-{number}"
+    folder = tempfile.gettempdir()
+    short = folder if len(folder) <= LONGEST_FOLDER else "/tmp"
+    return Path(short) / f"mlx_ring-{os.getuid()}-{job}-{number}"
 
 
 class Heartbeat:
-    """The thread that reports. Ends when the agent does, with a call of `on_lost` from that thread."""
+    """The thread that reports. When the agent is gone it asks for an orderly stop, and ends the process
+    where that did not come about in time."""
 
     def __init__(
-        self, agent: Path, rank: int, observe: Callable[[], dict[str, Any]], on_lost: Callable[[], None]
+        self, agent: Path, rank: int, observe: Callable[[], dict[str, Any]], on_lost: Callable[[str], None]
     ) -> None:
-        """`observe` gives what to report, JSON values by name. Raises: OSError where no agent listens."""
+        """`observe` gives what to report, JSON values by name; `on_lost` is told why this process is about to
+        end without an orderly stop. Raises: OSError where no agent listens."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(agent))
         self._rank, self._observe, self._on_lost = rank, observe, on_lost
@@ -75,11 +85,24 @@ class Heartbeat:
                         self._notes.put(json.loads(line))
                 except TimeoutError:
                     self.report()
-        self._on_lost()
+        leave(self._on_lost)
+
+
+def leave(on_lost: Callable[[str], None]) -> NoReturn:
+    """Stop as after a signal; where that cannot be, in a collective that never ends, just end."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LEASE_SECONDS)
+    message = "its supervisor was lost, and no orderly stop was possible"
+    on_lost(message)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(ClusterError.exit_status)
 
 
 def connect(
-    environment: Mapping[str, str], rank: int, observe: Callable[[], dict[str, Any]], on_lost: Callable[[], None]
+    environment: Mapping[str, str],
+    rank: int,
+    observe: Callable[[], dict[str, Any]],
+    on_lost: Callable[[str], None],
 ) -> Heartbeat | None:
     """The heartbeat of a rank that an agent started; None for any other."""
     job = environment.get(JOB)
@@ -88,6 +111,5 @@ def connect(
         return None
     try:
         return Heartbeat(path, rank, observe, on_lost)
-    except OSError:
-        on_lost()  # it died in between
-        return None
+    except OSError:  # it died in between
+        leave(on_lost)

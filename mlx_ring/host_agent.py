@@ -8,7 +8,6 @@ and leaves. So whatever dies, no rank is left behind.
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -24,25 +23,13 @@ import psutil
 from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
 from mlx_ring.heartbeat import LEASE_SECONDS, agent_directory
+from mlx_ring.rank_processes import LINE_BYTES, RankProcess, end
+from mlx_ring.ring_addresses import port_lock
 from mlx_ring.run_status import RunStatus
 
-GRACE_SECONDS = 5.0  # between asking a rank to end and ending it
 PULSE_SECONDS = 0.5
-LINE_BYTES = 2**20  # of a rank's output, and of an order
 BACKLOG_BYTES = 2**24  # reports that nobody takes: further output is dropped
 Message = dict[str, Any]
-
-
-class Member:
-    """One process that was started: a rank, or mpirun with all of its ranks."""
-
-    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
-        self.name, self.process = name, process
-
-    def signal(self, number: int) -> None:
-        """To its whole process group: it leads one."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
 
 
 class HostAgent:
@@ -50,11 +37,12 @@ class HostAgent:
 
     def __init__(self, orders: asyncio.StreamReader, reports: asyncio.StreamWriter) -> None:
         self._orders, self._reports = orders, reports
-        self._members: list[Member] = []
+        self._processes: list[RankProcess] = []
         self._vitals: dict[int, Message] = {}  # by rank, as last reported
         self._ranks: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory: Path | None = None
+        self._ports: list[tuple[str, int]] = []  # given out
         self._server: asyncio.Server | None = None
 
     async def run(self) -> None:
@@ -66,7 +54,7 @@ class HostAgent:
                 await self._obey(order)
         finally:
             pulse.cancel()
-            await self._end_members()
+            await self._end()
             self._clean()
 
     async def _next_order(self) -> Message | None:
@@ -82,18 +70,20 @@ class HostAgent:
             case "ping":
                 pass
             case "ports":
-                self._report("ports", **_free_ports(order["address"], order["count"]))
+                found = _free_ports(order["address"], order["count"])
+                self._ports += [(order["address"], port) for port in found["ports"]]
+                self._report("ports", **found)
             case "start":
                 await self._start(order)
             case "signal":
-                for member in self._members:
-                    member.signal(signal.Signals[order["name"]])
+                for process in self._processes:
+                    process.signal(signal.Signals[order["name"]])
             case "dump":
                 self._dump()
             case "note":
                 self._note(order["events"])
             case "end":
-                await self._end_members()
+                await self._end()
                 self._clean()
                 self._report("ended")
             case "failed":
@@ -105,8 +95,8 @@ class HostAgent:
 
     async def _start(self, order: Message) -> None:
         """Start processes: each {name, command, environment}; `ring` is the content of MLX_HOSTFILE."""
+        _sweep()
         self._directory = agent_directory(order["job"])
-        shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(mode=0o700)
         self._server = await asyncio.start_unix_server(self._listen, self._directory / "ranks")
         if order["ring"]:
@@ -116,60 +106,32 @@ class HostAgent:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
         self._vitals.clear()
         for each in order["members"]:
+            own = inherited | order["environment"] | each["environment"]
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *each["command"], env=inherited | order["environment"] | each["environment"],
-                    stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE, limit=LINE_BYTES, start_new_session=True,
-                    preexec_fn=_die_with_parent,
-                )  # fmt: skip
+                process = await RankProcess.start(each["name"], each["command"], own)
             except OSError as error:
                 self._report("exit", name=each["name"], status=127, error=str(error), last=[])
                 continue
-            member = Member(each["name"], process)
-            self._members.append(member)
-            self._keep(self._watch(member))
-            self._report("started", name=member.name, pid=process.pid)
+            self._processes.append(process)
+            self._keep(self._watch(process))
 
-    async def _watch(self, member: Member) -> None:
-        """Until its process has ended and all it said is told."""
-        streams = {"out": member.process.stdout, "err": member.process.stderr}
-        reading = [asyncio.create_task(self._forward(member, *item)) for item in streams.items()]
-        status = await member.process.wait()
-        # A grandchild may hold the streams open.
-        await asyncio.wait(reading, timeout=1.0)
-        for task in reading:
-            task.cancel()
+    async def _watch(self, process: RankProcess) -> None:
+        """Until the process has ended and all it said is told."""
+
+        def tell(stream: str, text: str) -> None:
+            self._report("output", name=process.name, stream=stream, text=text)
+
+        status = await process.watch(tell)
         for _ in range(100):  # its last word may still be on the way
-            if not any(self._vitals[rank]["pid"] == member.process.pid for rank in self._ranks):
+            if not any(self._vitals[rank]["pid"] == process.pid for rank in self._ranks):
                 break
             await asyncio.sleep(0.01)
-        self._members.remove(member)
-        last = [vitals for vitals in self._vitals.values() if vitals["pid"] == member.process.pid]
-        self._report("exit", name=member.name, status=status, error="", last=last)
+        self._processes.remove(process)
+        last = [vitals for vitals in self._vitals.values() if vitals["pid"] == process.pid]
+        self._report("exit", name=process.name, status=status, error="", last=last)
 
-    async def _forward(self, member: Member, stream: str, reader: asyncio.StreamReader | None) -> None:
-        assert reader is not None
-        while True:
-            try:
-                line = await reader.readline()
-            except ValueError:  # longer than LINE_BYTES: the rest of it follows as further lines
-                line = b"(a line that is too long)\n"
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip("\n")
-            self._report("output", name=member.name, stream=stream, text=text)
-
-    async def _end_members(self) -> None:
-        """SIGTERM, some seconds, SIGKILL; the last also ends a stopped process."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for member in self._members:
-                member.signal(number)
-            if number == signal.SIGKILL:
-                self._kill_ranks()
-            while self._members and (number == signal.SIGKILL or time.monotonic() < deadline):
-                await asyncio.sleep(0.05)
+    async def _end(self) -> None:
+        await end(self._processes, self._kill_ranks)
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -230,15 +192,21 @@ class HostAgent:
         task.add_done_callback(self._tasks.discard)
 
     def _clean(self) -> None:
+        """No file is left, also none of ranks that were killed."""
+        for address, port in self._ports:
+            port_lock(address, port).unlink(missing_ok=True)
+        self._ports = []
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
 
-def _die_with_parent() -> None:
-    """In a new process on Linux: be killed when the agent is, even while stopped (man 2 prctl)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def _sweep() -> None:
+    """Remove what killed agents of this host left: directories in which nobody listens."""
+    for directory in agent_directory("*").parent.glob(agent_directory("*").name):
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(directory / "ranks")) != 0:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _process_state(pid: int) -> str:

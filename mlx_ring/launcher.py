@@ -5,13 +5,12 @@ import contextlib
 import json
 import shlex
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
 
 from mlx_ring.errors import ClusterError
-from mlx_ring.host_agent import LINE_BYTES
+from mlx_ring.rank_processes import LINE_BYTES
 
 READY_SECONDS = 20.0  # for ssh, Python and the first word
 PING_SECONDS = 2.0
@@ -30,9 +29,9 @@ class AgentLink:
     The last report of an agent is {"is": "closed"}, whatever ended it.
     """
 
-    def __init__(self, host: str, process: Process, reports: asyncio.Queue[tuple["AgentLink", Report]]) -> None:
+    def __init__(self, host: str, process: Process, reports: "Reports", python: str) -> None:
         self.host, self.name = host, host
-        self._process, self._reports = process, reports
+        self._process, self._reports, self._python = process, reports, python
         self._complaints: list[str] = []  # the last lines of stderr, ssh's own among them
         self.heard = asyncio.get_running_loop().time()
         self.open = True
@@ -40,7 +39,11 @@ class AgentLink:
 
     @staticmethod
     async def start(
-        host: str, reports: asyncio.Queue[tuple["AgentLink", Report]], *, python: str, environment: dict[str, str]
+        host: str,
+        reports: "Reports",
+        *,
+        python: str,
+        environment: dict[str, str],
     ) -> "AgentLink":
         """Returns once the agent has spoken. Raises: ClusterError naming the host and what is wrong there."""
         command = [python, "-m", "mlx_ring.host_agent"]
@@ -52,8 +55,8 @@ class AgentLink:
             )
         except OSError as error:
             raise ClusterError(f"host {host}: {command[0]} cannot be run: {error.strerror}") from None
-        own: asyncio.Queue[tuple[AgentLink, Report]] = asyncio.Queue()
-        link = AgentLink(host, process, own)
+        own: Reports = asyncio.Queue()
+        link = AgentLink(host, process, own, python)
         try:
             _, first = await asyncio.wait_for(own.get(), READY_SECONDS)
         except TimeoutError:
@@ -115,7 +118,7 @@ class AgentLink:
 
     def _why(self, status: int) -> str:
         said = "; ".join(filter(None, self._complaints))
-        folder, python = Path.cwd(), sys.executable
+        folder, python = Path.cwd(), self._python
         if status == NO_FOLDER:
             return f"it has no folder {folder}; mlx_ring works in the folder of the same name on every host"
         if status == NO_PYTHON:
@@ -123,6 +126,9 @@ class AgentLink:
         if status == SSH_FAILED:
             return f"ssh failed: {said or 'no reason given'}"
         return f"its agent ended with status {status}{': ' if said else ''}{said}"
+
+
+Reports = asyncio.Queue[tuple[AgentLink, Report]]
 
 
 def _remote(command: list[str], environment: dict[str, str]) -> str:

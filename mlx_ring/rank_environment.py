@@ -241,3 +241,15 @@ def use_bundled_open_mpi() -> None:
         if library.exists():
             os.environ["MLX_MPI_LIBNAME"] = str(library)
             return
+
+
+def abort_mpi(status: int) -> None:
+    """End the whole job: a rank that merely leaves would make the others wait in MPI for ever."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except ImportError:
+        return
+    MPI.COMM_WORLD.Abort(status)

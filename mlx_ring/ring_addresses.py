@@ -25,6 +25,11 @@ def refuse_public_addresses(environment: RankEnvironment) -> None:
                 )
 
 
+def port_lock(host: str, port: int) -> Path:
+    """The file by which a rank holds one of this host's ports."""
+    return Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
+
+
 def claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
     """Hold this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port.
 
@@ -36,9 +41,8 @@ def claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
     for host, port in environment.ring_addresses[environment.rank]:
         where = f"rank {environment.rank} on {socket.gethostname()}: port {port} of {host}"
         remedy = "end that process or choose other ports (mlx.launch --starting-port)"
-        path = Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
         try:
-            locks.append(ProcessLock(path))
+            locks.append(ProcessLock(port_lock(host, port)))
         except LockHeld as held:
             raise ClusterError(f"{where} is in use by {held.holder}; {remedy}") from None
         with socket.socket() as probe:

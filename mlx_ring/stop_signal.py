@@ -5,8 +5,11 @@ A Python signal handler does not run while the main thread waits in a collective
 read from a pipe by a thread of its own.
 """
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -42,3 +45,10 @@ class StopSignal:
             signal.signal(number, handler if number == signal.SIGINT else signal.SIG_IGN)
         os.close(self._writer)
         self._thread.join()
+
+
+def stay_awake() -> None:
+    """Keep a Mac from idle sleep as long as this process lives; a closed lid it cannot keep awake."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            subprocess.Popen(["caffeinate", "-ims", "-w", str(os.getpid())])

@@ -6,11 +6,9 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
@@ -32,12 +30,13 @@ from mlx_ring.composition import (
 from mlx_ring.config import RunConfig
 from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
-from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError
-from mlx_ring.heartbeat import DONE, LEASE_SECONDS, Heartbeat
-from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
+from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError, whereabouts
+from mlx_ring.heartbeat import DONE, Heartbeat
+from mlx_ring.rank_environment import RankEnvironment, abort_mpi, use_bundled_open_mpi
 from mlx_ring.ring_addresses import refuse_public_addresses
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.run_status import RunStatus
+from mlx_ring.stop_signal import stay_awake
 
 if TYPE_CHECKING:
     from mlx_ring.communicator import Communicator
@@ -82,15 +81,10 @@ class Process:
         if self._heartbeat is not None:
             self._heartbeat.report()
 
-    def _unwatched(self) -> None:
-        """The supervisor is gone: stop as after a signal, or else just end. In the heartbeat's thread."""
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(LEASE_SECONDS)
-        message = "the supervisor was lost, and no orderly stop was possible"
+    def _unwatched(self, message: str) -> None:
+        """The supervisor was lost. In the heartbeat's thread, before this process ends."""
         if self.coordinator is not None:
             RunStatus.mark_failed(self.coordinator.directory.path, job=self.coordinator.job, message=message)
-        print(f"error: rank {self.environment.rank}: {message}", file=sys.stderr, flush=True)
-        os._exit(ClusterError.exit_status)
 
     def join(self, root: DictConfig) -> "Communicator":
         """The group, joined at the first call: Hydra first needs a directory that all agree on.
@@ -176,9 +170,7 @@ class Process:
             if config is not None:
                 assert self.directory is not None
                 files = hydra_files(composed)
-                self.coordinator = Coordinator(
-                    config, communicator, self.directory, files, self._heartbeat
-                )
+                self.coordinator = Coordinator(config, communicator, self.directory, files, self._heartbeat)
             self.agree_on_command(composed)
             communicator.agree_on_error(error)
             assert config is not None and self.coordinator is not None
@@ -202,6 +194,8 @@ class Process:
 
         Collective: every rank must call where the error is an agreed one, so that rank 0 speaks first.
         """
+        if self._heartbeat is not None:
+            self._heartbeat.report()
         error = self._met(understood(error, self.directory, before_run=self.coordinator is None))
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -221,7 +215,7 @@ class Process:
                 f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
             )
             if not known:
-                message += _whereabouts(error)
+                message += whereabouts(error)
             print(f"error: {where}{message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -233,7 +227,7 @@ class Process:
             with contextlib.suppress(MlxRingError):
                 self.communicator.barrier()
         elif self.environment.backend == "mpi":
-            _abort_mpi(status)
+            abort_mpi(status)
         os._exit(status)
 
     def _met(self, error: BaseException) -> BaseException:
@@ -297,40 +291,11 @@ class Process:
             )
 
 
-def _whereabouts(error: BaseException) -> str:
-    """Where an unforeseen error arose. Its traceback is in this rank's log; before there is one, here."""
-    logs = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
-    if not logs:
-        sys.excepthook(type(error), error, error.__traceback__)
-        return ""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f" ({place.filename}, line {place.lineno}); its traceback is in {logs[0].baseFilename}"
-
-
-def _abort_mpi(status: int) -> None:
-    """End the whole job: a rank that merely leaves would make the others wait in MPI for ever."""
-    try:
-        import mpi4py
-
-        mpi4py.rc.initialize = mpi4py.rc.finalize = False
-        from mpi4py import MPI
-    except ImportError:
-        return
-    MPI.COMM_WORLD.Abort(status)
-
-
-def _stay_awake() -> None:
-    """Keep a Mac from idle sleep as long as this process lives."""
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError):
-            subprocess.Popen(["caffeinate", "-ims", "-w", str(os.getpid())])
-
-
 def main() -> NoReturn:
     """The installed command `train.py`."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where every thread is, to stderr
-    _stay_awake()
+    stay_awake()
     logging.getLogger().setLevel(logging.INFO)
     logging.getLogger().addHandler(logging.NullHandler())  # the run adds a file; the console is the tracker's
     process = Process()

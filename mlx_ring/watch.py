@@ -1,4 +1,4 @@
-"""What a supervisor makes of the reports of ranks and hosts: who progresses, and who is to blame. No mlx here.
+"""What a supervisor makes of the reports of ranks and hosts: who progresses, who is to blame. No mlx here.
 
 Nothing here waits or acts: it is fed with reports and a clock, and asked.
 """
@@ -26,7 +26,8 @@ class Rank:
     """What is known of one rank."""
 
     rank: int
-    host: str
+    host: str  # as ssh calls it
+    host_name: str  # as it is told
     vitals: Vitals = field(default_factory=dict[str, Any])
     changed: float = 0.0  # when it last progressed
     last_words: str = ""  # its last line that begins with "error:"
@@ -35,7 +36,7 @@ class Rank:
 
     @property
     def name(self) -> str:
-        return f"rank {self.rank} on {self.host}"
+        return f"rank {self.rank} on {self.host_name}"
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -102,7 +103,11 @@ class Watch:
         rank.vitals = vitals
         if rank.place != before:
             rank.changed = now
-        if rank.rank == 0 and rank.phase in TRAINING and (not self._steps or self._steps[-1][1] != vitals["step"]):
+        if (
+            rank.rank == 0
+            and rank.phase in TRAINING
+            and (not self._steps or self._steps[-1][1] != vitals["step"])
+        ):
             self._steps.append((now, int(vitals["step"])))
 
     def deadline(self) -> float:
@@ -137,7 +142,11 @@ class Watch:
 
         One that only lost a peer is a witness; one that left with status 0 in the middle of a run is not.
         """
-        bad = [rank for rank in ended if rank.status != EXIT_STOPPED and not (rank.status == 0 and rank.phase == DONE)]
+        bad = [
+            rank
+            for rank in ended
+            if rank.status != EXIT_STOPPED and not (rank.status == 0 and rank.phase == DONE)
+        ]
         if not bad:
             return None
         witnesses = [rank for rank in bad if rank.status == ClusterError.exit_status]
@@ -163,9 +172,10 @@ class Watch:
         behind = [rank for rank in self.ranks if rank.calls < furthest]
         mute = [rank for rank in self.ranks if rank.vitals.get("heard", 0) > 5]
         if not (suspects := stopped or absent or mute or behind):
-            call = self.ranks[0].vitals.get("call") or "no collective"
-            message = f"no rank has progressed for {still:.0f} s: all are in {call} {furthest}, phase {self.ranks[0].phase}"
-            return Failure(message=f"{message}; the network between them, or a deadlock", status=3, event="hang")
+            first = self.ranks[0]
+            place = f"{first.vitals.get('call') or 'no collective'} {furthest}, phase {first.phase}"
+            message = f"no progress for {still:.0f} s: all ranks are in {place}: the network, or a deadlock"
+            return Failure(message=message, status=ClusterError.exit_status, event="hang")
         rank = suspects[0]
         if rank in stopped:
             cause = "process stopped"
@@ -175,7 +185,8 @@ class Watch:
             cause = "it has gone silent"
         else:
             cause = f"it is still at {rank.vitals.get('call') or 'computing'}"
-        waits = f"never entered collective {furthest}" if rank.calls < furthest else f"holds up collective {furthest}"
-        message = f"{rank.name} {waits}: {cause} (step {rank.vitals.get('step', 0)}, phase {rank.phase})"
-        message = f"no progress for {still:.0f} s: {message}"
-        return Failure(message=message, status=3, host=rank.host, rank=rank.rank, event="hang")
+        waits = f"{'never entered' if rank.calls < furthest else 'holds up'} collective {furthest}"
+        place = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
+        message = f"no progress for {still:.0f} s: {rank.name} {waits}: {cause} ({place})"
+        status = ClusterError.exit_status
+        return Failure(message=message, status=status, host=rank.host, rank=rank.rank, event="hang")

@@ -15,8 +15,9 @@ class Samples:
     """32 easy samples; the fault happens when this rank's loader reaches the batch that starts at
     `at_call`."""
 
-    def __init__(self, fault: str, rank: int, at_call: int, repeats: int) -> None:
+    def __init__(self, fault: str, rank: int, at_call: int, repeats: int, once: bool = False) -> None:
         self.fault, self.at_call, self.repeats, self.calls = fault, at_call, repeats, 0
+        self.once = once
         self.mine = int(os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == rank
 
     def __len__(self) -> int:
@@ -27,12 +28,21 @@ class Samples:
         self.calls += trains
         inputs = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)[indices]
         due = trains and self.mine and self.at_call <= self.calls < self.at_call + self.repeats
+        if due and self.once:  # also over restarts
+            due = not Path("faulted").exists()
+            Path("faulted").touch()
         if due and self.fault == "not_finite":
             inputs = inputs * np.nan
         elif due and self.fault == "raise":
             raise RuntimeError("the disk caught fire")
         elif due and self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif due and self.fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif due and self.fault == "exit":
+            os._exit(0)
+        elif due and self.fault == "wait":
+            threading.Event().wait()
         elif due and self.fault == "tell":
             Path("reached").touch()
         elif due and self.fault == "pause":
@@ -43,10 +53,12 @@ class Samples:
         return inputs, np.where(unlabelled, -1, indices % 3).astype(np.int32)
 
 
-def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1) -> Dataset:
+def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1, once: bool = False) -> Dataset:
     spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
     calm = Samples("", rank, 0, 0)
-    return Dataset(spec=spec, digest="0" * 64, train=Samples(fault, rank, at_call, repeats), held_out=calm)
+    return Dataset(
+        spec=spec, digest="0" * 64, train=Samples(fault, rank, at_call, repeats, once), held_out=calm
+    )
 
 
 def slow() -> Dataset:
