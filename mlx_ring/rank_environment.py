@@ -3,8 +3,6 @@
 Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies of SIGFPE. No mlx here.
 """
 
-import ipaddress
-import json
 import os
 import re
 import sys
@@ -15,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from mlx_ring.errors import ClusterError, ConfigError
+from mlx_ring.host_json import check_ring_ip, read_json, shown
 
 Address = tuple[str, int]  # IPv4 address, port
 
@@ -143,28 +142,9 @@ def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
     )
 
 
-def _read_json(path: str, name: str) -> object:
-    """The file behind an environment variable; None where it is empty (`mlx.launch -n 1` writes that)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} names {path}, which cannot be read: {error}") from None
-    if not text.strip():
-        return None
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{name} names {path}, which is not JSON at {where}: {error.msg}") from None
-    except RecursionError:
-        raise ConfigError(
-            f"{name} names {path}, which is not a list of hosts: it is nested too deeply"
-        ) from None
-
-
 def _jaccl_world_size(environment: Mapping[str, str]) -> int:
     path = environment.get("MLX_IBV_DEVICES")
-    devices = _read_json(path, "MLX_IBV_DEVICES") if path else None
+    devices = read_json(path, f"MLX_IBV_DEVICES names {path}, which") if path else None
     if not isinstance(devices, list) or not devices:
         raise ConfigError(
             "MLX_IBV_DEVICES must list the RDMA devices of every rank; mlx.launch --backend jaccl does"
@@ -174,7 +154,7 @@ def _jaccl_world_size(environment: Mapping[str, str]) -> int:
 
 def _ring_addresses(path: str) -> list[list[Address]]:
     """The ring's addresses by rank, checked. Empty for one rank."""
-    hosts = _read_json(path, "MLX_HOSTFILE") if path else None
+    hosts = read_json(path, f"MLX_HOSTFILE names {path}, which") if path else None
     if hosts is None:
         return []
     if not isinstance(hosts, list) or not hosts:
@@ -207,7 +187,7 @@ def _ring_addresses(path: str) -> list[list[Address]]:
 def _host_addresses(path: str, rank: int, entry: object) -> list[Address]:
     where = f"MLX_HOSTFILE {path}, rank {rank}"
     if not isinstance(entry, list) or not entry:
-        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {json.dumps(entry)[:80]}')
+        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {shown(entry)}')
     return [_address(where, item) for item in entry]
 
 
@@ -215,18 +195,7 @@ def _address(where: str, item: object) -> Address:
     host, _, port = str(item).rpartition(":")
     if not host:
         raise ConfigError(f"{where}: {item!r} is not of the form ip:port")
-    try:
-        ip = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        raise ConfigError(f"{where}: {host!r} is not an IP address; the ring takes no host names") from None
-    if ip.version == 6:
-        raise ConfigError(
-            f"{where}: {host} is IPv6, which the ring does not support; use the host's IPv4 address"
-        )
-    if ip.is_unspecified:
-        raise ConfigError(
-            f"{where}: {host} is no address of a host; the ring's traffic is neither encrypted nor signed"
-        )
+    check_ring_ip(where, host)
     if re.fullmatch(r"[0-9]{1,5}", port) is None or not 1 <= int(port) <= 65535:
         raise ConfigError(f"{where}: the port must be between 1 and 65535; got {port!r}")
     return host, int(port)

@@ -1,4 +1,4 @@
-"""`mlx.launch --hostfile … train.py` literally, over real ssh between two emulated hosts."""
+"""`mlx.launch --hostfile … train.py` literally, over real ssh between three emulated hosts."""
 
 import json
 import shutil
@@ -24,20 +24,19 @@ def launch(folder: Path, hosts: Cluster, *overrides: str, first: str | None = No
     return command(hosts.inside(1, line), folder)
 
 
-@pytest.mark.timeout(300)
-def test_two_hosts(tmp_path: Path) -> None:
-    with Cluster(tmp_path, 2) as hosts:
-        ranks = launch(tmp_path, hosts, "run.dir=run")
-        assert (tmp_path / "run/status.json").exists(), ranks.report()
-        final = status(tmp_path)
-        assert final["state"] == "completed" and final["world_size"] == 2, ranks.report()
-        assert final["backend"] == "ring" and len(final["hosts"]) == 2
-        assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
-        assert (tmp_path / "run/logs/rank_1.log").exists()
+def test_three_hosts(tmp_path: Path) -> None:
+    with Cluster(tmp_path, 3) as hosts:
+        # mlx.launch starts 127.0.0.1 without ssh, the others with it
+        ranks = launch(tmp_path, hosts, first="127.0.0.1")
         # a run directory of rank 0's own clock is agreed over the wire: one directory, not one a host
-        ranks = launch(tmp_path, hosts, first="127.0.0.1")  # which mlx.launch starts without ssh
         folders = list((tmp_path / "outputs").iterdir())
-        assert len(folders) == 1 and status(tmp_path / "outputs", folders[0].name)["state"] == "completed"
-        # a user's mistake is told once more over ssh, by status and by words
+        assert len(folders) == 1, ranks.report()
+        run = folders[0].relative_to(tmp_path)
+        final = status(tmp_path, str(run))
+        assert final["state"] == "completed" and final["world_size"] == 3, ranks.report()
+        assert final["backend"] == "ring" and len(final["hosts"]) == 3
+        assert [row["step"] for row in rows(tmp_path, "train", str(run))] == [1, 2, 3, 4, 5, 6]
+        assert all((folders[0] / f"logs/rank_{rank}.log").exists() for rank in range(3))
+        # a user's mistake is told once more over ssh, by status and by words; here all of it is over ssh
         ranks = launch(tmp_path, hosts, "run.dir=wrong", "trainer.micro_batch_size=32")
-        assert "2 ranks cannot share 1 micro-batches" in ranks.report()
+        assert "3 ranks cannot share 1 micro-batches" in ranks.report()
