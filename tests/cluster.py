@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces joined by a bridge in one more, an sshd in each, real ssh.
+"""Hosts on one machine: network namespaces joined by a switch in one more, an sshd in each, real ssh.
 
 `ip netns exec` mounts /etc/netns/NAME over /etc, so that keys and ssh settings are each host's own and the
 user's are never touched. Nothing is attached to a real network. The hosts share the kernel, the clock, the
@@ -13,14 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from switch import NAMESPACES, Bridge, UserSpaceSwitch, run
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-NAMESPACES, SETTINGS = Path("/run/netns"), Path("/etc/netns")
+SETTINGS = Path("/etc/netns")  # of hosts, by namespace
 ENVIRONMENT_PATH = os.pathsep.join([str(Path(sys.executable).parent), "/usr/bin", "/bin"])
 
 SSH_CONFIG = """Host {network}.*
@@ -62,11 +63,14 @@ class Cluster:
     made is removed when the context ends, or when this process does, however it ends.
     """
 
-    def __init__(self, folder: Path, hosts: int, private: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, folder: Path, hosts: int, private: Sequence[Path] = (), *, user_space_switch: bool = False
+    ) -> None:
         """`folder` takes the hosts' logs and disks, and lies in none of the private directories."""
         self._folder, self._private = folder.resolve(), [path.resolve() for path in private]
         assert not any(self._folder.is_relative_to(path) for path in self._private)
         self._numbers = range(1, hosts + 1)
+        self._switch_class = UserSpaceSwitch if user_space_switch else Bridge
         self._sshd: dict[int, int] = {}  # process by host
 
     def __enter__(self) -> "Cluster":
@@ -76,11 +80,12 @@ class Cluster:
         self._guard = subprocess.Popen(
             [sys.executable, __file__, self.name], stdin=subprocess.PIPE, start_new_session=True
         )
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._await_guard)
+            self._switch = self._switch_class(self._host(0))
+            undo.callback(self._switch.close)
             self._up()
-        except BaseException:
-            self.down()
-            raise
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,6 +93,9 @@ class Cluster:
 
     def down(self) -> None:
         """Remove all that was made, but for files in `folder`."""
+        self._undo.close()
+
+    def _await_guard(self) -> None:
         self._guard.communicate()
         assert self._guard.returncode == 0, f"cluster {self.name} could not be removed"
 
@@ -95,6 +103,7 @@ class Cluster:
 
     def inside(self, number: int, command: Sequence[str]) -> list[str]:
         """The command that runs `command` on host `number`, in the directory where it is given."""
+        assert number in self._sshd, f"host {number} has crashed"
         enter = f"nsenter --target {self._sshd[number]} --net --mount"
         return ["sh", "-c", f'exec {enter} -- env --chdir="$PWD" "$@"', "sh", *command]
 
@@ -117,17 +126,17 @@ class Cluster:
 
     def cut(self, number: int) -> None:
         """Pull the host's cable at the switch: both sides hear nothing, no FIN, no RST."""
-        _run("ip", "-n", self._host(0), "link", "set", f"port{number}", "nomaster")
+        self._switch.cut(number)
 
     def heal(self, number: int) -> None:
-        _run("ip", "-n", self._host(0), "link", "set", f"port{number}", "master", "bridge")
+        self._switch.heal(number)
 
     def link_down(self, number: int) -> None:
         """Take down the host's own interface: the host knows that it has no network."""
-        _run("ip", "-n", self._host(number), "link", "set", "eth0", "down")
+        run("ip", "-n", self._host(number), "link", "set", "eth0", "down")
 
     def link_up(self, number: int) -> None:
-        _run("ip", "-n", self._host(number), "link", "set", "eth0", "up")
+        run("ip", "-n", self._host(number), "link", "set", "eth0", "up")
 
     def crash(self, number: int) -> None:
         """As a loss of power: nobody hears of it, no process is left."""
@@ -149,6 +158,11 @@ class Cluster:
             if done.returncode != 0:
                 raise NotImplementedError(f"{line}: {done.stderr}")
 
+    def delay(self, milliseconds: float, loss_percent: float = 0) -> None:
+        """Delay every frame, one way, and lose some. For a cluster with the user-space switch."""
+        assert isinstance(self._switch, UserSpaceSwitch)
+        self._switch.delay(milliseconds, loss_percent)
+
     # Up
 
     def _host(self, number: int) -> str:
@@ -159,25 +173,20 @@ class Cluster:
         (self._folder / "tmp").mkdir(exist_ok=True)
         for path in self._private:
             path.mkdir(parents=True, exist_ok=True)
-        switch = self._host(0)
-        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", switch, "link", "set", "bridge", "up")
         _keygen(self._folder / "id")
         for number in self._numbers:
-            self._plug_in(number, self._host(number), switch)
+            self._plug_in(number, self._host(number))
             self._set_up_ssh(number, SETTINGS / self._host(number))
         for number in self._numbers:
             shutil.copy(self._folder / "known_hosts", SETTINGS / self._host(number) / "ssh")
             self._start_sshd(number)
 
-    def _plug_in(self, number: int, host: str, switch: str) -> None:
-        _run("ip", "netns", "add", host)
-        _run("ip", "-n", host, "link", "set", "lo", "up")
-        port = ["link", "add", f"port{number}", "netns", switch, "type", "veth"]
-        _run("ip", *port, "peer", "name", "eth0", "netns", host)
-        _run("ip", "-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
-        _run("ip", "-n", host, "addr", "add", f"{self.addresses[number - 1]}/24", "dev", "eth0")
-        _run("ip", "-n", host, "link", "set", "eth0", "up")
+    def _plug_in(self, number: int, host: str) -> None:
+        run("ip", "netns", "add", host)
+        run("ip", "-n", host, "link", "set", "lo", "up")
+        self._switch.plug_in(number, host)
+        run("ip", "-n", host, "addr", "add", f"{self.addresses[number - 1]}/24", "dev", "eth0")
+        run("ip", "-n", host, "link", "set", "eth0", "up")
 
     def _set_up_ssh(self, number: int, etc: Path) -> None:
         address = self.addresses[number - 1]
@@ -203,7 +212,7 @@ class Cluster:
         log, running = self._folder / f"sshd-{number}.log", self._folder / f"sshd-{number}.pid"
         running.unlink(missing_ok=True)
         script += f"exec {SSHD} -f /etc/ssh/sshd_config -E {shlex.quote(str(log))}"
-        _run("ip", "netns", "exec", self._host(number), "sh", "-c", script)
+        run("ip", "netns", "exec", self._host(number), "sh", "-c", script)
         # written once it listens
         wait_until(lambda: running.exists() and running.read_text().endswith("\n"), f"sshd runs: see {log}")
         self._sshd[number] = int(running.read_text())
@@ -226,13 +235,8 @@ def _claim() -> tuple[str, str]:
     raise AssertionError(f"no network namespace could be made: {done.stderr}")
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-
-
 def _keygen(path: Path) -> None:
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path))
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path))
 
 
 def _pids(host: str) -> list[int]:
@@ -259,7 +263,7 @@ def _remove(name: str) -> None:
         _kill(host)
     for host in sorted(hosts, reverse=True):  # the switch, which holds the name, is the last
         shutil.rmtree(SETTINGS / host, ignore_errors=True)
-        _run("ip", "netns", "del", host)
+        run("ip", "netns", "del", host)
 
 
 if __name__ == "__main__":

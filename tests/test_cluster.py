@@ -121,7 +121,7 @@ def test_a_rate_is_kept(hosts: Cluster) -> None:
     except NotImplementedError as error:
         pytest.skip(str(error))
     # two megabytes at a megabyte a second, less the burst
-    timed = "python3 -c \"import sys; sys.stdout.write('x' * 2_000_000)\""
+    timed = "head -c 2000000 /dev/zero | tr '\\0' x"
     began = os.times().elapsed
     assert len(ssh(hosts, timed, to=2).stdout) == 2_000_000
     assert os.times().elapsed - began > 1.5
@@ -177,6 +177,30 @@ def test_two_clusters_at_once_and_nothing_is_left_of_either(tmp_path: Path, host
         second.wait()
         wait_until(lambda: traces(other, tmp_path / "second") == [], f"cluster {other} is removed")
     assert reached(hosts, to=2)
+
+
+def test_the_user_space_switch_delays_loses_and_cuts(tmp_path: Path) -> None:
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("this kernel has no tap devices")
+    connect = "import socket, sys, time; began = time.monotonic(); "
+    connect += "socket.create_connection((sys.argv[1], 22), 20).close(); print(time.monotonic() - began)"
+
+    def connecting_seconds() -> float:
+        line = hosts.inside(1, [sys.executable, "-c", connect, hosts.addresses[1]])
+        return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+    with Cluster(tmp_path, 2, user_space_switch=True) as hosts:
+        assert min(connecting_seconds() for _ in range(3)) < 0.3
+        hosts.delay(150)  # there and back
+        assert connecting_seconds() >= 0.3
+        hosts.delay(0, loss_percent=100)
+        assert times_out(hosts, to=2)
+        hosts.delay(0)
+        hosts.cut(2)
+        assert times_out(hosts, to=2)
+        hosts.heal(2)
+        assert reached(hosts, to=2)
+    assert traces(hosts.name, tmp_path) == []
 
 
 def test_a_failure_within_leaves_nothing(tmp_path: Path) -> None:
