@@ -73,8 +73,9 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             stopped = False
-            self._run, self.phase = run, "training"
+            self._run, self.phase = run, "first step"  # which is compiled, and may take long
             for result in run.trainer.steps():
+                self.phase = "training"
                 plan = self.follow(run, result)
                 stopped = plan.stop and result.step < self._config.trainer.steps
                 if plan.stop:

@@ -92,7 +92,7 @@ class Watch:
     @property
     def trains(self) -> bool:
         """Whether a first step of this attempt is done: what takes long for good reasons is over."""
-        return len(self._steps) > 1 and all(rank.phase in TRAINING for rank in self.ranks)
+        return all(rank.phase in TRAINING for rank in self.ranks)
 
     def hear(self, vitals: Vitals, now: float) -> None:
         """A rank's report, as its agent passed it on."""
@@ -114,6 +114,8 @@ class Watch:
         """Seconds without progress after which the run hangs."""
         if not self.trains:
             return max(START_SECONDS, self._deadline_seconds)
+        if len(self._steps) < 2:
+            return self._deadline_seconds
         (start, first), (end, last) = self._steps[0], self._steps[-1]
         usual = (end - start) / max(1, last - first)
         return max(self._deadline_seconds, HANG_STEPS * usual)
