@@ -238,7 +238,6 @@ class Coordinator:
         if self._communicator.broadcast_object(self._saved_step is None):
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
             self._save(run, self._evaluate(run))
-
         assert self._copies is not None
         failures = self._copies.failures()
 

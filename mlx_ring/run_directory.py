@@ -23,7 +23,7 @@ def is_record_name(name: str) -> bool:
     elsewhere."""
     folder, _, file = name.rpartition("/")
     plain = checkpoint_format.FILE_NAME.fullmatch(file) is not None
-    return plain and (folder in RECORD_FOLDERS if folder else file in RECORD_FILES)
+    return name in RECORD_FILES or (folder in RECORD_FOLDERS and plain)
 
 
 class RunDirectory:
