@@ -5,6 +5,7 @@ disk's writer saves its own memory, with rank 0's facts, after the rows of the r
 """
 
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.disks import find_writers
 from mlx_ring.errors import ClusterError, MlxRingError, agreed
-from mlx_ring.file_transfer import Part, Writing, send
+from mlx_ring.file_transfer import Part, Writing, read, send
 from mlx_ring.newest_copy import bring_newest
 from mlx_ring.record_copy import RecordCopy
 from mlx_ring.run_directory import RunDirectory, is_record_name
 
 Arrays = dict[str, mx.array]
+SMALL_BYTES = 2**20  # what the record gained since the last save, where it travels with the facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +90,14 @@ class Copies:
         call."""
         if not self._exist:
             return []
-        own = {"failures": self._copy.failures(), "held": self._copy.held} if self._copy else None
+        failures = self._copy.failures() if self._copy else []
+        some: Any = self._communicator.all_sum(mx.array([len(failures)], dtype=mx.int32)).item()
+        if not some:  # as ever: one number was all there was to say
+            return []
+        own = {"failures": failures, "held": self._copy.held} if self._copy else None
         table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
         rows = {rank: row for rank, row in enumerate(table) if row is not None}
-        names = set[str]().union(*(row["held"] for row in rows.values()))
-        self._held = {name: min(row["held"].get(name, 0) for row in rows.values()) for name in names}
+        self._held = {name: min(row["held"].get(name, 0) for row in rows.values()) for name in self._held}
         return [
             CopyFailure(step=step, rank=rank, host=hosts[rank], reason=reason)
             for rank, row in rows.items()
@@ -118,7 +123,7 @@ class Copies:
         They are not worth an error: a run that resumes would do without them, too.
         """
         if self._exist:
-            with contextlib.suppress(ClusterError):
+            with contextlib.suppress(MlxRingError):
                 self._bring_record({})
 
     def close(self) -> None:
@@ -128,16 +133,28 @@ class Copies:
 
     def _bring_record(self, facts: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """What the record's files gained, and rank 0's facts. Returns: these; whether it is kept here."""
-        communicator = self._communicator
-        sizes = self._directory.record_sizes() if communicator.rank == 0 else {}
-        facts, sizes = communicator.broadcast_object([facts, sizes])
+        communicator, folder, packet = self._communicator, self._directory.path, b""
+        if communicator.rank == 0:
+            sizes = self._directory.record_sizes()
+            gained = self._gained(sizes)
+            small = sum(part.size for part in gained) <= SMALL_BYTES
+            packet = json.dumps([facts, sizes]).encode() + b"\n" + (read(folder, gained) if small else b"")
+        head, _, content = communicator.broadcast_bytes(packet).partition(b"\n")
+        facts, sizes = json.loads(head)
         for name in sizes:
             if not is_record_name(name):
                 raise agreed(ClusterError(f"rank 0 sent {name!r}, which is no file of a run's record"))
-        written = Writing(self._directory.path) if self._copy is not None else None
-        parts = [Part(name, min(self._held.get(name, 0), size), size) for name, size in sizes.items()]
-        send(communicator, parts, root=0, source=self._directory.path, target=written)
+        gained, self._held = self._gained(sizes), sizes
+        written = Writing(folder) if self._copy is not None else None
+        if not content:
+            send(communicator, gained, root=0, source=folder, target=written)
         if self._copy is None or written is None:
             return facts, False
+        if content:
+            written.write_all(gained, content)
         step = facts["progress"]["step"] if facts else 0
         return facts, self._copy.keep_record(step, written, sizes)
+
+    def _gained(self, sizes: dict[str, int]) -> list[Part]:
+        """What not every copy has of files of these sizes."""
+        return [Part(name, min(self._held.get(name, 0), size), size) for name, size in sizes.items()]

@@ -44,6 +44,13 @@ class Writing:
         except OSError as error:
             self.failure = error
 
+    def write_all(self, message: list[Part], content: bytes) -> None:
+        """Put each part of a message in its place; `content` is what `read` gave."""
+        offset = 0
+        for part in message:
+            self.write(part, content[offset : offset + part.size])
+            offset += part.size
+
     def end(self, sizes: dict[str, int]) -> None:
         """Bring each of these files to its size and onto the disk. Raises: OSError, also an earlier one."""
         if self.failure is not None:
@@ -65,7 +72,7 @@ def send(
     its `failure`.
     """
     for message in _messages(parts):
-        content = _read(source, message) if communicator.rank == root else b""
+        content = read(source, message) if communicator.rank == root else b""
         content = communicator.broadcast_bytes(content, root)
         if len(content) != sum(part.size for part in message):
             raise agreed(
@@ -74,11 +81,8 @@ def send(
                     "hosts need a copy of; mend its disk, or start without that host"
                 )
             )
-        offset = 0
-        for part in message:
-            if target is not None:
-                target.write(part, content[offset : offset + part.size])
-            offset += part.size
+        if target is not None:
+            target.write_all(message, content)
 
 
 def _messages(parts: Iterable[Part]) -> Iterator[list[Part]]:
@@ -99,8 +103,8 @@ def _messages(parts: Iterable[Part]) -> Iterator[list[Part]]:
         yield message
 
 
-def _read(folder: Path, message: list[Part]) -> bytes:
-    """Too few bytes where they cannot be read: the others, who wait for them, then know."""
+def read(folder: Path, message: list[Part]) -> bytes:
+    """The bytes of parts, one after the other; none where not all can be read, for the others to see."""
     content: list[bytes] = []
     try:
         for part in message:
@@ -109,7 +113,8 @@ def _read(folder: Path, message: list[Part]) -> bytes:
                 content.append(file.read(part.size))
     except OSError:
         return b""
-    return b"".join(content)
+    complete = [len(each) for each in content] == [part.size for part in message]
+    return b"".join(content) if complete else b""
 
 
 def _open(path: Path) -> int:

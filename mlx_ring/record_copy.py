@@ -69,7 +69,7 @@ class RecordCopy:
         Returns: whether that went well.
         """
         try:
-            written.end(sizes)
+            written.end({name: size for name, size in sizes.items() if self.held.get(name) != size})
             self._directory.keep_only(sizes)
         except OSError as error:
             self.failed(step, f"the record cannot be written: {error}")

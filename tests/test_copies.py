@@ -266,7 +266,7 @@ def after_half(self, part, content, write=file_transfer.Writing.write):
 if "{who}" == "receiver":
     file_transfer.Writing.write = after_half
 else:
-    file_transfer._read = killed
+    file_transfer.read = killed
 main()
 """
 
