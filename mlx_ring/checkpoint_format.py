@@ -275,6 +275,16 @@ def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any
     return None, {}, problems
 
 
+def replace(checkpoints: Path, step: int, complete: Path) -> None:
+    """Make a directory that verifies the checkpoint of a step, where another may be. Raises: OSError."""
+    final = step_directory(checkpoints, step)
+    _sync(complete)
+    if final.exists():
+        remove(final)
+    complete.rename(final)
+    _sync(checkpoints)
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint so that a half-deleted one never bears a checkpoint's name."""
     doomed = path.with_name(f".del-{path.name}-{os.getpid()}")

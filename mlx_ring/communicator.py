@@ -160,13 +160,13 @@ class Communicator:
             mx.eval([received[name] for name in names])
         return {name: received[name] for name in arrays}
 
-    def broadcast_bytes(self, content: bytes) -> bytes:
-        """Rank 0's bytes. Collective: every rank must call; what the others give is not read."""
+    def broadcast_bytes(self, content: bytes, root: int = 0) -> bytes:
+        """Rank `root`'s bytes. Collective: every rank must call; what the others give is not read."""
         if self.world_size == 1:
             return content
-        length = mx.array([len(content) if self.rank == 0 else 0], dtype=mx.int32)
+        length = mx.array([len(content) if self.rank == root else 0], dtype=mx.int32)
         size: Any = self.all_sum(length).item()
-        own = np.frombuffer(content, np.uint8) if self.rank == 0 else np.zeros(size, np.uint8)
+        own = np.frombuffer(content, np.uint8) if self.rank == root else np.zeros(size, np.uint8)
         return _raw_bytes(self.all_sum(mx.array(own))) if size else b""
 
     def broadcast_object(self, value: Any) -> Any:

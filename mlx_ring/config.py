@@ -17,7 +17,7 @@ from mlx_ring.errors import ConfigError
 Split = Enum("Split", ["even", "measured"])
 DType = Enum("DType", ["float32", "bfloat16"])
 Backend = Enum("Backend", ["auto", "ring", "mpi", "nccl", "jaccl"])
-Copies = Enum("Copies", ["rank_0"])
+Copies = Enum("Copies", ["rank_0", "every_host"])
 Scaling = Enum("Scaling", ["none", "linear", "sqrt"])
 Tokenizer = Enum("Tokenizer", ["bytes", "bpe"])
 Size = Enum("Size", ["tiny", "small", "gpt2_124m"])
@@ -396,7 +396,7 @@ class CheckpointSection(Section):
     keep_best: int  # besides these, those with the lowest evaluation loss, where saved at an evaluated step
     resume: str  # auto, never, or the path of a run or a checkpoint
     initialize_from: str | None  # weights only: a run, a checkpoint or a safetensors file
-    copies: Copies  # which ranks keep a copy
+    copies: Copies  # every_host: one rank on each disk keeps checkpoints and record; rank_0: it alone
     max_failures: int  # saves in a row that may fail (a full disk) before the run stops
 
     def __post_init__(self) -> None:

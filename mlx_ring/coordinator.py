@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,15 +11,8 @@ from typing import Any, NoReturn
 from mlx_ring import __version__
 from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.config import RunConfig
-from mlx_ring.errors import (
-    EXIT_COMPLETED,
-    EXIT_STOPPED,
-    ConfigError,
-    Interrupted,
-    MlxRingError,
-    agreed,
-    record_error,
-)
+from mlx_ring.copies import Copies
+from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, record_error
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.exactness import device
 from mlx_ring.heartbeat import Heartbeat
@@ -30,6 +24,7 @@ from mlx_ring.run_record import RunRecord
 from mlx_ring.run_status import RunStatus
 from mlx_ring.stop_signal import StopSignal
 from mlx_ring.trainer import StepResult
+from mlx_ring.work_split import check_world_size
 
 log = logging.getLogger(__name__)
 LOCK_SECONDS = 20.0  # a rank that its supervisor has lost may hold the directory until its lease ends
@@ -50,13 +45,14 @@ class Coordinator:
         self._heartbeat, self.phase = heartbeat, "starting"
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
-        self.directory = RunDirectory(run_directory)
+        self.directory = RunDirectory(run_directory, lock_seconds=LOCK_SECONDS if heartbeat else 0.0)
         self._leads = communicator.rank == 0
         self.job = os.urandom(8).hex()  # rank 0's, once the ranks agree
         self._run: Run | None = None
         self._found: Found | None = None
         self._status: RunStatus | None = None
         self._record: RunRecord | None = None
+        self._copies: Copies | None = None  # where it trains
         self._saved_step: int | None = None
         self._begun = False  # from here on status.json speaks of this run
 
@@ -95,8 +91,10 @@ class Coordinator:
             {"host": self._communicator.hosts[self._communicator.rank], "config": self._config.flat()},
         )
         self.job = self._communicator.broadcast_object(self.job)
-        self._check_ranks()
-        self._on_rank_0(self._open)
+        check_world_size(self._config, self._communicator.world_size)
+        if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
+            self._copies = Copies(self._config, self._communicator, self.directory, self.job)
+        self._on_rank_0(self._find)
         if not self._config.evaluation.only:
             self._keep_log()
         if self._already_completed():
@@ -105,6 +103,9 @@ class Coordinator:
         self._begun = True
         run = build(self._config, self._communicator, self._found)
         self._on_rank_0(lambda: self._begin(run))
+        if self._copies is not None:
+            replaces = replaces_record(self._config, self._found)
+            self._copies.begin(run.trainer.progress.step, replaces=replaces)
         return run
 
     def follow(self, run: Run, result: StepResult) -> Plan:
@@ -132,27 +133,6 @@ class Coordinator:
 
     # Opening
 
-    def _check_ranks(self) -> None:
-        asked, world_size = self._config.cluster.ranks, self._communicator.world_size
-        if asked is not None and asked != world_size:
-            raise agreed(
-                ConfigError(
-                    f"cluster.ranks={asked}, but {world_size} "
-                    f"{'rank was' if world_size == 1 else 'ranks were'} launched; "
-                    f"launch {asked} (mlx.launch -n {asked} train.py …), or leave cluster.ranks=null"
-                )
-            )
-        micro_batches = self._config.trainer.num_micro_batches
-        if world_size > micro_batches:
-            raise agreed(
-                ConfigError(
-                    f"{world_size} ranks cannot share {micro_batches} micro-batches "
-                    f"(trainer.global_batch_size={self._config.trainer.global_batch_size}, micro_batch_size="
-                    f"{self._config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch "
-                    "or the ranks"
-                )
-            )
-
     def _on_rank_0(self, act: Callable[[], None]) -> None:
         """Something that rank 0 alone does, and may fail at alone. Collective: every rank must call.
 
@@ -168,10 +148,8 @@ class Coordinator:
             error = record_error(caught)
         self._communicator.agree_on_error(error)
 
-    def _open(self) -> None:
-        """Lock the directory and find the checkpoint to continue from."""
-        if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
-            self.directory.open(wait_seconds=LOCK_SECONDS if self._heartbeat else 0.0)
+    def _find(self) -> None:
+        """The checkpoint to continue from."""
         self._found = find(self._config, self.directory)
 
     def _keep_log(self) -> None:
@@ -242,6 +220,7 @@ class Coordinator:
             first_gradient=run.first_gradient,
             hydra_files=self._hydra_files,
             notes=self._heartbeat.notes if self._heartbeat else list,
+            brought=self._copies.brought if self._copies is not None else None,
         )
 
     # What is due
@@ -255,11 +234,19 @@ class Coordinator:
         return evaluation
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
+        since = time.perf_counter()
         before, self.phase = self.phase, "saving"
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
+        assert self._copies is not None
+        failures, facts = self._copies.failures(), {}
         if self._record is not None:
-            self._record.save(run, evaluation)
+            self._record.copies_failed(failures)
+            facts = self._record.facts(run, evaluation)
+        files = run.files()
+        facts = self._copies.save(files, facts, since=since)
+        if self._record is not None:
+            self._record.save(files, facts, since=since)
         self.phase = before
 
     # The end
@@ -271,12 +258,16 @@ class Coordinator:
         if self._communicator.broadcast_object(self._saved_step is None):
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
             self._save(run, self._evaluate(run))
+        assert self._copies is not None
+        failures = self._copies.failures()
 
         def close() -> None:
             assert self._record is not None
+            self._record.copies_failed(failures)
             self._record.close(step=run.trainer.progress.step, stopped=stopped)
 
         self._on_rank_0(close)
+        self._copies.end()
         return EXIT_STOPPED if stopped else EXIT_COMPLETED
 
     def _evaluate_only(self, run: Run) -> int:
@@ -298,6 +289,8 @@ class Coordinator:
         """
         if self._record is not None:
             self._record.fail(message, event)
+        if self._copies is not None:
+            self._copies.close()
         RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
         return self._begun
 

@@ -41,6 +41,10 @@ class ConfigError(MlxRingError):
     exit_status = 2
 
 
+class DirectoryInUse(ConfigError):
+    """A live run holds the run's directory."""
+
+
 class DataError(MlxRingError):
     """A data set is absent, damaged, or does not fit the model."""
 

@@ -1,4 +1,4 @@
-"""The directory of one run on one host: made, locked, and kept apart from earlier runs. No mlx here."""
+"""The directory of one run on one disk: made, locked, and kept apart from earlier runs. No mlx here."""
 
 import contextlib
 import errno
@@ -6,36 +6,49 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 from mlx_ring import checkpoint_format
-from mlx_ring.errors import ConfigError
+from mlx_ring.errors import ConfigError, DirectoryInUse
 from mlx_ring.process_lock import LockHeld, ProcessLock
 
 RECORD = ("checkpoints", "metrics.jsonl", "digests.jsonl", "tensorboard", "config.yaml")
+TOKEN = ".disk-"  # how the names of the files begin by which ranks find out who shares a disk
+RECORD_FILES, RECORD_FOLDERS = ("config.yaml", "metrics.jsonl", "digests.jsonl"), ("tensorboard", ".hydra")
+
+
+def is_record_name(name: str) -> bool:
+    """Whether a name, perhaps from another host, is one of a file of the record; never one that leads
+    elsewhere."""
+    folder, _, file = name.rpartition("/")
+    plain = checkpoint_format.FILE_NAME.fullmatch(file) is not None
+    return name in RECORD_FILES or (folder in RECORD_FOLDERS and plain)
 
 
 class RunDirectory:
-    """Rank 0 owns it: it alone writes there, but for the ranks' logs."""
+    """One rank of each disk owns it: it alone writes there, but for the ranks' logs."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, lock_seconds: float = 0.0) -> None:
+        """`lock_seconds`: how long `open` waits for another process that holds it."""
+        self.path, self._lock_seconds = path, lock_seconds
         self._lock: ProcessLock | None = None
 
-    def open(self, *, wait_seconds: float = 0.0) -> None:
-        """Make it private, lock it, and clear what dead processes left. Rank 0.
+    def open(self) -> None:
+        """Make it private, lock it, and clear what dead processes left. The rank that owns it.
 
-        Raises: ConfigError when it cannot be written, or a live run holds it for longer than `wait_seconds`.
+        Raises: ConfigError when it cannot be written, DirectoryInUse when a live run holds it.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.path.chmod(0o700)
-            self._lock = self._locked(time.monotonic() + wait_seconds)
+            self._lock = self._locked(time.monotonic() + self._lock_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
             checkpoint_format.sweep(self.path / "checkpoints")
+            for token in self.path.glob(f"{TOKEN}*"):
+                token.unlink(missing_ok=True)
 
     def _locked(self, deadline: float) -> ProcessLock:
         while True:
@@ -63,7 +76,7 @@ class RunDirectory:
 
     def set_record_aside(self, status: dict[str, Any] | None) -> None:
         """Move an earlier run's record to previous_N, so that a new one starts without losing it; `status`
-        is what its status.json said, which is the new one's by now. Rank 0.
+        is what its status.json said, which is the new one's by now. The rank that owns it.
 
         Raises: ConfigError.
         """
@@ -81,6 +94,23 @@ class RunDirectory:
             if status is not None:
                 self.write({f"{aside.name}/status.json": json.dumps(status, indent=2)})
 
+    def record_sizes(self) -> dict[str, int]:
+        """Bytes of the record's files, without checkpoints, by name relative to the directory."""
+        files = [self.path / name for name in RECORD_FILES]
+        files += [path for folder in RECORD_FOLDERS for path in sorted((self.path / folder).glob("*"))]
+        names = {path.relative_to(self.path).as_posix(): path for path in files}
+        return {
+            name: path.stat().st_size
+            for name, path in names.items()
+            if is_record_name(name) and path.is_file() and not path.is_symlink()
+        }
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Delete what is in the record's folders and not among `names`. Raises: OSError."""
+        for name in self.record_sizes().keys() - set(names):
+            if "/" in name:
+                (self.path / name).unlink()
+
     def write(self, files: dict[str, str]) -> None:
         """Text files by their names in the directory, each whole or not at all. Rank 0."""
         for name, text in files.items():
@@ -95,7 +125,7 @@ class RunDirectory:
         try:
             yield
         except LockHeld as held:
-            raise ConfigError(
+            raise DirectoryInUse(
                 f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another"
             ) from None
         except OSError as error:

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from mlx_ring import __version__, exactness
-from mlx_ring.checkpoint_manager import CheckpointManager, Saved
+from mlx_ring.checkpoint_manager import Arrays, CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.config import RunConfig
 from mlx_ring.config_record import flatten, look_ups_sha256, to_yaml
+from mlx_ring.copies import CopyFailure
 from mlx_ring.errors import CheckpointError
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.interval import Interval
@@ -44,9 +45,11 @@ class RunRecord:
         first_gradient: str | None,
         hydra_files: dict[str, str],
         notes: Callable[[], list[dict[str, Any]]],
+        brought: str | None,
     ) -> None:
         """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml;
-        `notes` gives the supervisor's events since it was last asked."""
+        `notes` gives the supervisor's events since it was last asked; `brought`: what was sent between disks
+        before."""
         self._notes = notes
         self._directory, self._status, self._config, self._world_size = directory, status, config, world_size
         self._checkpoints = CheckpointManager(
@@ -67,7 +70,11 @@ class RunRecord:
         self._digests = JSONLSink(directory.path / "digests.jsonl", progress.step)
         self._interval = Interval(tokens_before=progress.tokens)
         self._step, self._failures, self._status_time = progress.step, 0, 0.0
+        goes_on = found is not None and found.own and config.checkpoint.resume == "auto"
+        self._begun_at: float = found.manifest.get("begun_at", 0.0) if goes_on and found else time.time()
         self._metrics.message(f"run directory {directory.path}")
+        if brought is not None:
+            self._event("copies_brought", progress.step, brought)
         if found is not None:
             self._resumed(found, progress.step, first_gradient)
         micro_batches = config.trainer.num_micro_batches
@@ -127,20 +134,27 @@ class RunRecord:
         """Note an evaluation."""
         self._metrics.record("evaluation", {"step": step, **evaluation.row()})
 
-    def save(self, run: Run, evaluation: Evaluation | None) -> None:
-        """Start a checkpoint of the run as it is; `evaluation` is that of these weights, where there is one.
+    def copies_failed(self, failures: list[CopyFailure]) -> None:
+        """Note what other disks could not keep: this one has it, and the run goes on."""
+        for each in failures:
+            message = f"rank {each.rank} on {each.host} has no copy of it: {each.reason}"
+            self._event("copy_failed", each.step, message, rank=each.rank, host=each.host)
 
-        Raises: CheckpointError after too many failed saves; then no further one is begun.
+    def facts(self, run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+        """What the manifest of a checkpoint of the run as it is says, for `save`; `evaluation` is that of
+        these weights, where there is one. The save before has ended then, and the rows are on the disk.
+
+        Raises: CheckpointError after too many failed saves; then no further one is to be begun.
         """
-        since = time.perf_counter()
         for saved in self._checkpoints.wait():
             self._saved(saved)
         self._digests.sync()
         self._metrics.flush()  # a checkpoint never outlives the rows before it
         progress = run.trainer.progress
         finite = evaluation is not None and math.isfinite(evaluation.loss)
-        facts: dict[str, Any] = {
+        return {
             "progress": asdict(progress),
+            "begun_at": self._begun_at,
             "world_size": self._world_size,
             "first_gradient": run.first_gradient
             and {"sha256": run.first_gradient, "machine": exactness.machine()},
@@ -151,7 +165,10 @@ class RunRecord:
             "config": self._config.record,
             "look_ups_sha256": look_ups_sha256(self._config.record, self._config.flat()),
         }
-        self._checkpoints.save(progress.step, run.files(), facts, since=since)
+
+    def save(self, files: dict[str, Arrays], facts: dict[str, Any], *, since: float) -> None:
+        """Start a checkpoint; training stands still `since` then, on the clock of time.perf_counter."""
+        self._checkpoints.save(facts["progress"]["step"], files, facts, since=since)
 
     def _saved(self, saved: Saved) -> None:
         """Record a save that ended; give up after too many failed ones."""

@@ -4,8 +4,35 @@ import heapq
 import statistics
 from itertools import accumulate, pairwise
 
+from mlx_ring.config import RunConfig
+from mlx_ring.errors import ConfigError, agreed
+
 WINDOW = 8  # steps that a speed is the median of
 LEAST_GAIN = 0.1  # of the time that a step computes; a smaller one is within the noise of the measurement
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Raises: ConfigError, the same on every rank, for another number of ranks than was asked for, or one
+    that the micro-batches cannot be dealt to."""
+    asked = config.cluster.ranks
+    if asked is not None and asked != world_size:
+        raise agreed(
+            ConfigError(
+                f"cluster.ranks={asked}, but {world_size} "
+                f"{'rank was' if world_size == 1 else 'ranks were'} launched; "
+                f"launch {asked} (mlx.launch -n {asked} train.py …), or leave cluster.ranks=null"
+            )
+        )
+    micro_batches = config.trainer.num_micro_batches
+    if world_size > micro_batches:
+        raise agreed(
+            ConfigError(
+                f"{world_size} ranks cannot share {micro_batches} micro-batches "
+                f"(trainer.global_batch_size={config.trainer.global_batch_size}, micro_batch_size="
+                f"{config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch "
+                "or the ranks"
+            )
+        )
 
 
 def deal_evenly(num_micro_batches: int, world_size: int) -> list[int]:

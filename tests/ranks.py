@@ -108,8 +108,12 @@ def environment(**more: str) -> dict[str, str]:
 def start(
     command: Sequence[str], folder: Path, *, world_size: int = 1, program: Sequence[str] = TRAIN,
     hostfile: Path | None = None, variables: Sequence[dict[str, str]] | None = None,
+    folders: Sequence[Path] | None = None, programs: Sequence[Sequence[str]] | None = None,
 ) -> Ranks:  # fmt: skip
-    """Start ranks of one ring (or one lone rank) in `folder`; `variables` go to each rank's environment."""
+    """Start ranks of one ring (or one lone rank) in `folder`; `variables` go to each rank's environment.
+
+    `folders` are each rank's own, as on hosts that share no disk, and `programs` each rank's own command.
+    """
     if world_size > 1 and hostfile is None:
         hostfile = folder / f"ring-{time.monotonic_ns()}.json"
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(world_size)]))
@@ -117,10 +121,11 @@ def start(
     for number in range(world_size):
         launched = {"MLX_RANK": str(number), "MLX_HOSTFILE": str(hostfile)} if world_size > 1 else {}
         own = variables[number] if variables else {}
+        where, what = folders[number] if folders else folder, programs[number] if programs else program
         ranks.members.append(
             Rank(
                 subprocess.Popen(
-                    [*program, *command], cwd=folder, env=environment(**launched, **own), text=True,
+                    [*what, *command], cwd=where, env=environment(**launched, **own), text=True,
                     stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 )
             )

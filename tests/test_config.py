@@ -146,7 +146,7 @@ def test_values_may_refer_to_one_another() -> None:
         (["checkpoint.every_steps=0"], "checkpoint.every_steps must be null or above 0; got 0"),
         (["checkpoint.keep_best=-1"], "checkpoint.keep_best must be at least 0; got -1"),
         (["checkpoint.max_failures=0"], "checkpoint.max_failures must be at least 1; got 0"),
-        (["checkpoint.copies=every_host"], "checkpoint.copies: Invalid value 'every_host'"),
+        (["checkpoint.copies=every_rank"], "checkpoint.copies: Invalid value 'every_rank'"),
         (["evaluation.micro_batch_size=0"], "evaluation.micro_batch_size must be null or at least 1; got 0"),
         (["metrics.log_every_steps=0"], "metrics.log_every_steps must be at least 1; got 0"),
         (["cluster.ranks=0"], "cluster.ranks must be null or at least 1; got 0"),

@@ -1,0 +1,169 @@
+"""At a start: the newest checkpoint that any disk holds, with its record, goes to the disks that lack it."""
+
+import hashlib
+import os
+import shutil
+from dataclasses import asdict, dataclass
+
+from mlx_ring import checkpoint_format as disk
+from mlx_ring.communicator import Communicator
+from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError, agreed
+from mlx_ring.file_transfer import Part, Writing, send
+from mlx_ring.run_directory import RunDirectory, is_record_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest:
+    """What one disk has to offer; `step` is -1 where that is nothing."""
+
+    begun_at: float = 0.0  # when its line of training began: a run that was started anew is the newer one
+    step: int = -1
+    manifest_sha256: str = ""
+    checkpoint: dict[str, int]  # its files' sizes, by name
+    record: dict[str, int]
+    problem: str | None  # what is wrong with the newest of all that are there
+
+
+def bring_newest(
+    communicator: Communicator, directory: RunDirectory, writers: list[int]
+) -> tuple[str | None, tuple[int, str] | None]:
+    """Make the newest verified checkpoint of all disks the newest of each. Collective: every rank must call.
+
+    Of equal steps with unequal files the lowest rank's is taken. Where nothing is lacking, nothing is sent.
+    Returns: what was sent, in words; the step and why, where this rank could not keep it.
+    Raises: CheckpointError where there are checkpoints and none can be used, or rank 0 cannot keep it;
+    NewerCheckpointError.
+    """
+    own, error = None, None
+    try:
+        own = _look(directory) if communicator.rank in writers else None
+    except MlxRingError as caught:
+        error = caught
+    communicator.agree_on_error(error)
+    gathered = communicator.gather_objects(asdict(own) if own is not None else None)
+    disks = {rank: Newest(**row) for rank, row in enumerate(gathered) if row is not None}
+    best = max(disks, key=lambda rank: (disks[rank].begun_at, disks[rank].step, -rank))
+    if disks[best].step < 0:
+        _refuse_damaged(disks, communicator)
+        return None, None
+    lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
+    if not lacking:
+        return None, None
+    arrived = _Arrival(directory, disks[best], own) if communicator.rank in lacking and own else None
+    _send(communicator, best, disks[best], directory, arrived)
+    why = arrived.commit() if arrived is not None else None
+    failures: list[str | None] = communicator.gather_objects(why)
+    if failures[0] is not None:
+        raise agreed(
+            CheckpointError(
+                f"the newest checkpoint, of rank {best} on {communicator.hosts[best]}, cannot be kept on "
+                f"rank 0 ({communicator.hosts[0]}): {failures[0]}; mend that"
+            )
+        )
+    told = _words(communicator, best, disks, [rank for rank in lacking if failures[rank] is None])
+    return told, None if why is None else (disks[best].step, why)
+
+
+def _look(directory: RunDirectory) -> Newest:
+    """Raises: NewerCheckpointError."""
+    path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
+    problem = problems[0] if problems else None
+    if path is None:
+        return Newest(checkpoint={}, record={}, problem=problem)
+    try:
+        files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        content = (path / disk.MANIFEST).read_bytes()
+        record = directory.record_sizes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; mend its disk") from None
+    begun_at = manifest.get("begun_at", 0.0)
+    return Newest(
+        begun_at=float(begun_at) if isinstance(begun_at, int | float) else 0.0,
+        step=manifest["step"],
+        manifest_sha256=hashlib.sha256(content).hexdigest(),
+        checkpoint={**files, disk.MANIFEST: len(content)},
+        record=record,
+        problem=problem,
+    )
+
+
+def _refuse_damaged(disks: dict[int, Newest], communicator: Communicator) -> None:
+    """Checkpoints of which none is usable: starting anew must be the user's wish."""
+    for rank, newest in disks.items():
+        if newest.problem is not None:
+            raise agreed(
+                CheckpointError(
+                    f"no usable checkpoint on rank {rank} ({communicator.hosts[rank]}) or elsewhere: "
+                    f"{newest.problem}; start anew with checkpoint.resume=never"
+                )
+            )
+
+
+def _send(
+    communicator: Communicator, root: int, newest: Newest, directory: RunDirectory, arrived: "_Arrival | None"
+) -> None:
+    for name in newest.record:
+        if not is_record_name(name):
+            raise agreed(CheckpointError(f"rank {root} offers {name!r}, which is no file of a record"))
+    for name in newest.checkpoint:
+        if not disk.FILE_NAME.fullmatch(name):
+            raise agreed(CheckpointError(f"rank {root} offers {name!r}, which is no file of a checkpoint"))
+    checkpoint = disk.step_directory(directory.path / "checkpoints", newest.step)
+    for sizes, source, target in (
+        (newest.record, directory.path, arrived and arrived.record),
+        (newest.checkpoint, checkpoint, arrived and arrived.checkpoint),
+    ):
+        parts = [Part(name, 0, size) for name, size in sizes.items()]
+        send(communicator, parts, root=root, source=source, target=target)
+
+
+class _Arrival:
+    """What arrives on a disk, in a folder of its own until it is whole: a killed one leaves no checkpoint."""
+
+    def __init__(self, directory: RunDirectory, newest: Newest, own: Newest) -> None:
+        self._directory, self._newest = directory, newest
+        self._checkpoints = directory.path / "checkpoints"
+        self._folder = self._checkpoints / f".tmp-{newest.step:08d}-{os.getpid()}"
+        self.record, self.checkpoint = Writing(self._folder / "record"), Writing(self._folder / "checkpoint")
+        self._refusal: ConfigError | None = None
+        if own.step >= 0 and own.begun_at != newest.begun_at:  # another line of training: never mix two
+            try:
+                directory.set_record_aside(None)
+            except ConfigError as error:
+                self._refusal = error
+
+    def commit(self) -> str | None:
+        """Verify it and put it in its place, the record first. Returns: what went wrong."""
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            self.record.end(self._newest.record)
+            self.checkpoint.end(self._newest.checkpoint)
+            manifest = self.checkpoint.folder / disk.MANIFEST
+            if hashlib.sha256(manifest.read_bytes()).hexdigest() != self._newest.manifest_sha256:
+                raise CheckpointError(f"{manifest} did not arrive as it was sent")
+            disk.verify(self.checkpoint.folder)
+            self._take_place()
+        except (OSError, MlxRingError) as error:
+            return str(error)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return None
+
+    def _take_place(self) -> None:
+        path = self._directory.path
+        for name in self._newest.record:
+            (path / name).parent.mkdir(mode=0o700, exist_ok=True)
+            (self.record.folder / name).replace(path / name)
+        self._directory.keep_only(self._newest.record)
+        disk.replace(self._checkpoints, self._newest.step, self.checkpoint.folder)
+
+
+def _words(communicator: Communicator, best: int, disks: dict[int, Newest], kept: list[int]) -> str | None:
+    def place(rank: int) -> str:
+        return f"rank {rank} on {communicator.hosts[rank]}"
+
+    had = {rank: f"step {disks[rank].step}" if disks[rank].step >= 0 else "no checkpoint" for rank in kept}
+    damaged = {rank: f", {disks[rank].problem}" if disks[rank].problem else "" for rank in kept}
+    given = "; ".join(f"{place(rank)}, which had {had[rank]}{damaged[rank]}" for rank in kept)
+    return f"step {disks[best].step} of {place(best)} sent to {given}" if kept else None
