@@ -265,9 +265,10 @@ def rank_program(python: str, overrides: list[str]) -> list[str]:
     return [python, str(Path(python).with_name("train.py")), *overrides]
 
 
-def mpirun_command(hosts: list[Host]) -> list[str]:
-    """Open MPI's own start of one rank a host entry."""
-    command = ["mpirun", "-n", str(len(hosts))]
+def mpirun_command(python: str, hosts: list[Host]) -> list[str]:
+    """Open MPI's own start of one rank a host entry; its mpirun may be installed beside the interpreter."""
+    beside = Path(python).with_name("mpirun")
+    command = [str(beside) if beside.exists() else "mpirun", "-n", str(len(hosts))]
     names = list(dict.fromkeys(host.ssh for host in hosts))
     if len(names) > 1:
         slots = ",".join(f"{name}:{sum(host.ssh == name for host in hosts)}" for name in names)

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mlx_ring import __version__
 from mlx_ring.communicator import MLX_VERSION, Communicator
@@ -15,7 +15,7 @@ from mlx_ring.copies import Copies
 from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, record_error
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.exactness import device
-from mlx_ring.heartbeat import Heartbeat
+from mlx_ring.heartbeat import FIRST_STEP, Heartbeat, Vitals
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build
@@ -69,9 +69,8 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             stopped = False
-            self._run, self.phase = run, "first step"  # which is compiled, and may take long
+            self._run, self.phase = run, FIRST_STEP
             for result in run.trainer.steps():
-                self.phase = "training"
                 plan = self.follow(run, result)
                 stopped = plan.stop and result.step < self._config.trainer.steps
                 if plan.stop:
@@ -121,11 +120,12 @@ class Coordinator:
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
+        self.phase = "training"
         return plan
 
-    def vitals(self) -> dict[str, Any]:
+    def vitals(self) -> Vitals:
         """Where this run is, for whoever watches; may be called from any thread."""
-        vitals: dict[str, Any] = {"phase": self.phase, "saved_step": self._saved_step}
+        vitals: Vitals = {"phase": self.phase, "saved_step": self._saved_step}
         if (run := self._run) is not None:
             vitals |= {"step": run.trainer.progress.step, "work": run.evaluator.micro_batches}
             vitals["busy_seconds"] = run.trainer.busy_seconds
@@ -138,10 +138,13 @@ class Coordinator:
 
         Raises: what rank 0 raised, on every rank.
         """
+        self._together(act if self._leads else lambda: None)
+
+    def _together(self, act: Callable[[], None]) -> None:
+        """Collective: every rank must call. Raises: what `act` raised on any rank, on every rank."""
         error: MlxRingError | None = None
         try:
-            if self._leads:
-                act()
+            act()
         except MlxRingError as caught:
             error = caught
         except OSError as caught:
@@ -154,12 +157,7 @@ class Coordinator:
 
     def _keep_log(self) -> None:
         """Every rank's own log. Collective: every rank must call."""
-        error: MlxRingError | None = None
-        try:
-            self.directory.log_to_file(self._communicator.rank)
-        except MlxRingError as caught:
-            error = caught
-        self._communicator.agree_on_error(error)
+        self._together(lambda: self.directory.log_to_file(self._communicator.rank))
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
@@ -168,20 +166,17 @@ class Coordinator:
 
     def _already_completed(self) -> bool:
         """A run that has reached its last step is left as it is."""
-        done = (
-            self._found is not None
-            and self._found.manifest["step"] >= self._config.trainer.steps
-            and self._config.checkpoint.resume == "auto"
-            and not self._config.evaluation.only
-        )
+        config, found = self._config, self._found
+        done = found is not None and found.manifest["step"] >= config.trainer.steps
+        done = done and config.checkpoint.resume == "auto" and not config.evaluation.only
         done = self._communicator.broadcast_object(done)
-        if done and self._leads and self._found is not None:
+        if done and self._leads and found is not None:
             written = RunStatus.read(self.directory.path) or {}
             if written.get("state") != "completed":  # it died between its last checkpoint and its last word
                 self._start_status()
                 assert self._status is not None
                 self._status.update("completed")
-            print(f"{self.directory.path} has completed its {self._found.manifest['step']} steps already")
+            print(f"{self.directory.path} has completed its {found.manifest['step']} steps already")
         return done
 
     def _start_status(self) -> None:
@@ -226,16 +221,15 @@ class Coordinator:
     # What is due
 
     def _evaluate(self, run: Run) -> Evaluation:
-        before, self.phase = self.phase, "evaluating"
+        self.phase = "evaluating"
         evaluation = run.evaluator.evaluate()
         if self._record is not None:
             self._record.evaluation(run.trainer.progress.step, evaluation)
-        self.phase = before
         return evaluation
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
         since = time.perf_counter()
-        before, self.phase = self.phase, "saving"
+        self.phase = "saving"
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
         assert self._copies is not None
@@ -247,7 +241,6 @@ class Coordinator:
         facts = self._copies.save(files, facts, since=since)
         if self._record is not None:
             self._record.save(files, facts, since=since)
-        self.phase = before
 
     # The end
 

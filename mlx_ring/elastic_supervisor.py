@@ -108,7 +108,7 @@ class ElasticSupervisor:
             self._links,
             self._reports,
             program=rank_program(options.python, options.overrides),
-            mpirun=mpirun_command(hosts) if options.mpirun else None,
+            mpirun=mpirun_command(options.python, hosts) if options.mpirun else None,
             deadline_seconds=options.deadline_seconds,
             say=self._say,
         )

@@ -25,7 +25,8 @@ JOB = "MLX_RING_JOB_ID"  # of one attempt; equal on all its ranks
 LONGEST_FOLDER = 55  # characters: a socket's path has 103 at most (macOS)
 PULSE_SECONDS = 0.5
 LEASE_SECONDS = 12.0  # for which a rank, or an agent, goes on without the one that watches over it
-DONE = "done"  # the phase of a rank's last word
+FIRST_STEP, DONE = "first step", "done"  # phases: what is compiled and may take long; a rank's last word
+Vitals = dict[str, Any]  # JSON values by name
 
 
 def agent_directory(job: str) -> Path:
@@ -45,17 +46,19 @@ class Heartbeat:
     where that did not come about in time."""
 
     def __init__(
-        self, agent: Path, rank: int, observe: Callable[[], dict[str, Any]], on_lost: Callable[[str], None]
+        self, agent: Path, rank: int, observe: Callable[[], Vitals], on_lost: Callable[[str], None]
     ) -> None:
-        """`observe` gives what to report, JSON values by name; `on_lost` is told why this process is about to
+        """`observe` gives what to report; `on_lost` is told why this process is about to
         end without an orderly stop. Raises: OSError where no agent listens."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(agent))
         self._rank, self._observe, self._on_lost = rank, observe, on_lost
         self._notes: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._closing = threading.Event()
         self.report()
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
 
     def notes(self) -> list[dict[str, Any]]:
         """The supervisor's events since the last call, for the run's record. Never waits."""
@@ -71,11 +74,19 @@ class Heartbeat:
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(report).encode() + b"\n")
 
+    def close(self) -> None:
+        """The last word of a rank that leaves because all is done."""
+        self.report()
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)  # which wakes the thread
+        self._thread.join()
+
     def _run(self) -> None:
         self._socket.settimeout(PULSE_SECONDS)
         received = b""
         with contextlib.suppress(OSError):
-            while True:
+            while not self._closing.is_set():
                 try:
                     piece = self._socket.recv(65536)
                     if not piece:
@@ -85,7 +96,8 @@ class Heartbeat:
                         self._notes.put(json.loads(line))
                 except TimeoutError:
                     self.report()
-        leave(self._on_lost)
+        if not self._closing.is_set():
+            leave(self._on_lost)
 
 
 def leave(on_lost: Callable[[str], None]) -> NoReturn:
@@ -101,7 +113,7 @@ def leave(on_lost: Callable[[str], None]) -> NoReturn:
 def connect(
     environment: Mapping[str, str],
     rank: int,
-    observe: Callable[[], dict[str, Any]],
+    observe: Callable[[], Vitals],
     on_lost: Callable[[str], None],
 ) -> Heartbeat | None:
     """The heartbeat of a rank that an agent started; None for any other."""

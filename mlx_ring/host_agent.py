@@ -24,7 +24,7 @@ from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
 from mlx_ring.heartbeat import LEASE_SECONDS, agent_directory
 from mlx_ring.rank_processes import LINE_BYTES, RankProcess, end
-from mlx_ring.ring_addresses import port_lock
+from mlx_ring.ring_addresses import sweep_port_locks
 from mlx_ring.run_status import RunStatus
 
 PULSE_SECONDS = 0.5
@@ -42,7 +42,6 @@ class HostAgent:
         self._ranks: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory: Path | None = None
-        self._ports: list[tuple[str, int]] = []  # given out
         self._server: asyncio.Server | None = None
 
     async def run(self) -> None:
@@ -70,9 +69,7 @@ class HostAgent:
             case "ping":
                 pass
             case "ports":
-                found = _free_ports(order["address"], order["count"])
-                self._ports += [(order["address"], port) for port in found["ports"]]
-                self._report("ports", **found)
+                self._report("ports", **_free_ports(order["address"], order["count"]))
             case "start":
                 await self._start(order)
             case "signal":
@@ -193,16 +190,15 @@ class HostAgent:
 
     def _clean(self) -> None:
         """No file is left, also none of ranks that were killed."""
-        for address, port in self._ports:
-            port_lock(address, port).unlink(missing_ok=True)
-        self._ports = []
+        sweep_port_locks()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
 
 def _sweep() -> None:
-    """Remove what killed agents of this host left: directories in which nobody listens."""
+    """Remove what killed agents and ranks of this host left: directories in which nobody listens."""
+    sweep_port_locks()
     for directory in agent_directory("*").parent.glob(agent_directory("*").name):
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(directory / "ranks")) != 0:

@@ -5,6 +5,7 @@ Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies 
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,11 @@ class RankEnvironment:
     job: str = ""
     launched: bool = True
     ring_addresses: list[list[Address]] = field(default_factory=list[list[Address]])
+
+    @property
+    def place(self) -> str:
+        """How errors name this process."""
+        return f"rank {self.rank} on {socket.gethostname()}"
 
     @staticmethod
     def read(environment: Mapping[str, str] = os.environ) -> "RankEnvironment":

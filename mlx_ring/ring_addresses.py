@@ -1,5 +1,6 @@
 """The addresses that a ring rank listens on: private, of this host, held against other jobs. No mlx here."""
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -30,6 +31,13 @@ def port_lock(host: str, port: int) -> Path:
     return Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
 
 
+def sweep_port_locks() -> None:
+    """Remove the files of this host's ranks that were killed."""
+    for path in port_lock("*", 0).parent.glob(f"mlx_ring-{os.getuid()}-*-*.lock"):
+        with contextlib.suppress(LockHeld, OSError):
+            ProcessLock(path).release()
+
+
 def claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
     """Hold this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port.
 
@@ -39,7 +47,7 @@ def claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
     if environment.backend != "ring":
         return locks
     for host, port in environment.ring_addresses[environment.rank]:
-        where = f"rank {environment.rank} on {socket.gethostname()}: port {port} of {host}"
+        where = f"{environment.place}: port {port} of {host}"
         remedy = "end that process or choose other ports (mlx.launch --starting-port)"
         try:
             locks.append(ProcessLock(port_lock(host, port)))

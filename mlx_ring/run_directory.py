@@ -19,6 +19,11 @@ TOKEN = ".disk-"  # how the names of the files begin by which ranks find out who
 RECORD_FILES, RECORD_FOLDERS = ("config.yaml", "metrics.jsonl", "digests.jsonl"), ("tensorboard", ".hydra")
 
 
+def new_run_id() -> str:
+    """Local time, and more: two runs may start in one second."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.urandom(2).hex()}"
+
+
 def is_record_name(name: str) -> bool:
     """Whether a name, perhaps from another host, is one of a file of the record; never one that leads
     elsewhere."""

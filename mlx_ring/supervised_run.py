@@ -1,12 +1,11 @@
 """What `mlx-ring run` was asked for: its own options and the configuration, put together and checked."""
 
-import os
-import time
 from pathlib import Path
 
 from mlx_ring.composition import compose_run
 from mlx_ring.elastic_supervisor import Options
 from mlx_ring.errors import ConfigError
+from mlx_ring.run_directory import new_run_id
 
 
 def options(
@@ -22,8 +21,7 @@ def options(
 ) -> Options:
     """Raises: ConfigError for a mistake that shows before any rank is started."""
     if not any(item.startswith("run.dir=") for item in overrides):  # the same one for every attempt
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        overrides = [*overrides, f"run.dir=outputs/{stamp}_{os.urandom(2).hex()}"]
+        overrides = [*overrides, f"run.dir=outputs/{new_run_id()}"]
     config = compose_run(*overrides)
     if config.cluster.hostfile is not None and hostfile is None and ranks is None:
         hostfile = Path(config.cluster.hostfile)

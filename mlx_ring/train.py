@@ -8,8 +8,7 @@ import signal
 import socket
 import sys
 import threading
-import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +33,7 @@ from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.heartbeat import DONE, Heartbeat
 from mlx_ring.rank_environment import RankEnvironment, abort_mpi, use_bundled_open_mpi
 from mlx_ring.ring_addresses import refuse_public_addresses
-from mlx_ring.run_directory import RunDirectory
+from mlx_ring.run_directory import RunDirectory, new_run_id
 from mlx_ring.run_status import RunStatus
 from mlx_ring.stop_signal import stay_awake
 
@@ -65,10 +64,10 @@ class Process:
         self._heartbeat: Heartbeat | None = None
         self._done = False
 
-    def vitals(self) -> dict[str, Any]:
+    def vitals(self) -> heartbeat.Vitals:
         """Where this rank is, for its supervisor. In the heartbeat's thread."""
         coordinator, communicator = self.coordinator, self.communicator
-        vitals: dict[str, Any] = {"phase": "joining" if self._joining else "starting"}
+        vitals: heartbeat.Vitals = {"phase": "joining" if self._joining else "starting"}
         if communicator is not None:
             vitals |= {"calls": communicator.calls, "call": communicator.call}
         if coordinator is not None:
@@ -79,7 +78,7 @@ class Process:
         """The last word to the supervisor: this rank leaves because all is done."""
         self._done = True
         if self._heartbeat is not None:
-            self._heartbeat.report()
+            self._heartbeat.close()
 
     def _unwatched(self, message: str) -> None:
         """The supervisor was lost. In the heartbeat's thread, before this process ends."""
@@ -112,11 +111,9 @@ class Process:
         if self._looks_only:
             return "<time>"
         if not self._run_id:
-            stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-            suffix = os.urandom(2).hex()  # two runs may start in one second
             communicator = self.join(_root_)
             self.agree_on_command(_root_)
-            self._run_id = communicator.broadcast_object(f"{stamp}_{suffix}")
+            self._run_id = communicator.broadcast_object(new_run_id())
         return self._run_id
 
     def agree_on_command(self, root: DictConfig) -> None:
@@ -200,9 +197,8 @@ class Process:
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
-        begun = self.coordinator is not None and self.coordinator.fail(
-            message, "peer_lost" if isinstance(error, ClusterError) else None
-        )
+        event = "peer_lost" if isinstance(error, ClusterError) else None
+        begun = self.coordinator is not None and self.coordinator.fail(message, event)
         if not begun and not isinstance(error, Interrupted):
             with contextlib.suppress(OSError):
                 self._record_refusal(message)
@@ -211,9 +207,7 @@ class Process:
         log.error("%s", message, exc_info=error)
         if not (together and self.environment.rank):
             named = message.startswith(f"rank {self.environment.rank} ")
-            where = (
-                f"rank {self.environment.rank} on {socket.gethostname()}: " if several and not named else ""
-            )
+            where = f"{self.environment.place}: " if several and not named else ""
             if not known:
                 message += whereabouts(error)
             print(f"error: {where}{message}", file=sys.stderr)
@@ -258,8 +252,7 @@ class Process:
 
     def _leave_alone(self, error: MlxRingError) -> NoReturn:
         """The others did not come to hear of it."""
-        where = f"rank {self.environment.rank} on {socket.gethostname()}"
-        print(f"error: {where}: {error}", file=sys.stderr, flush=True)
+        print(f"error: {self.environment.place}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_status)
 
     def _record_refusal(self, message: str) -> None:

@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_ring.errors import EXIT_STOPPED, ClusterError
-from mlx_ring.heartbeat import DONE
-
-Vitals = dict[str, Any]
+from mlx_ring.heartbeat import DONE, FIRST_STEP, Vitals
 
 START_SECONDS = 600.0  # for reading data, restoring and the first step, which is compiled; for saving
 HANG_STEPS = 10  # a step that takes this many times the usual one hangs
 SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is a straggler
 SLOW_STEPS = 20  # for so many of its reports in a row
-TRAINING = ("training", "evaluating")
+TRAINING = {"training", "evaluating"}
 
 
 @dataclass
@@ -91,8 +89,12 @@ class Watch:
 
     @property
     def trains(self) -> bool:
-        """Whether a first step of this attempt is done: what takes long for good reasons is over."""
-        return all(rank.phase in TRAINING for rank in self.ranks)
+        """Whether a first step of this attempt is done: what takes long for good reasons is over.
+
+        A step of one rank is a step of all; one that was stopped early may have told of no step yet.
+        """
+        phases = {rank.phase for rank in self.ranks}
+        return bool(phases & TRAINING) and phases <= TRAINING | {FIRST_STEP}
 
     def hear(self, vitals: Vitals, now: float) -> None:
         """A rank's report, as its agent passed it on."""

@@ -1,4 +1,4 @@
-"""`mlx-ring run --hostfile` over emulated hosts with their own disks: hosts are lost, come back, and leave."""
+"""`mlx-ring run --hostfile` over emulated hosts with their own disks: hosts are lost, come back, leave."""
 
 import json
 import re

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from ranks import ROOT, SMALL, environment, rows, start, status
 
-STEPS = 120
+STEPS = 60
 FAULTY = (
     *SMALL, "run.dir=run", "data=custom", "data.import_path=faulty:build", f"trainer.steps={STEPS}",
     "data.prefetch=1", "checkpoint.every_steps=10", "communicator=exact", "metrics.log_every_steps=20",
@@ -152,13 +152,13 @@ def test_it_runs_to_its_end(tmp_path: Path, supervise: Callable[..., Supervised]
 def test_a_lost_rank_is_named_and_the_run_goes_on(
     tmp_path: Path, supervise: Callable[..., Supervised], name: str, told: str
 ) -> None:
-    run = supervise("-n", "3", "--", *FAULTY, fault(name, at_call=35, once=True))
+    run = supervise("-n", "2", "--", *FAULTY, fault(name, at_call=100, once=True))
     assert run.wait() == 0, run.report()
-    assert re.search(f"mlx-ring: {told}.*restart 1 of at most 20, from step [123]0", run.stderr), run.report()
+    assert re.search(f"mlx-ring: {told}.*restart 1 of at most 20, from step [12]0", run.stderr), run.report()
     assert status(tmp_path)["parameters_sha256"] == undisturbed(tmp_path)
     assert events(tmp_path)[-3:] == ["resumed", "peer_lost", "restart"], events(tmp_path)
     steps = [row["step"] for row in rows(tmp_path, "train")]
-    assert steps == [1, 20, 40, 60, 80, 100, 120]
+    assert steps == [1, *range(20, STEPS + 1, 20)]
     assert "Traceback" not in run.stderr or name == "raise"
 
 
@@ -169,7 +169,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
 def test_a_hang_is_dumped_named_and_ended(
     tmp_path: Path, supervise: Callable[..., Supervised], name: str, told: str
 ) -> None:
-    run = supervise("-n", "2", "--deadline", "4", "--", *FAULTY, fault(name, at_call=35, once=True))
+    run = supervise("-n", "2", "--deadline", "4", "--", *FAULTY, fault(name, at_call=100, once=True))
     assert run.wait() == 0, run.report()
     hung = re.search(
         r"mlx-ring: no progress for (\d+) s: rank 1 on \S+ never entered collective \d+: (.*) \(", run.stderr
@@ -192,7 +192,7 @@ def test_a_crash_that_comes_again_ends_the_run(tmp_path: Path, supervise: Callab
 
 
 def test_no_restart_is_wanted(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
-    run = supervise("-n", "1", "--max-restarts", "0", "--", *FAULTY, fault("kill", rank=0, at_call=35))
+    run = supervise("-n", "1", "--max-restarts", "0", "--", *FAULTY, fault("kill", rank=0, at_call=100))
     assert run.wait() == 3, run.report()
     assert "rank 0 on" in run.stderr and "SIGKILL" in run.stderr and "--max-restarts" in run.stderr
     final = status(tmp_path)  # which no rank was left to write
@@ -203,20 +203,20 @@ def test_no_restart_is_wanted(tmp_path: Path, supervise: Callable[..., Supervise
 def test_a_signal_saves_and_the_same_command_continues(
     tmp_path: Path, supervise: Callable[..., Supervised], number: int
 ) -> None:
-    command = ["-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=30), "trainer.steps=4000"]
+    command = ["-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=100), "trainer.steps=4000"]
     run = supervise(*command)
     run.until((tmp_path / "reached").exists)
     run.process.send_signal(number)
     assert run.wait() == 75, run.report()
     stopped = status(tmp_path)
-    assert stopped["state"] == "stopped" and 25 <= int(str(stopped["step"])) < 4000
+    assert stopped["state"] == "stopped" and 20 <= int(str(stopped["step"])) < 4000
     run = supervise(*command[:-1])
     assert run.wait() == 0, run.report()
     assert status(tmp_path)["state"] == "completed"
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
-    run = supervise("-n", "2", "--", *FAULTY, fault("wait", rank=1, at_call=30), "trainer.steps=4000")
+    run = supervise("-n", "2", "--", *FAULTY, fault("wait", rank=1, at_call=100), "trainer.steps=4000")
     run.until(lambda: "checkpoint at step 20" in run.stdout)
     run.process.send_signal(signal.SIGINT)
     run.until(lambda: "asked to stop" in run.stderr)
@@ -228,7 +228,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, supervise: Callable[...,
 def test_nothing_outlives_a_killed_supervisor(
     tmp_path: Path, supervise: Callable[..., Supervised], stopped: bool
 ) -> None:
-    run = supervise("-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=30), "trainer.steps=1000000")
+    run = supervise("-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=100), "trainer.steps=1000000")
     run.until((tmp_path / "reached").exists)
     ranks = run.ranks()
     assert len(ranks) == 2
@@ -250,7 +250,7 @@ def test_nothing_outlives_a_killed_agent(tmp_path: Path, supervise: Callable[...
         "0",
         "--",
         *FAULTY,
-        fault("tell", rank=0, at_call=30),
+        fault("tell", rank=0, at_call=100),
         "trainer.steps=1000000",
     )
     run.until((tmp_path / "reached").exists)
@@ -281,7 +281,7 @@ def test_mistakes_are_one_line(tmp_path: Path, supervise: Callable[..., Supervis
 
 
 def test_mpirun(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
-    run = supervise("-n", "2", "--launcher", "mpirun", "--", *FAULTY, fault("kill", at_call=35, once=True))
+    run = supervise("-n", "2", "--launcher", "mpirun", "--", *FAULTY, fault("kill", at_call=100, once=True))
     assert run.wait() == 0, run.report()
     assert "mpirun ended with status" in run.stderr and "restart 1" in run.stderr
     final = status(tmp_path)
