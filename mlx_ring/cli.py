@@ -1,7 +1,6 @@
 """The command `mlx-ring`: everything around a run that is not the run itself."""
 
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,14 +8,18 @@ from typing import NoReturn
 
 import click
 
-from mlx_ring import __version__, checkpoint_format
-from mlx_ring.errors import CheckpointError, ClusterError, MlxRingError, TrainingError
+from mlx_ring import __version__
+from mlx_ring.checkpoint_commands import checkpoint
+from mlx_ring.errors import ClusterError, MlxRingError, TrainingError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-ring")
 def cli() -> None:
     """Tools around mlx_ring's training runs. Training itself is `train.py`."""
+
+
+cli.add_command(checkpoint)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -60,104 +63,6 @@ def run(
         max_restarts=max_restarts, deadline_seconds=deadline, python=python,
     )  # fmt: skip
     sys.exit(supervise(chosen))
-
-
-@cli.group()
-def checkpoint() -> None:
-    """Look at, check and export the checkpoints of a run."""
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """The checkpoints that RUN names, newest first."""
-    found = checkpoint_format.named(run)
-    if not found:
-        raise CheckpointError(f"{run} has no checkpoints/step_… in it")
-    return found
-
-
-@checkpoint.command("list")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_checkpoints(run: Path, as_json: bool) -> None:
-    """List the checkpoints of RUN, oldest first, without reading their arrays.
-
-    Example: mlx-ring checkpoint list outputs/2026-11-22_16-28-11_4bdc
-    """
-    rows: list[dict[str, object]] = []
-    for path in reversed(_checkpoints(run)):
-        try:
-            manifest = checkpoint_format.read_manifest(path)
-        except CheckpointError as error:
-            rows.append({"path": str(path), "step": checkpoint_format.step_of(path), "error": str(error)})
-            continue
-        rows.append(
-            {
-                "path": str(path),
-                "step": manifest["step"],
-                "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-                "samples": manifest["progress"].get("next_sample"),
-                "world_size": manifest.get("world_size"),
-                "evaluation": manifest.get("evaluation"),
-                "parameters_sha256": manifest.get("parameters_sha256"),
-            }
-        )
-    if as_json:
-        click.echo(json.dumps({"checkpoints": rows}))
-        return
-    for row in rows:
-        if "error" in row:
-            click.echo(f"{row['path']}  damaged: {row['error']}")
-            continue
-        evaluation = row["evaluation"] if isinstance(row["evaluation"], dict) else {}
-        loss = f"  loss {evaluation['loss']:.4g}" if "loss" in evaluation else ""
-        digest = str(row["parameters_sha256"])[:12]
-        click.echo(f"{row['path']}  step {row['step']}  {row['bytes']:,} bytes  parameters {digest}{loss}")
-
-
-@checkpoint.command()
-@click.argument("run", type=click.Path(path_type=Path))
-def verify(run: Path) -> None:
-    """Read every byte of RUN's checkpoints and compare it with the manifests. Exit 5 where one is damaged.
-
-    Example: mlx-ring checkpoint verify outputs/2026-11-22_16-28-11_4bdc
-    """
-    damaged = 0
-    for path in reversed(_checkpoints(run)):
-        try:
-            checkpoint_format.verify(path)
-            click.echo(f"{path}  ok")
-        except CheckpointError as error:
-            damaged += 1
-            click.echo(f"{path}  damaged: {error}")
-    if damaged:
-        raise CheckpointError(
-            f"{damaged} damaged checkpoint{'s' if damaged > 1 else ''} in {run}; delete what is damaged"
-        )
-
-
-@checkpoint.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write."
-)
-def export(run: Path, output: Path) -> None:
-    """Write the model of RUN's newest valid checkpoint as one plain safetensors file.
-
-    Example: mlx-ring checkpoint export outputs/2026-11-22_16-28-11_4bdc --output model.safetensors
-    """
-    path, _, problems = checkpoint_format.newest_valid(_checkpoints(run))
-    for problem in problems:
-        click.echo(f"passed over: {problem}", err=True)
-    if path is None:
-        raise CheckpointError(f"no usable checkpoint in {run}: {problems[0]}")
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        shutil.copyfile(path / "model.safetensors", temporary)
-        temporary.replace(output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
-    click.echo(f"{path} → {output}")
 
 
 @cli.command()
@@ -233,3 +138,7 @@ def main() -> NoReturn:
     except click.Abort:
         sys.exit(130)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

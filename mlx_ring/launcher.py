@@ -48,7 +48,7 @@ class AgentLink:
         """Returns once the agent has spoken. Raises: ClusterError naming the host and what is wrong there."""
         command = [python, "-m", "mlx_ring.host_agent"]
         if host not in HERE:
-            command = [*SSH, host, _remote(command, environment)]
+            command = [*SSH, host, remote_command(command, environment)]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
@@ -118,20 +118,14 @@ class AgentLink:
 
     def _why(self, status: int) -> str:
         said = "; ".join(filter(None, self._complaints))
-        folder, python = Path.cwd(), self._python
-        if status == NO_FOLDER:
-            return f"it has no folder {folder}; mlx_ring works in the folder of the same name on every host"
-        if status == NO_PYTHON:
-            return f"it has no {python}; install mlx_ring there at the same place, or give --python"
-        if status == SSH_FAILED:
-            return f"ssh failed: {said or 'no reason given'}"
-        return f"its agent ended with status {status}{': ' if said else ''}{said}"
+        agent = f"its agent ended with status {status}{': ' if said else ''}{said}"
+        return ssh_problem(status, self._python, said) or agent
 
 
 Reports = asyncio.Queue[tuple[AgentLink, Report]]
 
 
-def _remote(command: list[str], environment: dict[str, str]) -> str:
+def remote_command(command: list[str], environment: dict[str, str]) -> str:
     """The line that ssh hands to the other host's shell; `environment` is the host file's, shown there."""
     names = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
     return (
@@ -139,3 +133,12 @@ def _remote(command: list[str], environment: dict[str, str]) -> str:
         f"command -v {shlex.quote(command[0])} >/dev/null || exit {NO_PYTHON}; "
         f"{'export ' + names + '; ' if names else ''}exec {shlex.join(command)}"
     )
+
+
+def ssh_problem(status: int, python: str, said: str) -> str:
+    """Why a `remote_command` could not be run, from the exit status of ssh; nothing where it was."""
+    if status == NO_FOLDER:
+        return f"it has no folder {Path.cwd()}; mlx_ring works in the folder of the same name on every host"
+    if status == NO_PYTHON:
+        return f"it has no {python}; install mlx_ring there at the same place, or give --python"
+    return f"ssh failed: {said or 'no reason given'}" if status == SSH_FAILED else ""

@@ -1,0 +1,70 @@
+"""One command on every host of a host file at once, here or through ssh, and the answers. No mlx here."""
+
+import asyncio
+import contextlib
+from asyncio.subprocess import DEVNULL, PIPE
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from mlx_ring.errors import ClusterError
+from mlx_ring.host_file import HostFile
+from mlx_ring.launcher import HERE, NO_PYTHON, SSH, remote_command, ssh_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command left on one host."""
+
+    host: str
+    status: int
+    stdout: bytes
+    stderr: str
+
+
+def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> list[Answer]:
+    """Run a command in this folder on each host, or on `only` one of them, all at once.
+
+    Raises: ClusterError naming the hosts that could not be asked.
+    """
+    names = [only] if only else list(dict.fromkeys(host.ssh for host in file.hosts))
+
+    async def ask() -> list[Answer]:
+        return await asyncio.gather(*(_ask(name, command, file.envs) for name in names))
+
+    answers = asyncio.run(ask())
+    problems = [problem for answer in answers if (problem := _problem(answer, command[0]))]
+    if problems:
+        raise ClusterError("; ".join(problems))
+    return answers
+
+
+def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
+    """Copy a file of another host into one here. Raises: ClusterError where that failed; OSError."""
+    with target.open("wb") as stream:
+        answer = asyncio.run(_ask(host, ["cat", "--", str(source)], file.envs, stream))
+    if answer.status:
+        raise ClusterError(_problem(answer, "cat") or f"host {host}: {answer.stderr}")
+
+
+async def _ask(
+    host: str, command: list[str], environment: dict[str, str], into: IO[bytes] | None = None
+) -> Answer:
+    full = command if host in HERE else [*SSH, host, remote_command(command, environment)]
+    try:
+        process = await asyncio.create_subprocess_exec(*full, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE)
+    except OSError:
+        return Answer(host=host, status=NO_PYTHON, stdout=b"", stderr="")
+    try:
+        stdout, stderr = await process.communicate()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    assert process.returncode is not None
+    words = stderr.decode(errors="replace").strip()
+    return Answer(host=host, status=process.returncode, stdout=stdout or b"", stderr=words)
+
+
+def _problem(answer: Answer, program: str) -> str:
+    problem = ssh_problem(answer.status, program, answer.stderr)
+    return f"host {answer.host}: {problem}" if problem else ""
