@@ -58,6 +58,7 @@ class Attempt:
         self._ended: list[Rank] = []
         self._notes: list[dict[str, Any]] = []
         self._status_of_mpirun = 0
+        self._gone = False  # whether the ranks, all of them ready, were told to join
 
     @property
     def used(self) -> dict[str, AgentLink]:
@@ -173,6 +174,10 @@ class Attempt:
             case "pulse":
                 for vitals in report["ranks"]:
                     self.watch.hear(vitals, now)
+                if not self._gone and self.watch.ready:
+                    self._gone = True
+                    for each in self.used.values():
+                        each.order("go")
                 if self._notes and any(vitals["rank"] == 0 for vitals in report["ranks"]):
                     link.order("note", events=self._notes)
                     self._notes.clear()

@@ -15,7 +15,7 @@ from mlx_ring.copies import Copies
 from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, record_error
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.exactness import device
-from mlx_ring.heartbeat import FIRST_STEP, Heartbeat, Vitals
+from mlx_ring.heartbeat import FIRST_STEP, JOINING, Heartbeat, Vitals
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build
@@ -42,7 +42,7 @@ class Coordinator:
         heartbeat: Heartbeat | None = None,
     ) -> None:
         """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml."""
-        self._heartbeat, self.phase = heartbeat, "starting"
+        self._heartbeat, self.phase = heartbeat, JOINING
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
         self.directory = RunDirectory(run_directory, lock_seconds=LOCK_SECONDS if heartbeat else 0.0)

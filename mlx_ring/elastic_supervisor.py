@@ -64,7 +64,8 @@ class ElasticSupervisor:
         """To the end. Returns: the exit status. Raises: MlxRingError where no rank could be started."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signalled, number)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                loop.add_signal_handler(number, self._signalled, number)
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()

@@ -25,7 +25,9 @@ JOB = "MLX_RING_JOB_ID"  # of one attempt; equal on all its ranks
 LONGEST_FOLDER = 55  # characters: a socket's path has 103 at most (macOS)
 PULSE_SECONDS = 0.5
 LEASE_SECONDS = 12.0  # for which a rank, or an agent, goes on without the one that watches over it
-FIRST_STEP, DONE = "first step", "done"  # phases: what is compiled and may take long; a rank's last word
+# Phases of a rank: before and while it joins the others, the step that is compiled, its last word.
+STARTING, READY, JOINING, FIRST_STEP, DONE = "starting", "ready", "joining", "first step", "done"
+GO = {"go": True}  # to ranks that are ready
 Vitals = dict[str, Any]  # JSON values by name
 
 
@@ -55,7 +57,8 @@ class Heartbeat:
         self._rank, self._observe, self._on_lost = rank, observe, on_lost
         self._notes: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._closing = threading.Event()
+        self._go, self._closing = threading.Event(), threading.Event()
+        self._own: Vitals = {}  # what it knows better than the run
         self.report()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -68,14 +71,23 @@ class Heartbeat:
                 found.append(self._notes.get_nowait())
         return found
 
+    def await_others(self) -> None:
+        """Until all ranks are ready, so that none waits in MLX for one that is late or lost, and no try to
+        reach a neighbour comes too early. The supervisor ends who waits in vain."""
+        self._own = {"phase": READY}
+        self.report()
+        self._go.wait()
+        self._own = {}
+
     def report(self) -> None:
         """Say at once where this rank is. Never raises: an agent that is gone is the thread's affair."""
-        report = {"rank": self._rank, "pid": os.getpid(), **self._observe()}
+        report = {"rank": self._rank, "pid": os.getpid(), **self._observe(), **self._own}
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(report).encode() + b"\n")
 
     def close(self) -> None:
         """The last word of a rank that leaves because all is done."""
+        self._own = {"phase": DONE}
         self.report()
         self._closing.set()
         with contextlib.suppress(OSError):
@@ -92,8 +104,11 @@ class Heartbeat:
                     if not piece:
                         break
                     *lines, received = (received + piece).split(b"\n")
-                    for line in lines:
-                        self._notes.put(json.loads(line))
+                    for message in map(json.loads, lines):
+                        if message == GO:
+                            self._go.set()
+                        else:
+                            self._notes.put(message)
                 except TimeoutError:
                     self.report()
         if not self._closing.is_set():

@@ -22,7 +22,7 @@ import psutil
 
 from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
-from mlx_ring.heartbeat import LEASE_SECONDS, agent_directory
+from mlx_ring.heartbeat import GO, LEASE_SECONDS, READY, agent_directory
 from mlx_ring.rank_processes import LINE_BYTES, RankProcess, end
 from mlx_ring.ring_addresses import sweep_port_locks
 from mlx_ring.run_status import RunStatus
@@ -77,6 +77,9 @@ class HostAgent:
                     process.signal(signal.Signals[order["name"]])
             case "dump":
                 self._dump()
+            case "go":
+                for writer in self._ranks.values():
+                    writer.write(json.dumps(GO).encode() + b"\n")
             case "note":
                 self._note(order["events"])
             case "end":
@@ -155,6 +158,8 @@ class HostAgent:
                 rank = vitals["rank"]
                 self._vitals[rank] = vitals | {"heard": time.monotonic()}
                 self._ranks[rank] = writer
+                if vitals["phase"] == READY:  # others wait for it
+                    self._tell_vitals()
         self._ranks.pop(rank, None)
         writer.close()
 
@@ -166,15 +171,18 @@ class HostAgent:
             self._report("noted", count=len(events))
 
     async def _pulse(self) -> None:
-        """Tell the supervisor where the ranks are, also those that say nothing any more."""
         while True:
-            now = time.monotonic()
-            ranks = {
-                rank: {**vitals, "heard": now - vitals["heard"], "process": _process_state(vitals["pid"])}
-                for rank, vitals in self._vitals.items()
-            }
-            self._report("pulse", ranks=list(ranks.values()))
+            self._tell_vitals()
             await asyncio.sleep(PULSE_SECONDS)
+
+    def _tell_vitals(self) -> None:
+        """Tell the supervisor where the ranks are, also those that say nothing any more."""
+        now = time.monotonic()
+        ranks = {
+            rank: {**vitals, "heard": now - vitals["heard"], "process": _process_state(vitals["pid"])}
+            for rank, vitals in self._vitals.items()
+        }
+        self._report("pulse", ranks=list(ranks.values()))
 
     # The rest
 

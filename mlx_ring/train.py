@@ -30,7 +30,7 @@ from mlx_ring.config import RunConfig
 from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
 from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError, whereabouts
-from mlx_ring.heartbeat import DONE, Heartbeat
+from mlx_ring.heartbeat import JOINING, STARTING, Heartbeat
 from mlx_ring.rank_environment import RankEnvironment, abort_mpi, use_bundled_open_mpi
 from mlx_ring.ring_addresses import refuse_public_addresses
 from mlx_ring.run_directory import RunDirectory, new_run_id
@@ -62,21 +62,19 @@ class Process:
         self._run_id = ""
         self._joining = self._agreed = False
         self._heartbeat: Heartbeat | None = None
-        self._done = False
 
     def vitals(self) -> heartbeat.Vitals:
         """Where this rank is, for its supervisor. In the heartbeat's thread."""
         coordinator, communicator = self.coordinator, self.communicator
-        vitals: heartbeat.Vitals = {"phase": "joining" if self._joining else "starting"}
+        vitals: heartbeat.Vitals = {"phase": JOINING if self._joining else STARTING}
         if communicator is not None:
             vitals |= {"calls": communicator.calls, "call": communicator.call}
         if coordinator is not None:
             vitals |= coordinator.vitals()
-        return vitals | {"phase": DONE} if self._done else vitals
+        return vitals
 
     def done(self) -> None:
         """The last word to the supervisor: this rank leaves because all is done."""
-        self._done = True
         if self._heartbeat is not None:
             self._heartbeat.close()
 
@@ -91,17 +89,22 @@ class Process:
         Collective: every rank must call.
         """
         if self.communicator is None:
-            from mlx_ring.communicator import Communicator, refuse_old_mlx
-
             self._joining = True
-            refuse_old_mlx()
             self.environment.check_backend("communicator.backend", str(root.communicator.backend))
             self.environment.check_backend("cluster.backend", str(root.cluster.backend))
             if not root.cluster.allow_public_addresses:
                 refuse_public_addresses(self.environment)
-            self.communicator = Communicator(self.environment)
+            self.communicator = self._meet()
             self.communicator.agree_on_error(None)  # another rank may bring a mistake: see `_met`
         return self.communicator
+
+    def _meet(self) -> "Communicator":
+        from mlx_ring.communicator import Communicator, refuse_old_mlx
+
+        refuse_old_mlx()
+        if self._heartbeat is not None:
+            self._heartbeat.await_others()
+        return Communicator(self.environment)
 
     def run_id(self, *, _root_: DictConfig) -> str:
         """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster.
@@ -233,16 +236,13 @@ class Process:
             return error
         if not isinstance(error, ConfigError):
             return error
-        from mlx_ring.communicator import Communicator, refuse_old_mlx
-
         self._joining = True
         alone = threading.Timer(MEETING_SECONDS, self._leave_alone, [error])
         alone.daemon = True
         alone.start()
         try:
-            refuse_old_mlx()
             refuse_public_addresses(self.environment)
-            self.communicator = Communicator(self.environment)
+            self.communicator = self._meet()
             self.communicator.agree_on_error(error)
         except MlxRingError as met:
             return met if met.agreed else error

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_ring.errors import EXIT_STOPPED, ClusterError
-from mlx_ring.heartbeat import DONE, FIRST_STEP, Vitals
+from mlx_ring.heartbeat import DONE, FIRST_STEP, READY, STARTING, Vitals
 
+MEET_SECONDS = 120.0  # for all ranks to come to the start
 START_SECONDS = 600.0  # for reading data, restoring and the first step, which is compiled; for saving
 HANG_STEPS = 10  # a step that takes this many times the usual one hangs
 SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is a straggler
@@ -42,7 +43,7 @@ class Rank:
 
     @property
     def phase(self) -> str:
-        return str(self.vitals.get("phase", "starting"))
+        return str(self.vitals.get("phase", STARTING))
 
     @property
     def calls(self) -> int:
@@ -96,6 +97,11 @@ class Watch:
         phases = {rank.phase for rank in self.ranks}
         return bool(phases & TRAINING) and phases <= TRAINING | {FIRST_STEP}
 
+    @property
+    def ready(self) -> bool:
+        """Whether all ranks have come to the start, where they wait."""
+        return all(rank.phase == READY for rank in self.ranks)
+
     def hear(self, vitals: Vitals, now: float) -> None:
         """A rank's report, as its agent passed it on."""
         rank = next((each for each in self.ranks if each.rank == vitals["rank"]), None)
@@ -114,6 +120,8 @@ class Watch:
 
     def deadline(self) -> float:
         """Seconds without progress after which the run hangs."""
+        if any(rank.phase == STARTING for rank in self.ranks):
+            return max(MEET_SECONDS, self._deadline_seconds)
         if not self.trains:
             return max(START_SECONDS, self._deadline_seconds)
         if len(self._steps) < 2:
@@ -172,7 +180,7 @@ class Watch:
         still = now - max(rank.changed for rank in self.ranks)
         furthest = max(rank.calls for rank in self.ranks)
         stopped = [rank for rank in self.ranks if rank.vitals.get("process") == "stopped"]
-        absent = [rank for rank in self.ranks if not rank.vitals]
+        absent = [rank for rank in self.ranks if rank.phase == STARTING]
         behind = [rank for rank in self.ranks if rank.calls < furthest]
         mute = [rank for rank in self.ranks if rank.vitals.get("heard", 0) > 5]
         if not (suspects := stopped or absent or mute or behind):
@@ -184,12 +192,14 @@ class Watch:
         if rank in stopped:
             cause = "process stopped"
         elif rank in absent:
-            cause = "it never reported"
+            cause = "it is still starting" if rank.vitals else "it never reported"
         elif rank in mute:
             cause = "it has gone silent"
         else:
             cause = f"it is still at {rank.vitals.get('call') or 'computing'}"
         waits = f"{'never entered' if rank.calls < furthest else 'holds up'} collective {furthest}"
+        if absent:
+            waits = "has not come to the start"
         place = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
         message = f"no progress for {still:.0f} s: {rank.name} {waits}: {cause} ({place})"
         status = ClusterError.exit_status

@@ -170,7 +170,7 @@ class Cluster:
 
     def _up(self) -> None:
         Path("/run/sshd").mkdir(exist_ok=True)
-        (self._folder / "tmp").mkdir(exist_ok=True)
+        (self._folder / "tmp").mkdir(parents=True, exist_ok=True)
         for path in self._private:
             path.mkdir(parents=True, exist_ok=True)
         _keygen(self._folder / "id")

@@ -149,7 +149,10 @@ def test_a_closed_terminal_saves_and_exits_75(tmp_path: Path) -> None:
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lambda: (
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        ),
     )
     try:
         os.close(theirs)

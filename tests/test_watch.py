@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_ring.heartbeat import DONE, FIRST_STEP
-from mlx_ring.watch import HANG_STEPS, SLOW_STEPS, START_SECONDS, Rank, Watch
+from mlx_ring.heartbeat import DONE, FIRST_STEP, READY
+from mlx_ring.watch import HANG_STEPS, MEET_SECONDS, SLOW_STEPS, START_SECONDS, Rank, Watch
 
 
 class Clock:
@@ -89,11 +89,16 @@ def test_nobody_is_blamed_for_a_silent_network() -> None:
     assert failure.rank is None and "all ranks are in all_sum 52" in failure.message, failure.message
 
 
-def test_who_never_reported_is_named() -> None:
+def test_who_does_not_come_to_the_start_is_named() -> None:
     clock = Clock(2)
-    clock.tell(only=0, phase="joining")
-    failure = clock.watch.of_hang(700.0)
-    assert "rank 1 on studio-1 holds up collective 0: it never reported" in failure.message
+    clock.tell(only=0, phase=READY)
+    assert (
+        not clock.watch.ready and not clock.watch.hangs(MEET_SECONDS) and clock.watch.hangs(MEET_SECONDS + 1)
+    )
+    failure = clock.watch.of_hang(121.0)
+    assert "rank 1 on studio-1 has not come to the start: it never reported" in failure.message
+    clock.tell(only=1, phase=READY)
+    assert clock.watch.ready
 
 
 @pytest.mark.parametrize(
