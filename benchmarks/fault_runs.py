@@ -1,5 +1,6 @@
 """One run of `mlx-ring run` under a stop-watch: what it printed and when, its processes, what it left."""
 
+import functools
 import json
 import os
 import re
@@ -17,14 +18,15 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+TRAIN = [sys.executable, str(ROOT / "train.py")]
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run"]
 TINY = (
     "run.dir=run", "communicator=exact", "trainer.global_batch_size=32", "trainer.micro_batch_size=4",
     "trainer.compile=false", "model.hidden_sizes=[16]", "model.dropout=0", "metrics.tensorboard=false",
     "evaluation.every_steps=null", "metrics.log_every_steps=1", "checkpoint.every_steps=20", "data=custom",
-    "data.import_path=faulty:build", "data.prefetch=1",
+    "data.import_path=faulty:build", "data.prefetch=1", "schedule=constant",
 )  # fmt: skip
-STEP = re.compile(r"step (\d+)/")
+STEP = re.compile(r"\] step (\d+)/")
 FOR_EVER = "trainer.steps=1000000"
 
 
@@ -34,13 +36,19 @@ class TimedRun:
     def __init__(
         self, *options: str, overrides: tuple[str, ...] = (), fault: str = "{fault: none}",
         wrap: Callable[[list[str]], list[str]] = lambda command: command, folder: Path | None = None,
+        by_hand: bool = False,
     ) -> None:  # fmt: skip
-        """`wrap` makes the command one that runs elsewhere, such as on an emulated host."""
+        """`wrap` makes the command one that runs elsewhere, such as on an emulated host; `by_hand` starts
+        with mlx.launch instead of `mlx-ring run`."""
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mlx_ring-fault-"))
+        self.record = self.folder / "run"
         self.lines: list[tuple[float, str]] = []
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
         environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        command = [*PROGRAM, *options, "--", *TINY, f"data.arguments={fault}", *overrides]
+        program = [*PROGRAM, *options, "--"]
+        if by_hand:
+            program = [str(Path(sys.executable).with_name("mlx.launch")), *options, "--", *TRAIN]
+        command = [*program, *TINY, f"data.arguments={fault}", *overrides]
         self.begun = time.monotonic()
         self.process = subprocess.Popen(
             wrap(command), cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -83,25 +91,26 @@ class TimedRun:
                 raise TimeoutError(f"{pattern!r} was not printed:\n{self.told()}")
             time.sleep(0.005)
 
-    def trains(self, since: float = 0.0, beyond: int = 0) -> float:
-        """When a step greater than `beyond` was first logged."""
+    def trains(self, since: float = 0.0, beyond: int = 0) -> tuple[float, int]:
+        """When a step greater than `beyond` was first logged, and which."""
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            for at, line in list(self.lines):
-                if at >= since and (match := STEP.search(line)) and int(match[1]) > beyond:
-                    return at
+            for at, step in self.steps():
+                if at >= since and step > beyond:
+                    return at, step
             if self.process.poll() is not None and not self._reader.is_alive():
                 break
             time.sleep(0.005)
         raise TimeoutError(f"no step beyond {beyond} was logged:\n{self.told()}")
 
+    def steps(self) -> list[tuple[float, int]]:
+        """When each step was logged."""
+        return [(at, int(match[1])) for at, line in list(self.lines) if (match := STEP.search(line))]
+
     @property
     def step(self) -> int:
         """The newest step logged."""
-        for _, line in reversed(self.lines):
-            if match := STEP.search(line):
-                return int(match[1])
-        return 0
+        return self.steps()[-1][1]
 
     def told(self) -> str:
         return "\n".join(line for _, line in self.lines[-60:])
@@ -148,17 +157,18 @@ class TimedRun:
         return len(left)
 
     def status(self) -> dict[str, Any]:
-        return json.loads((self.folder / "run/status.json").read_text())
+        return json.loads((self.record / "status.json").read_text())
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
-        text = (self.folder / "run/metrics.jsonl").read_text()
+        text = (self.record / "metrics.jsonl").read_text()
         return [row for row in map(json.loads, text.splitlines()) if row["kind"] == kind]
 
     def losses(self) -> dict[int, float]:
         return {row["step"]: row["loss"] for row in self.rows("train")}
 
 
-def reference(steps: int) -> dict[int, float]:
+@functools.cache
+def reference(steps: int = 3000) -> dict[int, float]:
     """The losses of the same run on one rank to which nothing happens."""
     with TimedRun("-n", "1", overrides=(f"trainer.steps={steps}",)) as run:
         assert run.wait() == 0, run.told()

@@ -143,9 +143,8 @@ class Attempt:
                     if lost := self._take(link, report, loop.time()):
                         return lost
             now = loop.time()
-            if now - awake > 4 * TICK_SECONDS:  # this very process was stopped: nobody else was silent
-                for link in self.used.values():
-                    link.heard = now
+            if now - awake > 4 * TICK_SECONDS:  # this very process slept: nobody else was silent
+                self._forgive(now)
             awake = now
             if self._ended and settled is None and self.watch.of_exits(self._ended):
                 settled = now + SETTLE_SECONDS
@@ -157,6 +156,12 @@ class Attempt:
                 return await self._dumped(now)
             self._look_for_stragglers()
         return self._verdict()
+
+    def _forgive(self, now: float) -> None:
+        for link in self.used.values():
+            link.heard = now
+        for rank in self.watch.ranks:
+            rank.changed = now
 
     def _verdict(self) -> Failure | None:
         if self._mpirun is None:

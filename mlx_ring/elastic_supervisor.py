@@ -131,6 +131,8 @@ class ElasticSupervisor:
     async def _available(self, first: bool) -> list[Host]:
         """Host entries whose agent answers; missing agents are started."""
         names = list(dict.fromkeys(host.ssh for host in self._file.hosts))
+        for name in set(self._links) - set(names):
+            await self._links.pop(name).close()
         now = asyncio.get_running_loop().time()
         wanted = [name for name in names if self._record(name).set_aside_until <= now] or names
         problems = [problem for problem in await asyncio.gather(*map(self._connect, wanted)) if problem]

@@ -43,6 +43,7 @@ class HostAgent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory: Path | None = None
         self._server: asyncio.Server | None = None
+        self._quiet_beats = 0  # since the last order
 
     async def run(self) -> None:
         """Obey until there is nobody left to obey."""
@@ -59,9 +60,10 @@ class HostAgent:
     async def _next_order(self) -> Message | None:
         """None at the end of the lease."""
         try:
-            line = await asyncio.wait_for(self._orders.readline(), LEASE_SECONDS)
-        except (TimeoutError, ValueError, OSError):
+            line = await self._orders.readline()
+        except (ValueError, OSError):
             return None
+        self._quiet_beats = 0
         return json.loads(line) if line else None
 
     async def _obey(self, order: Message) -> None:
@@ -171,9 +173,12 @@ class HostAgent:
             self._report("noted", count=len(events))
 
     async def _pulse(self) -> None:
-        while True:
+        """The end of the lease is counted in beats: while this host sleeps none goes by."""
+        while self._quiet_beats < LEASE_SECONDS / PULSE_SECONDS:
+            self._quiet_beats += 1
             self._tell_vitals()
             await asyncio.sleep(PULSE_SECONDS)
+        self._orders.feed_eof()
 
     def _tell_vitals(self) -> None:
         """Tell the supervisor where the ranks are, also those that say nothing any more."""

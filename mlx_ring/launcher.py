@@ -9,6 +9,7 @@ from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
 
+from mlx_ring import __version__
 from mlx_ring.errors import ClusterError
 from mlx_ring.rank_processes import LINE_BYTES
 
@@ -64,6 +65,10 @@ class AgentLink:
         if first["is"] != "ready":
             await link.close()
             raise ClusterError(f"host {host}: {first['why']}")
+        if first["version"] != __version__:
+            await link.close()
+            versions = f"mlx_ring {first['version']} and this one {__version__}"
+            raise ClusterError(f"host {host} has {versions}; install the same everywhere")
         link._reports = reports
         link.name = f"{host} ({first['host']})" if host not in HERE else first["host"]
         while not own.empty():

@@ -445,7 +445,7 @@ def write_for_ever(pipe):
             disk.remove(old)
 
 
-for _ in range(60):
+for _ in range(int(sys.argv[2])):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -468,7 +468,7 @@ for _ in range(60):
 
 
 def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "checkpoints")]
+    command = [sys.executable, "-c", KILLS, str(tmp_path / "checkpoints"), "60"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = ended.stdout.split()

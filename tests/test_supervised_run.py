@@ -20,6 +20,7 @@ FAULTY = (
     *SMALL, "run.dir=run", "data=custom", "data.import_path=faulty:build", f"trainer.steps={STEPS}",
     "data.prefetch=1", "checkpoint.every_steps=10", "communicator=exact", "metrics.log_every_steps=20",
 )  # fmt: skip
+WHOLE = "trainer.micro_batch_size=32"
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run"]
 
 
@@ -120,18 +121,22 @@ def fault(name: str, **arguments: object) -> str:
     return f"data.arguments={{{given}}}"
 
 
-def undisturbed(folder: Path) -> object:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> object:
     """The weights of the same run on one rank to which nothing happens."""
-    (folder / "calm").mkdir()
-    start([*FAULTY, fault("none")], folder / "calm").wait().ok()
-    return status(folder / "calm")["parameters_sha256"]
+    folder = tmp_path_factory.mktemp("calm")
+    tests = str(Path(__file__).parent)
+    start([*FAULTY, fault("none")], folder, variables=[{"PYTHONPATH": tests}]).wait().ok()
+    return status(folder)["parameters_sha256"]
 
 
 def events(folder: Path) -> list[object]:
     return [row["event"] for row in rows(folder, "event")]
 
 
-def test_it_runs_to_its_end(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+def test_it_runs_to_its_end(
+    tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object
+) -> None:
     run = supervise("-n", "2", "--", *FAULTY, fault("none"))
     assert run.wait() == 0, run.report()
     final = status(tmp_path)
@@ -141,7 +146,7 @@ def test_it_runs_to_its_end(tmp_path: Path, supervise: Callable[..., Supervised]
         2,
         "ring",
     )
-    assert final["parameters_sha256"] == undisturbed(tmp_path)
+    assert final["parameters_sha256"] == undisturbed
     assert events(tmp_path) == []
     lines = run.stdout.splitlines()
     assert lines and all(line.startswith("[rank 0] ") for line in lines)
@@ -151,24 +156,20 @@ def test_it_runs_to_its_end(tmp_path: Path, supervise: Callable[..., Supervised]
     ("name", "told"),
     [
         ("kill", r"rank 1 on \S+ was ended by SIGKILL \(step \d+, phase training\)"),
-        (
-            "raise",
-            r"rank 1 on \S+: RuntimeError: the disk caught fire .*\(status 1, step \d+, phase training\)",
-        ),
         ("exit", r"rank 1 on \S+ left with status 0 before the run had ended"),
     ],
 )
 def test_a_lost_rank_is_named_and_the_run_goes_on(
-    tmp_path: Path, supervise: Callable[..., Supervised], name: str, told: str
+    tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object, name: str, told: str
 ) -> None:
     run = supervise("-n", "2", "--", *FAULTY, fault(name, at_call=100, once=True))
     assert run.wait() == 0, run.report()
     assert re.search(f"mlx-ring: {told}.*restart 1 of at most 20, from step [12]0", run.stderr), run.report()
-    assert status(tmp_path)["parameters_sha256"] == undisturbed(tmp_path)
+    assert status(tmp_path)["parameters_sha256"] == undisturbed
     assert events(tmp_path)[-3:] == ["resumed", "peer_lost", "restart"], events(tmp_path)
     steps = [row["step"] for row in rows(tmp_path, "train")]
     assert steps == [1, *range(20, STEPS + 1, 20)]
-    assert "Traceback" not in run.stderr or name == "raise"
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
     [("stop", "process stopped"), ("wait", "it is still at computing")],
 )
 def test_a_hang_is_dumped_named_and_ended(
-    tmp_path: Path, supervise: Callable[..., Supervised], name: str, told: str
+    tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object, name: str, told: str
 ) -> None:
     run = supervise("-n", "2", "--deadline", "4", "--", *FAULTY, fault(name, at_call=100, once=True))
     assert run.wait() == 0, run.report()
@@ -186,7 +187,7 @@ def test_a_hang_is_dumped_named_and_ended(
     assert hung and hung[2] == told and 4 <= int(hung[1]) <= 6, run.report()
     assert "[rank 0] Current thread" in run.stderr or "[rank 0] Thread" in run.stderr, run.report()
     assert "in _call" in run.stderr  # where rank 0 waits
-    assert status(tmp_path)["parameters_sha256"] == undisturbed(tmp_path)
+    assert status(tmp_path)["parameters_sha256"] == undisturbed
     assert "hang" in events(tmp_path)
 
 
@@ -208,20 +209,23 @@ def test_no_restart_is_wanted(tmp_path: Path, supervise: Callable[..., Supervise
     assert final["state"] == "failed" and "SIGKILL" in str(final["message"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_same_command_continues(
-    tmp_path: Path, supervise: Callable[..., Supervised], number: int
+    tmp_path: Path, supervise: Callable[..., Supervised]
 ) -> None:
-    command = ["-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=100), "trainer.steps=4000"]
-    run = supervise(*command)
-    run.until((tmp_path / "reached").exists)
-    run.process.send_signal(number)
-    assert run.wait() == 75, run.report()
-    stopped = status(tmp_path)
-    assert stopped["state"] == "stopped" and 20 <= int(str(stopped["step"])) < 4000
-    run = supervise(*command[:-1])
+    command = ["-n", "2", "--", *FAULTY, fault("tell", rank=0, at_call=100), "trainer.steps=1000000"]
+    reached = 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        run = supervise(*command)
+        run.until((tmp_path / "reached").exists)
+        run.process.send_signal(number)
+        assert run.wait() == 75, run.report()
+        stopped = status(tmp_path)
+        assert stopped["state"] == "stopped" and int(str(stopped["step"])) >= reached + 20, run.report()
+        reached = int(str(stopped["step"]))
+        (tmp_path / "reached").unlink()
+    run = supervise(*command[:-1], f"trainer.steps={reached + 10}")
     assert run.wait() == 0, run.report()
-    assert status(tmp_path)["state"] == "completed"
+    assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("completed", reached + 10)
 
 
 def test_a_second_signal_leaves_at_once(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
@@ -270,7 +274,7 @@ def test_nothing_outlives_a_killed_agent(tmp_path: Path, supervise: Callable[...
     assert "was lost: its agent ended with status -9" in run.stderr, run.report()
     _, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive
-    run = supervise("-n", "2", "--", *FAULTY, fault("none"), "checkpoint.resume=never")  # which sweeps
+    run = supervise("-n", "1", "--", *FAULTY, fault("none"), "checkpoint.resume=never")  # which sweeps
     assert run.wait() == 0, run.report()
 
 
@@ -280,7 +284,7 @@ def test_mistakes_are_one_line(tmp_path: Path, supervise: Callable[..., Supervis
         (["-n", "2", "--hostfile", "hosts.json"], ["-n 2", "hosts.json"]),
         (["--hostfile", "absent.json"], ["absent.json"]),
         (["-n", "0"], ["-n"]),
-        (["-n", "9", "--", *FAULTY, fault("none")], ["9 ranks cannot share 8 micro-batches"]),
+        (["-n", "2", "--", *FAULTY, fault("none"), WHOLE], ["2 ranks cannot share 1 micro-batches"]),
     ):
         run = supervise(*command)
         assert run.wait() == 2, run.report()
@@ -289,9 +293,9 @@ def test_mistakes_are_one_line(tmp_path: Path, supervise: Callable[..., Supervis
         assert "Traceback" not in run.stderr
 
 
-def test_mpirun(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+def test_mpirun(tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object) -> None:
     run = supervise("-n", "2", "--launcher", "mpirun", "--", *FAULTY, fault("kill", at_call=100, once=True))
     assert run.wait() == 0, run.report()
     assert "mpirun ended with status" in run.stderr and "restart 1" in run.stderr
     final = status(tmp_path)
-    assert final["backend"] == "mpi" and final["parameters_sha256"] == undisturbed(tmp_path)
+    assert final["backend"] == "mpi" and final["parameters_sha256"] == undisturbed

@@ -1,0 +1,92 @@
+"""Long runs under supervision: false alarms, what watching costs, and how much of the time is training."""
+
+import random
+import statistics
+import time
+
+import psutil
+from fault_runs import FOR_EVER, TimedRun
+from fault_trials import false_alarms
+
+KILL_SECONDS = 120.0
+SOAK = (
+    FOR_EVER, "metrics.log_every_steps=20", "checkpoint.every_steps=200", "model.hidden_sizes=[128,128]",
+    "trainer.micro_batch_size=2",
+)  # fmt: skip
+
+
+def measure(minutes: float) -> dict[str, float]:
+    """The figures, of runs of so many minutes each."""
+    return {**quiet(minutes), **heartbeats(), **kills(minutes)}
+
+
+def quiet(minutes: float) -> dict[str, float]:
+    """Nothing happens, but that rank 1 is slow: its core has something else to do."""
+    with TimedRun("-n", "2", overrides=SOAK) as run:
+        run.trains(beyond=20)
+        run.ranks()[1].nice(10)
+        supervisor = psutil.Process(run.process.pid)
+        watching = [supervisor, *supervisor.children()]  # and its agent
+        before, begun = _cpu_seconds(watching), time.monotonic()
+        memory = _resident(run)
+        time.sleep(60 * minutes)
+        share = (_cpu_seconds(watching) - before) / (time.monotonic() - begun)
+        growth = (_resident(run) - memory) / 2**20 / (minutes / 60)
+        alarms = false_alarms(run)
+        assert run.stop() == 75, run.told()
+        return {
+            "soak_minutes": minutes,
+            "false_alarms": float(alarms),
+            "supervisor_share_of_a_core": share,
+            "resident_growth_mebibytes_an_hour": growth,
+        }
+
+
+def _cpu_seconds(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return sum(each.user + each.system for each in times)
+
+
+def _resident(run: TimedRun) -> int:
+    return sum(process.memory_info().rss for process in run.ranks().values())
+
+
+def heartbeats(pairs: int = 5, steps: int = 2000) -> dict[str, float]:
+    """Seconds a step with a supervisor over those of ranks started by hand, alternating."""
+    ratios: list[float] = []
+    for _ in range(pairs):
+        with TimedRun("-n", "2", overrides=(*SOAK, f"trainer.steps={steps}")) as run:
+            assert run.wait(300) == 0, run.told()
+            watched = _step_seconds(run)
+        with TimedRun("-n", "2", overrides=(*SOAK, f"trainer.steps={steps}"), by_hand=True) as run:
+            assert run.wait(300) == 0, run.told()
+            ratios.append(watched / _step_seconds(run))
+    return {
+        "heartbeat_share_of_a_step": statistics.median(ratios) - 1,
+        "heartbeat_share_lowest": min(ratios) - 1,
+        "heartbeat_share_highest": max(ratios) - 1,
+    }
+
+
+def _step_seconds(run: TimedRun) -> float:
+    return statistics.median(row["step_seconds"] for row in run.rows("train")[1:])
+
+
+def kills(minutes: float) -> dict[str, float]:
+    """A random rank is killed every two minutes. Goodput: the share of time in which steps were trained that
+    count, at their usual pace."""
+    chance = random.Random(2)
+    with TimedRun("-n", "2", "--max-restarts", "1000", overrides=SOAK) as run:
+        begun, first = run.trains(beyond=20)
+        killed = 0
+        while time.monotonic() - begun < 60 * minutes:
+            time.sleep(min(KILL_SECONDS, 60 * minutes))
+            at = time.monotonic()
+            chance.choice(list(run.ranks().values())).kill()
+            killed += 1
+            run.trains(since=run.seen("run directory", since=run.seen("restart", since=at)[0])[0])
+        seconds = time.monotonic() - begun
+        steps = run.step - first
+        assert run.stop() == 75, run.told()
+        usual = _step_seconds(run)
+        return {"kills": float(killed), "goodput": steps * usual / seconds}
