@@ -14,7 +14,7 @@ from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
 from mlx_ring.heartbeat import JOB
 from mlx_ring.host_file import Host
 from mlx_ring.launcher import AgentLink, Report, Reports
-from mlx_ring.rank_processes import GRACE_SECONDS
+from mlx_ring.rank_processes import GRACE_SECONDS, MPIRUN
 from mlx_ring.watch import Failure, Rank, Watch
 
 HOST_SILENT_SECONDS = 10.0  # an agent reports twice a second
@@ -99,7 +99,7 @@ class Attempt:
                     members.append({"name": f"rank {number}", "command": self._program, "environment": own})
             if self._mpirun and ssh == self._hosts[0].ssh:
                 command = [*self._mpirun, "-x", JOB, *self._program]
-                members.append({"name": "mpirun", "command": command, "environment": {}})
+                members.append({"name": MPIRUN, "command": command, "environment": {}})
             for member in members:
                 self._running[member["name"]] = link
             link.order("start", job=self._job, ring=ring, environment=dict(common), members=members)
@@ -205,11 +205,11 @@ class Attempt:
         for vitals in report["last"]:
             self.watch.hear(vitals, now)
         for rank in self.watch.ranks:
-            if report["name"] == "mpirun" or report["name"] == f"rank {rank.rank}":
+            if report["name"] == MPIRUN or report["name"] == f"rank {rank.rank}":
                 rank.status = report["status"]
                 rank.last_words = rank.last_words or report["error"]
                 self._ended.append(rank)
-        if report["name"] == "mpirun":
+        if report["name"] == MPIRUN:
             self._status_of_mpirun = report["status"]
 
     def _print(self, report: Report) -> None:
@@ -218,7 +218,7 @@ class Attempt:
             print(f"[{report['name']}] {report['text']}", file=stream, flush=True)
         if report["text"].startswith("error:"):
             for rank in self.watch.ranks:
-                if report["name"] in ("mpirun", f"rank {rank.rank}"):
+                if report["name"] in (MPIRUN, f"rank {rank.rank}"):
                     rank.last_words = report["text"].removeprefix("error:").strip()
 
     def _silent(self) -> Failure | None:

@@ -23,7 +23,7 @@ import psutil
 from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
 from mlx_ring.heartbeat import GO, LEASE_SECONDS, READY, agent_directory
-from mlx_ring.rank_processes import LINE_BYTES, RankProcess, end
+from mlx_ring.rank_processes import LINE_BYTES, MPIRUN, RankProcess, end
 from mlx_ring.ring_addresses import sweep_port_locks
 from mlx_ring.run_status import RunStatus
 
@@ -75,10 +75,9 @@ class HostAgent:
             case "start":
                 await self._start(order)
             case "signal":
-                for process in self._processes:
-                    process.signal(signal.Signals[order["name"]])
+                self._signal(signal.Signals[order["name"]])
             case "dump":
-                self._dump()
+                self._signal_reported(signal.SIGUSR1)  # all stacks, to stderr (`faulthandler`)
             case "go":
                 for writer in self._ranks.values():
                     writer.write(json.dumps(GO).encode() + b"\n")
@@ -133,22 +132,24 @@ class HostAgent:
         self._report("exit", name=process.name, status=status, error="", last=last)
 
     async def _end(self) -> None:
-        await end(self._processes, self._kill_ranks)
+        await end(self._processes, lambda: self._signal_reported(signal.SIGKILL))
         if self._server is not None:
             self._server.close()
             self._server = None
 
-    def _kill_ranks(self) -> None:
-        """Also those that mpirun started and left: they are still connected."""
+    def _signal(self, number: int) -> None:
+        """To all ranks. To mpirun, which would end them, only where none has reported yet."""
+        reported = {self._vitals[rank]["pid"] for rank in self._ranks}
+        for process in self._processes:
+            if process.pid not in reported and not (process.name == MPIRUN and reported):
+                process.signal(number)
+        self._signal_reported(number)
+
+    def _signal_reported(self, number: int) -> None:
+        """To the ranks that are connected, whoever started them."""
         for rank in self._ranks:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._vitals[rank]["pid"], signal.SIGKILL)
-
-    def _dump(self) -> None:
-        """Have every rank write where all of its threads are, to its stderr (`faulthandler`)."""
-        for vitals in self._vitals.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(vitals["pid"], signal.SIGUSR1)
+                os.kill(self._vitals[rank]["pid"], number)
 
     # What ranks tell
 

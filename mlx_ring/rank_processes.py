@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+MPIRUN = "mpirun"  # the name of the process that starts all ranks itself
 LINE_BYTES = 2**20  # longest line of a process's output
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 DRAIN_SECONDS = 1.0  # for what a process that has ended still said; a grandchild may hold its streams open

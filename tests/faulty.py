@@ -45,6 +45,8 @@ class Samples:
             threading.Event().wait()
         elif due and self.fault == "tell":
             Path("reached").touch()
+        elif due and self.fault == "slow":
+            time.sleep(0.05)
         elif due and self.fault == "pause":
             Path("reached").touch()
             while not Path("go").exists():

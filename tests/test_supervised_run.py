@@ -299,3 +299,9 @@ def test_mpirun(tmp_path: Path, supervise: Callable[..., Supervised], undisturbe
     assert "mpirun ended with status" in run.stderr and "restart 1" in run.stderr
     final = status(tmp_path)
     assert final["backend"] == "mpi" and final["parameters_sha256"] == undisturbed
+    again = ("run.dir=again", "trainer.steps=1000000")
+    run = supervise("-n", "2", "--launcher", "mpirun", "--", *FAULTY, fault("tell", at_call=100), *again)
+    run.until((tmp_path / "reached").exists)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 75, run.report()
+    assert status(tmp_path, "again")["state"] == "stopped"
