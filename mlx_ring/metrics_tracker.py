@@ -6,11 +6,14 @@ is switched off while the run goes on. No mlx here.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_ring.sinks import Row, finished_steps
 from mlx_ring.sinks.console import ConsoleSink
 from mlx_ring.sinks.jsonl import JSONLSink, read_rows
-from mlx_ring.sinks.tensorboard import TensorBoardSink
+
+if TYPE_CHECKING:
+    from mlx_ring.sinks.tensorboard import TensorBoardSink
 
 __all__ = ["MetricsTracker", "Row", "read_rows"]
 
@@ -39,7 +42,11 @@ class MetricsTracker:
         self._step = restored_step
         self._jsonl = JSONLSink(run_directory / "metrics.jsonl", restored_step)
         self._console = ConsoleSink(title, restored_step, total_steps) if console else None
-        self._tensorboard = TensorBoardSink(run_directory / "tensorboard") if tensorboard else None
+        self._tensorboard: TensorBoardSink | None = None
+        if tensorboard:
+            from mlx_ring.sinks.tensorboard import TensorBoardSink  # takes a fifth of a second to load
+
+            self._tensorboard = TensorBoardSink(run_directory / "tensorboard")
         self._to_tensorboard(lambda board: board.open(restored_step, hyperparameters))
 
     def record(self, kind: str, row: Row) -> None:
@@ -76,7 +83,7 @@ class MetricsTracker:
             if self._console is not None:
                 self._console.close()
 
-    def _to_tensorboard(self, write: Callable[[TensorBoardSink], None]) -> None:
+    def _to_tensorboard(self, write: "Callable[[TensorBoardSink], None]") -> None:
         """A view that cannot be written ends, once and heard."""
         board = self._tensorboard
         if board is None:

@@ -85,9 +85,10 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
     assert sent == [parameters * width + 4 * numbers] * 6  # 2 (n - 1) / n with two ranks is 1
 
 
-@pytest.mark.parametrize("communicator", ["native", "exact"])
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "communicator"),
+    [(1, "adamw", "native"), (2, "muon", "native"), (1, "muon", "exact"), (2, "adamw", "exact")],
+)
 def test_stop_and_resume_is_no_stop(
     tmp_path: Path, world_size: int, optimizer: str, communicator: str
 ) -> None:
