@@ -42,11 +42,7 @@ class MetricsTracker:
         self._step = restored_step
         self._jsonl = JSONLSink(run_directory / "metrics.jsonl", restored_step)
         self._console = ConsoleSink(title, restored_step, total_steps) if console else None
-        self._tensorboard: TensorBoardSink | None = None
-        if tensorboard:
-            from mlx_ring.sinks.tensorboard import TensorBoardSink  # takes a fifth of a second to load
-
-            self._tensorboard = TensorBoardSink(run_directory / "tensorboard")
+        self._tensorboard = _tensorboard(run_directory / "tensorboard") if tensorboard else None
         self._to_tensorboard(lambda board: board.open(restored_step, hyperparameters))
 
     def record(self, kind: str, row: Row) -> None:
@@ -95,3 +91,9 @@ class MetricsTracker:
             board.close_file()
             message = f"warning: TensorBoard is switched off, metrics.jsonl goes on: {error}"
             self.record("event", {"event": "tensorboard_off", "step": self._step, "message": message})
+
+
+def _tensorboard(directory: Path) -> "TensorBoardSink":
+    from mlx_ring.sinks.tensorboard import TensorBoardSink  # takes a fifth of a second to load
+
+    return TensorBoardSink(directory)
