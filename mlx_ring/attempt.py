@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
-from mlx_ring.heartbeat import JOB
+from mlx_ring.heartbeat import JOB, REACHED
 from mlx_ring.host_file import Host
 from mlx_ring.launcher import AgentLink, Report, Reports
 from mlx_ring.rank_processes import GRACE_SECONDS, MPIRUN
@@ -43,13 +43,16 @@ class Attempt:
         *,
         program: list[str],
         mpirun: list[str] | None,
+        reached_step: int,
         deadline_seconds: float,
         say: Callable[[str], None],
     ) -> None:
         """`links`: an agent for each host's ssh name. `program`: a rank's command line. `mpirun`: the command
-        that starts all of them, instead of their agents."""
+        that starts all of them, instead of their agents. `reached_step`: of a checkpoint that must be there; or
+        0."""
         self._hosts, self._links, self._reports = hosts, links, reports
         self._program, self._mpirun, self._say = program, mpirun, say
+        self._reached_step = reached_step
         self._job = secrets.token_hex(4)
         now = asyncio.get_running_loop().time()
         ranks = [Rank(number, host.ssh, links[host.ssh].name) for number, host in enumerate(hosts)]
@@ -91,6 +94,8 @@ class Attempt:
     async def _start(self) -> None:
         ring = [] if self._mpirun or len(self._hosts) == 1 else await self._ring()
         common = {JOB: self._job, "PYTHONUNBUFFERED": "1"}
+        if self._reached_step:
+            common[REACHED] = str(self._reached_step)
         for ssh, link in self.used.items():
             members: list[Report] = []
             for number, host in enumerate(self._hosts):
@@ -98,7 +103,8 @@ class Attempt:
                     own = {"MLX_RANK": str(number)}
                     members.append({"name": f"rank {number}", "command": self._program, "environment": own})
             if self._mpirun and ssh == self._hosts[0].ssh:
-                command = [*self._mpirun, "-x", JOB, *self._program]
+                exported = [word for name in common for word in ("-x", name)]
+                command = [*self._mpirun, *exported, *self._program]
                 members.append({"name": MPIRUN, "command": command, "environment": {}})
             for member in members:
                 self._running[member["name"]] = link

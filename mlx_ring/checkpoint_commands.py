@@ -84,7 +84,9 @@ def export(run: Path, hostfile: Path | None, python: str, output: Path) -> None:
     """
     hosts = _hosts(hostfile)
     problems: list[str] = []
-    for row in sorted(_rows("list", run, hosts, python), key=lambda row: row["step"], reverse=True):
+    rows = _rows("list", run, hosts, python)
+    rows.sort(key=lambda row: (row.get("generation", 0), row["step"]), reverse=True)
+    for row in rows:
         checked = row if "error" in row else _verified(row, hosts, python)
         if "error" in checked:
             problems.append(f"{_place(row)}: {checked['error']}")
@@ -155,6 +157,7 @@ def _facts(path: Path) -> Row:
     manifest = checkpoint_format.read_manifest(path)
     return {
         "step": manifest["step"],
+        "generation": manifest["line"]["generation"],
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "samples": manifest["progress"].get("next_sample"),
         "world_size": manifest.get("world_size"),

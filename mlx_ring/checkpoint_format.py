@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,13 +26,11 @@ import numpy as np
 import psutil
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
+from mlx_ring.checkpoint_manifest import FORMAT_VERSION, MANIFEST, open_file, read_manifest, sealed
 from mlx_ring.errors import CheckpointError, NewerCheckpointError
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def write(
     size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
     if not checkpoints.exists():
         checkpoints.mkdir(mode=0o700)
-        _sync(checkpoints.parent)
+        sync(checkpoints.parent)
     free = shutil.disk_usage(checkpoints).free
     if free < 2 * size:
         raise CheckpointError(
@@ -89,16 +86,16 @@ def write(
             path = temporary / f"{name}.safetensors"
             specs = {key: _spec(array) for key, array in arrays.items()}
             serialize_file(specs, path, metadata={"format": "mlx"})
-            _sync(path)
+            sync(path)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-        manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries}
+        manifest = sealed({"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries})
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        sync(temporary / MANIFEST)
+        sync(temporary)
         temporary.rename(final)
-        _sync(checkpoints)
+        sync(checkpoints)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # the library's own word for a failed write
@@ -116,7 +113,7 @@ def _spec(array: HostArray) -> TensorSpec:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Push a file or a directory to the disk; macOS's fsync stops at the drive's cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -156,54 +153,6 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises: CheckpointError naming the file and what is wrong with it."""
-    path = directory / MANIFEST
-    try:
-        with _open(path) as file:
-            text = file.read(MANIFEST_LIMIT_BYTES + 1)
-        manifest = json.loads(text)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{path} is no manifest: it lists no files")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        newer = isinstance(version, int) and version > FORMAT_VERSION
-        raise (NewerCheckpointError if newer else CheckpointError)(
-            f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring"
-        )
-    for name, rule, right in (
-        ("files", "sizes and SHA-256s by name", all(map(_is_entry, manifest["files"].values()))),
-        ("step", "a whole number", _is_count(manifest.get("step"))),
-        (
-            "progress",
-            "counters, its step the manifest's",
-            _is_progress(manifest.get("progress"), manifest.get("step")),
-        ),
-        ("config", "a group of values", isinstance(manifest.get("config", {}), dict)),
-    ):
-        if not right:
-            raise CheckpointError(
-                f"{path} is damaged: {name} must be {rule}; got {str(manifest.get(name))[:80]}"
-            )
-    return manifest
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and _is_count(value.get("bytes")) and isinstance(value.get("sha256"), str)
-
-
-def _is_progress(value: Any, step: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_count, value.values())) and value.get("step") == step
-
-
 def verify(directory: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file is as it was written.
 
@@ -219,7 +168,7 @@ def verify(directory: Path) -> dict[str, Any]:
             )
         path = directory / name
         try:
-            with _open(path) as file:
+            with open_file(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry["bytes"]:
                     raise CheckpointError(f"{path} has {size} bytes, its manifest says {entry['bytes']}")
@@ -242,21 +191,10 @@ def check_safetensors(path: Path) -> None:
     Raises: CheckpointError naming the file.
     """
     try:
-        with _open(path), safe_open(path, framework="numpy") as file:
+        with open_file(path), safe_open(path, framework="numpy") as file:
             file.keys()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no valid safetensors file: {error}") from None
-
-
-def _open(path: Path) -> Any:
-    """Open a regular file for reading, never through a symbolic link."""
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, "a symbolic link, which is refused", str(path))
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
 
 
 def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -278,11 +216,11 @@ def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any
 def replace(checkpoints: Path, step: int, complete: Path) -> None:
     """Make a directory that verifies the checkpoint of a step, where another may be. Raises: OSError."""
     final = step_directory(checkpoints, step)
-    _sync(complete)
+    sync(complete)
     if final.exists():
         remove(final)
     complete.rename(final)
-    _sync(checkpoints)
+    sync(checkpoints)
 
 
 def remove(path: Path) -> None:

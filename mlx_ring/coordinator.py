@@ -103,8 +103,8 @@ class Coordinator:
         run = build(self._config, self._communicator, self._found)
         self._on_rank_0(lambda: self._begin(run))
         if self._copies is not None:
-            replaces = replaces_record(self._config, self._found)
-            self._copies.begin(run.trainer.progress.step, replaces=replaces)
+            self._copies.begin(run.trainer.progress.step, replaces=replaces_record(self._config, self._found))
+            self._saved_step = self._communicator.broadcast_object(self._saved_step)
         return run
 
     def follow(self, run: Run, result: StepResult) -> Plan:
@@ -140,7 +140,7 @@ class Coordinator:
         """
         self._together(act if self._leads else lambda: None)
 
-    def _together(self, act: Callable[[], None]) -> None:
+    def _together(self, act: Callable[[], object]) -> None:
         """Collective: every rank must call. Raises: what `act` raised on any rank, on every rank."""
         error: MlxRingError | None = None
         try:
@@ -156,8 +156,9 @@ class Coordinator:
         self._found = find(self._config, self.directory)
 
     def _keep_log(self) -> None:
-        """Every rank's own log. Collective: every rank must call."""
-        self._together(lambda: self.directory.log_to_file(self._communicator.rank))
+        """Every rank's own log, where it can write at all. Collective: every rank must call."""
+        writes = self._copies is not None and self._copies.usable
+        self._together(lambda: writes and self.directory.log_to_file(self._communicator.rank))
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),
@@ -197,7 +198,7 @@ class Coordinator:
 
     def _begin(self, run: Run) -> None:
         """Open the record of a run that will train."""
-        if self._status is None:
+        if self._status is None or self._copies is None:
             return
         progress, found = run.trainer.progress, self._found
         if found is not None and found.own:
@@ -215,7 +216,7 @@ class Coordinator:
             first_gradient=run.first_gradient,
             hydra_files=self._hydra_files,
             notes=self._heartbeat.notes if self._heartbeat else list,
-            brought=self._copies.brought if self._copies is not None else None,
+            copies=self._copies,
         )
 
     # What is due
@@ -248,7 +249,7 @@ class Coordinator:
         """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
         self.phase = "finishing"
         run.trainer.close()
-        if self._communicator.broadcast_object(self._saved_step is None):
+        if self._saved_step is None:
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.
             self._save(run, self._evaluate(run))
         assert self._copies is not None

@@ -14,10 +14,11 @@ import mlx.core as mx
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.disks import find_writers
-from mlx_ring.errors import ClusterError, MlxRingError, agreed
+from mlx_ring.errors import ClusterError, ConfigError, MlxRingError, agreed
 from mlx_ring.file_transfer import Part, Writing, read, send
 from mlx_ring.newest_copy import bring_newest
 from mlx_ring.record_copy import RecordCopy
+from mlx_ring.restore import refuse_another_run
 from mlx_ring.run_directory import RunDirectory, is_record_name
 
 Arrays = dict[str, mx.array]
@@ -51,6 +52,7 @@ class Copies:
         self._copy = RecordCopy(directory) if communicator.rank in self._writers[1:] else None
         self._held: dict[str, int] = {}  # bytes of each of the record's files that every copy has
         self.brought: str | None = None
+        self.generation = 0  # of a line of training that begins now
         error: MlxRingError | None = None
         try:
             if self._copy is not None:
@@ -60,10 +62,24 @@ class Copies:
         except MlxRingError as caught:
             error = caught
         communicator.agree_on_error(error)
-        if self._exist and config.checkpoint.resume == "auto":
-            self.brought, failure = bring_newest(communicator, directory, self._writers)
+        if config.checkpoint.resume != "auto":  # whatever an absent disk still holds will be the older one
+            self.generation = 1 + max(communicator.gather_objects(directory.generation()))
+        elif self._exist:
+            self.brought, failure = bring_newest(communicator, directory, self._writers, self._other_run)
             if failure is not None and self._copy is not None:
                 self._copy.failed(*failure)
+
+    @property
+    def usable(self) -> bool:
+        """Whether this rank's disk can be written, as far as it is known."""
+        return self._copy is None or self._copy.usable
+
+    def _other_run(self, manifest: dict[str, Any]) -> str | None:
+        try:
+            refuse_another_run(self._config, manifest)
+        except ConfigError as error:
+            return str(error)
+        return None
 
     @property
     def _exist(self) -> bool:

@@ -103,12 +103,15 @@ class ElasticSupervisor:
         """One attempt, on the hosts that answer. Raises: ClusterError where there are too few."""
         self._rearranging = ""
         hosts = await self._available(first)
-        options = self._options
+        options, overrides = self._options, self._options.overrides
+        if self._reached:  # what was started anew is continued now
+            overrides = [*overrides, "checkpoint.resume=auto"]
         self._attempt = Attempt(
             hosts,
             self._links,
             self._reports,
-            program=rank_program(options.python, options.overrides),
+            reached_step=self._reached,
+            program=rank_program(options.python, overrides),
             mpirun=mpirun_command(options.python, hosts) if options.mpirun else None,
             deadline_seconds=options.deadline_seconds,
             say=self._say,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.checkpoint_format import sync
 from mlx_ring.communicator import Communicator
 from mlx_ring.errors import CheckpointError, agreed
 
@@ -32,7 +33,7 @@ class Writing:
         self.failure: OSError | None = None
 
     def write(self, part: Part, content: bytes) -> None:
-        """Put a part in its place; a part that is there already stays whole while it is written again."""
+        """Put a part in its place. What is there already and equal stays whole while it is written again."""
         if self.failure is not None:
             return
         path = self.folder / part.name
@@ -59,7 +60,7 @@ class Writing:
             (self.folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with os.fdopen(_open(self.folder / name), "r+b") as file:
                 file.truncate(size)
-                os.fsync(file.fileno())
+            sync(self.folder / name)
 
 
 def send(

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from mlx_ring.errors import ClusterError
 
 JOB = "MLX_RING_JOB_ID"  # of one attempt; equal on all its ranks
+REACHED = "MLX_RING_REACHED_STEP"  # of the newest checkpoint, in a restart
 LONGEST_FOLDER = 55  # characters: a socket's path has 103 at most (macOS)
 PULSE_SECONDS = 0.5
 LEASE_SECONDS = 12.0  # for which a rank, or an agent, goes on without the one that watches over it

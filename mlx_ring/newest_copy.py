@@ -3,54 +3,74 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mlx_ring import checkpoint_format as disk
 from mlx_ring.communicator import Communicator
 from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError, agreed
 from mlx_ring.file_transfer import Part, Writing, send
 from mlx_ring.run_directory import RunDirectory, is_record_name
+from mlx_ring.run_status import RunStatus
 
 
 @dataclass(frozen=True, kw_only=True)
 class Newest:
     """What one disk has to offer; `step` is -1 where that is nothing."""
 
-    begun_at: float = 0.0  # when its line of training began: a run that was started anew is the newer one
+    generation: int = 0  # a run that was started anew over another is of the next one
+    line: str = ""  # which line of training it is: two of them never mix
     step: int = -1
     manifest_sha256: str = ""
     checkpoint: dict[str, int]  # its files' sizes, by name
     record: dict[str, int]
     problem: str | None  # what is wrong with the newest of all that are there
+    other_run: str | None = None  # why this command cannot continue it
 
 
 def bring_newest(
-    communicator: Communicator, directory: RunDirectory, writers: list[int]
+    communicator: Communicator,
+    directory: RunDirectory,
+    writers: list[int],
+    other_run: Callable[[dict[str, Any]], str | None],
 ) -> tuple[str | None, tuple[int, str] | None]:
     """Make the newest verified checkpoint of all disks the newest of each. Collective: every rank must call.
 
-    Of equal steps with unequal files the lowest rank's is taken. Where nothing is lacking, nothing is sent.
+    Of equal steps with unequal files the lowest rank's is taken; what cannot be read off its disk, the next
+    best. Where nothing is lacking, nothing is sent. `other_run` says of a manifest why this command cannot
+    continue it: such a one is set aside where there is a better one.
     Returns: what was sent, in words; the step and why, where this rank could not keep it.
-    Raises: CheckpointError where there are checkpoints and none can be used, or rank 0 cannot keep it;
-    NewerCheckpointError.
+    Raises: ConfigError where there are other runs alone; CheckpointError where there are checkpoints and none
+    can be used, or rank 0 cannot keep it; NewerCheckpointError.
     """
     own, error = None, None
     try:
-        own = _look(directory) if communicator.rank in writers else None
+        own = _look(directory, other_run) if communicator.rank in writers else None
     except MlxRingError as caught:
         error = caught
     communicator.agree_on_error(error)
     gathered = communicator.gather_objects(asdict(own) if own is not None else None)
     disks = {rank: Newest(**row) for rank, row in enumerate(gathered) if row is not None}
-    best = max(disks, key=lambda rank: (disks[rank].begun_at, disks[rank].step, -rank))
-    if disks[best].step < 0:
-        _refuse_damaged(disks, communicator)
+    usable = [rank for rank, newest in disks.items() if newest.step >= 0 and newest.other_run is None]
+    usable.sort(key=lambda rank: (disks[rank].generation, disks[rank].step, -rank))
+    if not usable:
+        _refuse(disks, communicator)
         return None, None
-    lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
-    if not lacking:
-        return None, None
-    arrived = _Arrival(directory, disks[best], own) if communicator.rank in lacking and own else None
-    _send(communicator, best, disks[best], directory, arrived)
+    while True:
+        best = usable.pop()
+        lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
+        if not lacking:
+            return None, None
+        arrived = _Arrival(directory, disks[best], own) if communicator.rank in lacking and own else None
+        try:
+            _send(communicator, best, disks[best], directory, arrived)
+            break
+        except CheckpointError:  # on every rank
+            if arrived is not None:
+                arrived.discard()
+            if not usable:
+                raise
     why = arrived.commit() if arrived is not None else None
     failures: list[str | None] = communicator.gather_objects(why)
     if failures[0] is not None:
@@ -64,7 +84,7 @@ def bring_newest(
     return told, None if why is None else (disks[best].step, why)
 
 
-def _look(directory: RunDirectory) -> Newest:
+def _look(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | None]) -> Newest:
     """Raises: NewerCheckpointError."""
     path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
     problem = problems[0] if problems else None
@@ -76,20 +96,22 @@ def _look(directory: RunDirectory) -> Newest:
         record = directory.record_sizes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; mend its disk") from None
-    begun_at = manifest.get("begun_at", 0.0)
     return Newest(
-        begun_at=float(begun_at) if isinstance(begun_at, int | float) else 0.0,
+        **manifest["line"],
         step=manifest["step"],
         manifest_sha256=hashlib.sha256(content).hexdigest(),
         checkpoint={**files, disk.MANIFEST: len(content)},
         record=record,
         problem=problem,
+        other_run=other_run(manifest),
     )
 
 
-def _refuse_damaged(disks: dict[int, Newest], communicator: Communicator) -> None:
+def _refuse(disks: dict[int, Newest], communicator: Communicator) -> None:
     """Checkpoints of which none is usable: starting anew must be the user's wish."""
     for rank, newest in disks.items():
+        if newest.other_run is not None:
+            raise agreed(ConfigError(f"rank {rank} on {communicator.hosts[rank]}: {newest.other_run}"))
         if newest.problem is not None:
             raise agreed(
                 CheckpointError(
@@ -123,20 +145,17 @@ class _Arrival:
     def __init__(self, directory: RunDirectory, newest: Newest, own: Newest) -> None:
         self._directory, self._newest = directory, newest
         self._checkpoints = directory.path / "checkpoints"
-        self._folder = self._checkpoints / f".tmp-{newest.step:08d}-{os.getpid()}"
-        self.record, self.checkpoint = Writing(self._folder / "record"), Writing(self._folder / "checkpoint")
-        self._refusal: ConfigError | None = None
-        if own.step >= 0 and own.begun_at != newest.begun_at:  # another line of training: never mix two
-            try:
-                directory.set_record_aside(None)
-            except ConfigError as error:
-                self._refusal = error
+        self._replaces = own.line != newest.line
+        name = f".tmp-{newest.step:08d}-{os.getpid()}"
+        self._folders = [directory.path / name]
+        if not self._replaces:  # checkpoints/ may lie on another file system, where it was linked to
+            self._folders.append(self._checkpoints / name)
+        self.record = Writing(self._folders[0] / "record")
+        self.checkpoint = Writing(self._folders[-1] / "checkpoint")
 
     def commit(self) -> str | None:
         """Verify it and put it in its place, the record first. Returns: what went wrong."""
         try:
-            if self._refusal is not None:
-                raise self._refusal
             self.record.end(self._newest.record)
             self.checkpoint.end(self._newest.checkpoint)
             manifest = self.checkpoint.folder / disk.MANIFEST
@@ -147,14 +166,24 @@ class _Arrival:
         except (OSError, MlxRingError) as error:
             return str(error)
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self.discard()
         return None
+
+    def discard(self) -> None:
+        """Delete what has arrived and has no place yet."""
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _take_place(self) -> None:
         path = self._directory.path
+        if self._replaces:
+            self._directory.set_record_aside(RunStatus.read(path))
+            self._checkpoints.mkdir(mode=0o700, exist_ok=True)
         for name in self._newest.record:
             (path / name).parent.mkdir(mode=0o700, exist_ok=True)
             (self.record.folder / name).replace(path / name)
+        for folder in {path, *((path / name).parent for name in self._newest.record)}:
+            disk.sync(folder)
         self._directory.keep_only(self._newest.record)
         disk.replace(self._checkpoints, self._newest.step, self.checkpoint.folder)
 
@@ -163,7 +192,12 @@ def _words(communicator: Communicator, best: int, disks: dict[int, Newest], kept
     def place(rank: int) -> str:
         return f"rank {rank} on {communicator.hosts[rank]}"
 
-    had = {rank: f"step {disks[rank].step}" if disks[rank].step >= 0 else "no checkpoint" for rank in kept}
+    def held(newest: Newest) -> str:
+        if newest.step < 0:
+            return "no checkpoint"
+        return f"step {newest.step}{' of another run' if newest.line != disks[best].line else ''}"
+
+    had = {rank: held(disks[rank]) for rank in kept}
     damaged = {rank: f", {disks[rank].problem}" if disks[rank].problem else "" for rank in kept}
     given = "; ".join(f"{place(rank)}, which had {had[rank]}{damaged[rank]}" for rank in kept)
     return f"step {disks[best].step} of {place(best)} sent to {given}" if kept else None

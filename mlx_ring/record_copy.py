@@ -24,6 +24,7 @@ class RecordCopy:
         self._directory = directory
         self._checkpoints: CheckpointManager | None = None
         self._failures: list[tuple[int, str]] = []
+        self.usable = True
         self.held: dict[str, int] = {}  # of each of the record's files, how many bytes are rank 0's
 
     def open(self) -> None:
@@ -33,6 +34,7 @@ class RecordCopy:
         except DirectoryInUse:
             raise
         except ConfigError as error:
+            self.usable = False
             self.failed(0, str(error))
 
     def begin(self, step: int, *, keep_last: int, keep_best: int, replaces: bool) -> None:
@@ -43,6 +45,7 @@ class RecordCopy:
         path = self._directory.path
         self._checkpoints = CheckpointManager(path, keep_last=keep_last, keep_best=keep_best)
         try:
+            (path / "status.json").unlink(missing_ok=True)  # of a time when this was rank 0's disk
             self._checkpoints.set_aside(step)
             for rows in (path / "metrics.jsonl", path / "digests.jsonl"):
                 if rows.exists():

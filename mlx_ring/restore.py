@@ -1,5 +1,6 @@
 """Where a run starts from: the checkpoint that it continues, or weights from elsewhere, or none."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from mlx_ring import checkpoint_manager as checkpoints
 from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.config_record import look_ups_sha256, refuse_changes
-from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError
+from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingError
+from mlx_ring.heartbeat import REACHED
 from mlx_ring.parameter_authority import ParameterAuthority
 from mlx_ring.run_directory import RunDirectory
 from mlx_ring.strategies import Strategy
@@ -36,7 +38,8 @@ class Found:
 def find(config: RunConfig, directory: RunDirectory) -> Found | None:
     """The checkpoint that `checkpoint.resume` asks for. Rank 0.
 
-    Raises: CheckpointError where none is usable; ConfigError for a change that a resumed run may not make.
+    Raises: CheckpointError where none is usable; ClusterError where a supervisor knows that there was one;
+    ConfigError for a change that a resumed run may not make.
     """
     needs_weights = config.evaluation.only and config.checkpoint.initialize_from is None
     if config.checkpoint.resume == "never":
@@ -55,6 +58,11 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
                 "checkpoint.resume=PATH"
             )
+        if reached := os.environ.get(REACHED):
+            raise ClusterError(
+                f"none of these hosts has a checkpoint of this run, which had reached step {reached}; bring "
+                "back one that has, or start anew with checkpoint.resume=never"
+            )
         return None
     if config.evaluation.only and config.checkpoint.initialize_from is not None:
         raise ConfigError(
@@ -65,10 +73,15 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
     path, manifest, problems = checkpoints.find(source)
     own = path.resolve().parent == (directory.path / "checkpoints").resolve()
     if not config.evaluation.only:
-        digest = look_ups_sha256(config.record, config.flat())
-        alike = manifest.get("look_ups_sha256", digest) == digest
-        refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
+        refuse_another_run(config, manifest)
     return Found(path=path, manifest=manifest, problems=problems, own=own)
+
+
+def refuse_another_run(config: RunConfig, manifest: dict[str, Any]) -> None:
+    """Raises: ConfigError for a change that a resumed run may not make."""
+    digest = look_ups_sha256(config.record, config.flat())
+    alike = manifest.get("look_ups_sha256", digest) == digest
+    refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
 
 
 def replaces_record(config: RunConfig, found: Found | None) -> bool:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring import checkpoint_format
-from mlx_ring.errors import ConfigError, DirectoryInUse
+from mlx_ring.errors import CheckpointError, ConfigError, DirectoryInUse
 from mlx_ring.process_lock import LockHeld, ProcessLock
 
-RECORD = ("checkpoints", "metrics.jsonl", "digests.jsonl", "tensorboard", "config.yaml")
 TOKEN = ".disk-"  # how the names of the files begin by which ranks find out who shares a disk
 RECORD_FILES, RECORD_FOLDERS = ("config.yaml", "metrics.jsonl", "digests.jsonl"), ("tensorboard", ".hydra")
+RECORD = (*RECORD_FILES, *RECORD_FOLDERS, "checkpoints")
 
 
 def new_run_id() -> str:
@@ -51,7 +51,8 @@ class RunDirectory:
             self._lock = self._locked(time.monotonic() + self._lock_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
-            checkpoint_format.sweep(self.path / "checkpoints")
+            for folder in (self.path, self.path / "checkpoints"):
+                checkpoint_format.sweep(folder)
             for token in self.path.glob(f"{TOKEN}*"):
                 token.unlink(missing_ok=True)
 
@@ -98,6 +99,14 @@ class RunDirectory:
                 path.rename(aside / path.name)
             if status is not None:
                 self.write({f"{aside.name}/status.json": json.dumps(status, indent=2)})
+
+    def generation(self) -> int:
+        """The greatest of its checkpoints' generations, damaged ones aside; -1 without any."""
+        found = [-1]
+        for path in checkpoint_format.scan(self.path / "checkpoints"):
+            with contextlib.suppress(CheckpointError):
+                found.append(checkpoint_format.read_manifest(path)["line"]["generation"])
+        return max(found)
 
     def record_sizes(self) -> dict[str, int]:
         """Bytes of the record's files, without checkpoints, by name relative to the directory."""

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from mlx_ring.checkpoint_manager import Arrays, CheckpointManager, Saved
 from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.config import RunConfig
 from mlx_ring.config_record import flatten, look_ups_sha256, to_yaml
-from mlx_ring.copies import CopyFailure
+from mlx_ring.copies import Copies, CopyFailure
 from mlx_ring.errors import CheckpointError
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.interval import Interval
@@ -45,11 +46,10 @@ class RunRecord:
         first_gradient: str | None,
         hydra_files: dict[str, str],
         notes: Callable[[], list[dict[str, Any]]],
-        brought: str | None,
+        copies: Copies,
     ) -> None:
         """Open it for a run that trains on from `progress`; `hydra_files`, by name, go beside config.yaml;
-        `notes` gives the supervisor's events since it was last asked; `brought`: what was sent between disks
-        before."""
+        `notes` gives the supervisor's events since it was last asked."""
         self._notes = notes
         self._directory, self._status, self._config, self._world_size = directory, status, config, world_size
         self._checkpoints = CheckpointManager(
@@ -71,10 +71,11 @@ class RunRecord:
         self._interval = Interval(tokens_before=progress.tokens)
         self._step, self._failures, self._status_time = progress.step, 0, 0.0
         goes_on = found is not None and found.own and config.checkpoint.resume == "auto"
-        self._begun_at: float = found.manifest.get("begun_at", 0.0) if goes_on and found else time.time()
+        new = {"generation": copies.generation, "line": secrets.token_hex(8)}
+        self._line: dict[str, Any] = found.manifest["line"] if goes_on and found else new
         self._metrics.message(f"run directory {directory.path}")
-        if brought is not None:
-            self._event("copies_brought", progress.step, brought)
+        if copies.brought is not None:
+            self._event("copies_brought", progress.step, copies.brought)
         if found is not None:
             self._resumed(found, progress.step, first_gradient)
         micro_batches = config.trainer.num_micro_batches
@@ -154,7 +155,7 @@ class RunRecord:
         finite = evaluation is not None and math.isfinite(evaluation.loss)
         return {
             "progress": asdict(progress),
-            "begun_at": self._begun_at,
+            "line": self._line,
             "world_size": self._world_size,
             "first_gradient": run.first_gradient
             and {"sha256": run.first_gradient, "machine": exactness.machine()},

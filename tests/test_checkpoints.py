@@ -8,6 +8,8 @@ import pytest
 from ranks import SMALL, rows, start, status, train
 from safetensors.numpy import load_file
 
+from mlx_ring.checkpoint_manifest import sealed
+
 EVERY = ("checkpoint.every_steps=1", "schedule=constant")
 
 
@@ -120,7 +122,7 @@ def test_a_checkpoint_of_a_version_with_fewer_fields(tmp_path: Path) -> None:
     manifest = newest(tmp_path) / "manifest.json"
     facts = json.loads(manifest.read_text())
     del facts["config"]["trainer"]["max_skipped_batches"]
-    manifest.write_text(json.dumps(facts))
+    manifest.write_text(json.dumps(sealed(facts)))
     train(tmp_path, *EVERY, "trainer.steps=7").ok()
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 8))
 

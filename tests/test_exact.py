@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
 from refusals import CLUSTER, TRAINING, assert_refused
 
+from mlx_ring.checkpoint_manifest import sealed
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
 from mlx_ring.rank_environment import RankEnvironment
@@ -259,7 +260,7 @@ def test_a_resume_on_another_kind_of_machine_is_told(tmp_path: Path) -> None:
     content = json.loads(manifest.read_text())
     assert set(content["first_gradient"]) == {"sha256", "machine"}
     content["first_gradient"] = {"sha256": "0" * 64, "machine": "Apple M9, Accelerate, MLX 1.0"}
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(content)))
     resumed = run(tmp_path, "run", 1, options, "trainer.steps=10").ok()
     (told,) = events(tmp_path, "other_machine", "run")
     assert "Apple M9" in str(told["message"]) and told["step"] == 8

@@ -8,6 +8,8 @@ import pytest
 from ranks import SMALL, Ranks, command, rows, start
 from refusals import CHECKPOINT, CONFIGURATION, TRAINING, assert_refused, contents
 
+from mlx_ring.checkpoint_manifest import sealed
+
 EXACT = [*SMALL, "communicator=exact", "model.dropout=0.2", "trainer.steps=9", "checkpoint.every_steps=4",
          "communicator.verify_every_steps=3", "run.dir=run"]  # fmt: skip
 
@@ -76,7 +78,7 @@ def test_a_record_that_differs_is_told(folder: Path, file: str, key: str, name: 
 def test_a_checkpoint_of_other_weights_is_told(folder: Path) -> None:
     manifest = folder / "run/checkpoints/step_00000008/manifest.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(content | {"parameters_sha256": "0" * 64}))
+    manifest.write_text(json.dumps(sealed(content | {"parameters_sha256": "0" * 64})))
     assert_refused(replay(folder, 8), TRAINING, "step 8 of run is another one here")
 
 
