@@ -48,8 +48,8 @@ class Attempt:
         say: Callable[[str], None],
     ) -> None:
         """`links`: an agent for each host's ssh name. `program`: a rank's command line. `mpirun`: the command
-        that starts all of them, instead of their agents. `reached_step`: of a checkpoint that must be there; or
-        0."""
+        that starts all of them, instead of their agents. `reached_step`: of a checkpoint that is somewhere.
+        """
         self._hosts, self._links, self._reports = hosts, links, reports
         self._program, self._mpirun, self._say = program, mpirun, say
         self._reached_step = reached_step

@@ -94,8 +94,8 @@ class Coordinator:
         if not self._config.evaluation.only:  # which may look at the checkpoints of a live run
             self._copies = Copies(self._config, self._communicator, self.directory, self.job)
         self._on_rank_0(self._find)
-        if not self._config.evaluation.only:
-            self._keep_log()
+        if self._copies is not None:
+            self._keep_log(self._copies)
         if self._already_completed():
             return None
         self._on_rank_0(self._start_status)
@@ -155,10 +155,9 @@ class Coordinator:
         """The checkpoint to continue from."""
         self._found = find(self._config, self.directory)
 
-    def _keep_log(self) -> None:
-        """Every rank's own log, where it can write at all. Collective: every rank must call."""
-        writes = self._copies is not None and self._copies.usable
-        self._together(lambda: writes and self.directory.log_to_file(self._communicator.rank))
+    def _keep_log(self, copies: Copies) -> None:
+        """Every rank's own log, where it can write. Collective: every rank must call."""
+        self._together(lambda: copies.usable and self.directory.log_to_file(self._communicator.rank))
         log.info(
             "mlx_ring %s, mlx %s, rank %d of %d (%s), process %d, hosts %s", __version__, MLX_VERSION,
             self._communicator.rank, self._communicator.world_size, self._communicator.backend, os.getpid(),

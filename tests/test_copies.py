@@ -135,6 +135,26 @@ def test_an_older_disk_takes_the_newer_record(tmp_path: Path, undisturbed: str) 
     assert "had step 4" in events(a)["copies_brought"]
 
 
+def test_other_runs_are_set_aside(tmp_path: Path, undisturbed: str) -> None:
+    """Host b holds a run of another seed that came further, c one that the same command began alone."""
+    a, b, c = hosts(tmp_path)
+    together([a], "trainer.steps=4").ok()
+    together([b], "seed=5", "trainer.steps=6").ok()
+    together([c], "trainer.steps=2").ok()
+    together([b, a, c], "trainer.steps=8").ok()
+    assert status(b)["parameters_sha256"] == undisturbed
+    assert [row["step"] for row in rows(b, "train")] == list(range(1, 9))
+    told = events(b)["copies_brought"]
+    assert "step 4 of rank 1" in told and "had step 6 of another run" in told and "had step 2 of ano" in told
+    assert [steps(folder) for folder in (a, b, c)] == [[2, 4, 6, 8], [4, 6, 8], [4, 6, 8]]
+    for folder, step in ((b, 6), (c, 2)):
+        assert (folder / f"run/previous_1/checkpoints/step_{step:08d}").is_dir()
+    assert status(b, "run/previous_1")["state"] == "completed"
+    assert not (a / "run/previous_1").exists() and not (c / "run/status.json").exists()
+    refused = together([*hosts(tmp_path, "d"), a], "trainer.steps=8", "seed=9")
+    assert_refused(refused, CONFIGURATION, "rank 1 on ", "seed is 9 now and was 0", agreed=True)
+
+
 def test_a_completed_run_is_left_as_it_is_on_new_disks_too(tmp_path: Path) -> None:
     folders = hosts(tmp_path, "ab")
     together(folders).ok()

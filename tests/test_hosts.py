@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import AVAILABLE, ENVIRONMENT_PATH, SETTINGS, Cluster
-from ranks import SMALL, environment, start
+from ranks import SMALL, environment, rows, start
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
@@ -102,6 +102,21 @@ def test_a_host_key_that_is_not_known(lab: Lab) -> None:
 def test_an_address_of_another_host(lab: Lab) -> None:
     words = [f"host {lab.address(2)} cannot listen on {lab.address(3)}", "its own addresses"]
     refused(lab, words, "--hostfile", lab.hostfile(1, 2, ips={2: lab.address(3)}), status=2)
+
+
+def test_a_disk_that_cannot_be_written_ends_no_run(lab: Lab) -> None:
+    def remount(how: str) -> None:
+        mount = ["mount", "-o", f"remount,bind,{how}", str(lab.work)]
+        subprocess.run(lab.cluster.inside(2, mount), cwd="/", check=True)
+
+    remount("ro")
+    try:
+        done = lab.mlx_ring("run", "--hostfile", lab.hostfile(1, 2), "--", *SMALL, "run.dir=kept")
+    finally:
+        remount("rw")
+    assert done.returncode == 0 and "copy_failed" in done.stdout and "Traceback" not in done.stderr, done
+    (told,) = [row for row in rows(lab.cluster.disk(1), "event", "kept") if row["event"] == "copy_failed"]
+    assert told["rank"] == 1 and "Read-only file system" in str(told["message"]), told
 
 
 def test_checkpoints_on_all_disks(lab: Lab, tmp_path: Path) -> None:

@@ -162,8 +162,10 @@ def test_it_runs_to_its_end(
 def test_a_lost_rank_is_named_and_the_run_goes_on(
     tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object, name: str, told: str
 ) -> None:
-    run = supervise("-n", "2", "--", *FAULTY, fault(name, at_call=100, once=True))
+    anew = "checkpoint.resume=never"  # which is done once
+    run = supervise("-n", "2", "--", *FAULTY, fault(name, at_call=100, once=True), anew)
     assert run.wait() == 0, run.report()
+    assert not (tmp_path / "run/previous_1").exists()
     assert re.search(f"mlx-ring: {told}.*restart 1 of at most 20, from step [12]0", run.stderr), run.report()
     assert status(tmp_path)["parameters_sha256"] == undisturbed
     assert events(tmp_path)[-3:] == ["resumed", "peer_lost", "restart"], events(tmp_path)
