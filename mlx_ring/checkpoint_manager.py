@@ -1,4 +1,4 @@
-"""Saves and restores a run. Rank 0 writes, in a thread; the loop stalls only for the copy."""
+"""Saves and restores a run. One rank of each disk writes, in a thread; the loop stalls only for the copy."""
 
 import contextlib
 import logging
@@ -52,7 +52,7 @@ def to_host(array: mx.array, dtype: mx.Dtype) -> HostArray:
 
 
 class CheckpointManager:
-    """The checkpoints of one run directory. Exists on rank 0 alone."""
+    """The checkpoints of one run directory. Exists where a disk's writer is."""
 
     def __init__(self, run_directory: Path, *, keep_last: int, keep_best: int) -> None:
         self.directory = run_directory / "checkpoints"
