@@ -1,5 +1,6 @@
 """The training step and the loop around it. The trainer knows no files: it yields one `StepResult` a step."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -136,6 +137,7 @@ class Trainer:
         Collective: every rank must call. Raises: TrainingError after too many non-finite batches in a row, on
         every rank at the same step; ClusterError when a peer was lost.
         """
+        gc.freeze()  # what start-up made stays: neither a step nor the end waits while it is looked through
         self._model.train()
         issued: deque[Issued] = deque()
         while self.progress.step < self._total_steps:

@@ -44,8 +44,9 @@ def test_the_best_is_kept_besides(tmp_path: Path) -> None:
     assert best != 8 and steps(tmp_path) == [best, 8]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("file", "world_size"), [("model.safetensors", 1), ("optimizer.safetensors", 2), ("manifest.json", 1)]
+)
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, file: str, world_size: int) -> None:
     train(tmp_path, *EVERY, world_size=world_size).ok()
     whole = status(tmp_path)["parameters_sha256"]
@@ -150,7 +151,7 @@ def test_initialize_from_takes_the_weights_alone(tmp_path: Path, source: str) ->
     assert rows(tmp_path, "train", "tuned")[0]["step"] == 1
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> None:
     train(tmp_path, *EVERY).ok()
     at_the_end = rows(tmp_path, "evaluation")[-1]

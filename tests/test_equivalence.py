@@ -87,7 +87,7 @@ def test_other_wires_learn_the_same(alone: Path, tmp_path: Path, options: tuple[
 
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "communicator"),
-    [(1, "adamw", "native"), (2, "muon", "native"), (1, "muon", "exact"), (2, "adamw", "exact")],
+    [(1, "adamw", "native"), (2, "muon", "exact"), (2, "adamw", "native")],
 )
 def test_stop_and_resume_is_no_stop(
     tmp_path: Path, world_size: int, optimizer: str, communicator: str
