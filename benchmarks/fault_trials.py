@@ -35,7 +35,7 @@ Trial = Callable[[], Seen]
 
 
 def goes_on(
-    run: TimedRun, at: float, pattern: str, figure: str, end: Callable[[], object] | None = None
+    run: TimedRun, at: float, pattern: str, figure: str, end: Callable[[], object] = lambda: None
 ) -> Seen:
     """Watch a run from a fault at `at` to its first step after it, and end it.
 

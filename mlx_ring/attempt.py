@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-import os
 import secrets
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from mlx_ring.console_output import ConsoleOutput
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
 from mlx_ring.heartbeat import JOB, REACHED
 from mlx_ring.host_file import Host
@@ -30,6 +28,7 @@ class Outcome:
     status: int
     failure: Failure | None
     saved_step: int
+    trained: bool  # whether it came to its first step
 
 
 class Attempt:
@@ -45,13 +44,15 @@ class Attempt:
         mpirun: list[str] | None,
         reached_step: int,
         deadline_seconds: float,
+        output: ConsoleOutput,
         say: Callable[[str], None],
     ) -> None:
         """`links`: an agent for each host's ssh name. `program`: a rank's command line. `mpirun`: the command
         that starts all of them, instead of their agents. `reached_step`: of a checkpoint that is somewhere.
         """
-        self._hosts, self._links, self._reports = hosts, links, reports
-        self._program, self._mpirun, self._say = program, mpirun, say
+        self.hosts, self._reports = hosts, reports
+        self.used = {host.ssh: links[host.ssh] for host in hosts}  # the agents that have ranks
+        self._program, self._mpirun, self._output, self._say = program, mpirun, output, say
         self._reached_step = reached_step
         self._job = secrets.token_hex(4)
         now = asyncio.get_running_loop().time()
@@ -61,15 +62,14 @@ class Attempt:
         self._ended: list[Rank] = []
         self._notes: list[dict[str, Any]] = []
         self._status_of_mpirun = 0
-        self._gone = False  # whether the ranks, all of them ready, were told to join
-
-    @property
-    def used(self) -> dict[str, AgentLink]:
-        """The agents that have ranks."""
-        return {host.ssh: self._links[host.ssh] for host in self._hosts}
+        self._joining = False  # whether the ranks, all of them ready, were told to
+        self._trained = False
+        self._signal = ""  # that came before there were ranks
+        self._started = False
+        self._unconfirmed: list[dict[str, Any]] = []  # notes that a rank 0 has, but not in its record yet
 
     async def run(self, notes: list[dict[str, Any]]) -> Outcome:
-        """To the end; `notes` are events for the record, emptied once the ranks have them.
+        """To the end; `notes` are events for the record, those left that did not come into it.
 
         Raises: ClusterError or ConfigError where it cannot be started.
         """
@@ -79,51 +79,58 @@ class Attempt:
             failure = await self._until_it_ends()
         finally:
             await self._end()
+            notes[:0] = self._unconfirmed
         status = (
             failure.status if failure is not None else max((rank.status or 0) for rank in self.watch.ranks)
         )
-        return Outcome(status=status, failure=failure, saved_step=self.watch.saved_step)
+        saved = self.watch.saved_step
+        return Outcome(status=status, failure=failure, saved_step=saved, trained=self._trained)
 
     def signal(self, name: str) -> None:
-        """Send a signal to every rank."""
+        """Send a signal to every rank, as soon as there are any."""
+        if not self._started:
+            self._signal = name
         for link in self.used.values():
             link.order("signal", name=name)
 
     # Starting
 
     async def _start(self) -> None:
-        ring = [] if self._mpirun or len(self._hosts) == 1 else await self._ring()
+        ring = [] if self._mpirun or len(self.hosts) == 1 else await self._ring()
         common = {JOB: self._job, "PYTHONUNBUFFERED": "1"}
         if self._reached_step:
             common[REACHED] = str(self._reached_step)
         for ssh, link in self.used.items():
             members: list[Report] = []
-            for number, host in enumerate(self._hosts):
+            for number, host in enumerate(self.hosts):
                 if host.ssh == ssh and not self._mpirun:
                     own = {"MLX_RANK": str(number)}
                     members.append({"name": f"rank {number}", "command": self._program, "environment": own})
-            if self._mpirun and ssh == self._hosts[0].ssh:
+            if self._mpirun and ssh == self.hosts[0].ssh:
                 exported = [word for name in common for word in ("-x", name)]
                 command = [*self._mpirun, *exported, *self._program]
                 members.append({"name": MPIRUN, "command": command, "environment": {}})
             for member in members:
                 self._running[member["name"]] = link
             link.order("start", job=self._job, ring=ring, environment=dict(common), members=members)
+        self._started = True
+        if self._signal:
+            self.signal(self._signal)
 
     async def _ring(self) -> list[list[str]]:
         """Fresh ports on every host, so that no earlier attempt or other job is met."""
-        addresses: list[tuple[Host, str]] = [(host, ip) for host in self._hosts for ip in host.ips]
+        addresses: list[tuple[Host, str]] = [(host, ip) for host in self.hosts for ip in host.ips]
         found: dict[tuple[str, str], list[int]] = {}
         for ssh, ip in dict.fromkeys((host.ssh, ip) for host, ip in addresses):
             count = sum(host.ssh == ssh and each == ip for host, each in addresses)
-            self._links[ssh].order("ports", address=ip, count=count)
-            answer = await self._answer(self._links[ssh], "ports")
+            self.used[ssh].order("ports", address=ip, count=count)
+            answer = await self._answer(self.used[ssh], "ports")
             if answer["error"]:
                 raise ConfigError(
                     f"host {ssh} cannot listen on {ip}: {answer['error']}; give one of its own addresses"
                 )
             found[ssh, ip] = answer["ports"]
-        return [[f"{ip}:{found[host.ssh, ip].pop()}" for ip in host.ips] for host in self._hosts]
+        return [[f"{ip}:{found[host.ssh, ip].pop()}" for ip in host.ips] for host in self.hosts]
 
     async def _answer(self, link: AgentLink, kind: str) -> Report:
         with contextlib.suppress(TimeoutError):
@@ -160,7 +167,6 @@ class Attempt:
                 return silent
             if settled is None and self.watch.hangs(now):
                 return await self._dumped(now)
-            self._look_for_stragglers()
         return self._verdict()
 
     def _forgive(self, now: float) -> None:
@@ -182,19 +188,11 @@ class Attempt:
     def _take(self, link: AgentLink, report: Report, now: float) -> Failure | None:
         """One report. Returns: a failure where it alone is one."""
         match report["is"]:
-            case "pulse":
-                for vitals in report["ranks"]:
-                    self.watch.hear(vitals, now)
-                if not self._gone and self.watch.ready:
-                    self._gone = True
-                    for each in self.used.values():
-                        each.order("go")
-                if self._notes and any(vitals["rank"] == 0 for vitals in report["ranks"]):
-                    link.order("note", events=self._notes)
-                    self._notes.clear()
+            case "pulse" if report["job"] == self._job:
+                self._pulse(link, report, now)
             case "output":
                 self._print(report)
-            case "exit":
+            case "exit" if report["job"] == self._job:
                 self._exited(report, now)
             case "closed" if link in self._running.values():
                 return Failure(
@@ -203,6 +201,22 @@ class Attempt:
             case _:
                 pass
         return None
+
+    def _pulse(self, link: AgentLink, report: Report, now: float) -> None:
+        for vitals in report["ranks"]:
+            self.watch.hear(vitals, now)
+        self._trained = self._trained or self.watch.trains
+        if not self._joining and self.watch.ready:
+            self._joining = True
+            for each in self.used.values():
+                each.order("go")
+        if self.watch.trains and self._unconfirmed:
+            self._unconfirmed = []
+        if self._notes and any(vitals["rank"] == 0 for vitals in report["ranks"]):
+            link.order("note", events=self._notes)
+            self._unconfirmed += self._notes
+            self._notes.clear()
+        self._look_for_stragglers()
 
     def _exited(self, report: Report, now: float) -> None:
         if report["name"] not in self._running:
@@ -219,9 +233,7 @@ class Attempt:
             self._status_of_mpirun = report["status"]
 
     def _print(self, report: Report) -> None:
-        stream = sys.stdout if report["stream"] == "out" else sys.stderr
-        with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
-            print(f"[{report['name']}] {report['text']}", file=stream, flush=True)
+        self._output.write(report["stream"], f"[{report['name']}] {report['text']}")
         if report["text"].startswith("error:"):
             for rank in self.watch.ranks:
                 if report["name"] in (MPIRUN, f"rank {rank.rank}"):
@@ -250,7 +262,7 @@ class Attempt:
             message = f"{rank.name} computes {times:.1f} times as long as the others"
             self._say(f"{message}; trainer.split=measured gives it less")
             event = {"event": "straggler", "message": message, "rank": rank.rank, "host": rank.host}
-            self._links[self._hosts[0].ssh].order("note", events=[event])
+            self.used[self.hosts[0].ssh].order("note", events=[event])
 
     # Ending
 
@@ -274,19 +286,3 @@ class Attempt:
                     self._take(link, report, asyncio.get_running_loop().time())
                     if report["is"] in ("ended", "closed") and waiting:
                         waiting.discard(link)
-
-
-def rank_program(python: str, overrides: list[str]) -> list[str]:
-    """A rank's command line: the installed command `train.py` beside that interpreter."""
-    return [python, str(Path(python).with_name("train.py")), *overrides]
-
-
-def mpirun_command(python: str, hosts: list[Host]) -> list[str]:
-    """Open MPI's own start of one rank a host entry; its mpirun may be installed beside the interpreter."""
-    beside = Path(python).with_name("mpirun")
-    command = [str(beside) if beside.exists() else "mpirun", "-n", str(len(hosts))]
-    names = list(dict.fromkeys(host.ssh for host in hosts))
-    if len(names) > 1:
-        slots = ",".join(f"{name}:{sum(host.ssh == name for host in hosts)}" for name in names)
-        return [*command, "--host", slots]
-    return [*command, *(["--allow-run-as-root"] if os.geteuid() == 0 else []), "--map-by", ":oversubscribe"]

@@ -114,9 +114,10 @@ def _rows(action: str, run: Path, hosts: HostFile | None, python: str, only: str
     rows: list[Row] = []
     problems: list[str] = []
     for answer in on_hosts(hosts, command, only):
-        try:
-            rows += [{"host": answer.host, **row} for row in json.loads(answer.stdout)["checkpoints"]]
-        except ValueError:  # it has none, and says why
+        found = [line for line in answer.stdout.splitlines() if line.startswith(b'{"checkpoints"')]
+        if found:  # other lines are a login shell's
+            rows += [{"host": answer.host, **row} for row in json.loads(found[0])["checkpoints"]]
+        else:  # it has none, or could not be asked, and says why
             problems.append(f"host {answer.host}: {answer.stderr.removeprefix('error: ')}")
     if not rows:
         raise CheckpointError("; ".join(problems))

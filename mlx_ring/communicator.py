@@ -79,6 +79,11 @@ class Communicator:
         while self._locks:
             self._locks.pop().release()
 
+    def close(self) -> None:
+        """A good end. MLX finalizes MPI when the group is freed; where that never is, mpirun fails."""
+        self.free_ports()
+        self._group = None
+
     # Sums
 
     def all_sum(self, array: mx.array) -> mx.array:
@@ -249,9 +254,8 @@ class Communicator:
         verdicts = _raw_bytes(self._all_gather(mx.array(list(verdict), dtype=mx.uint8)))
         if not right or verdicts != verdict * self.world_size:
             raise ClusterError(
-                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job "
-                "answered on this "
-                f"job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
+                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job answered "
+                f"on this job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
             )
 
 
@@ -288,13 +292,9 @@ def _join(environment: RankEnvironment) -> Any:
             f"{error}; check that every rank was started and that its addresses can be reached"
         ) from error
     if group.size() != claimed or group.rank() != environment.rank:
+        library = os.environ.get("MLX_MPI_LIBNAME", "MLX's libmpi")
         raise ClusterError(
             f"the launcher started rank {environment.rank} of {claimed}, but {backend} made it rank "
-            f"{group.rank()} of "
-            f"{group.size()}: each rank would train alone; use the mpirun that belongs to {_mpi_library()}"
+            f"{group.rank()} of {group.size()}: each rank would train alone; use the mpirun of {library}"
         )
     return group
-
-
-def _mpi_library() -> str:
-    return os.environ.get("MLX_MPI_LIBNAME", "MLX's libmpi")

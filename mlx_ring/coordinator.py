@@ -125,7 +125,7 @@ class Coordinator:
 
     def vitals(self) -> Vitals:
         """Where this run is, for whoever watches; may be called from any thread."""
-        vitals: Vitals = {"phase": self.phase, "saved_step": self._saved_step}
+        vitals: Vitals = {"phase": self.phase, "saved_step": self._record and self._record.kept_step}
         if (run := self._run) is not None:
             vitals |= {"step": run.trainer.progress.step, "work": run.evaluator.micro_batches}
             vitals["busy_seconds"] = run.trainer.busy_seconds

@@ -1,24 +1,26 @@
 """Keeps a run going, attempt after attempt, on the hosts that answer, until it has ended well. No mlx."""
 
 import asyncio
-import contextlib
 import signal
-import sys
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mlx_ring.attempt import Attempt, Outcome, Reports, mpirun_command, rank_program
+from mlx_ring.attempt import Attempt, Outcome
+from mlx_ring.console_output import ConsoleOutput
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted
-from mlx_ring.host_file import Host, HostFile, read_hostfile
-from mlx_ring.launcher import HERE, AgentLink
+from mlx_ring.host_file import Host
+from mlx_ring.host_pool import HostPool
+from mlx_ring.rank_commands import mpirun_command, rank_program
+from mlx_ring.stop_signal import stay_awake
 from mlx_ring.watch import Failure
 
-BACK_OFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the first, second, … restart without progress
+BACK_OFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the first, second, … further try
 FRUITLESS_RESTARTS = 2  # restarts in a row that reach no new checkpoint
-SET_ASIDE_FAILURES = 2  # of one host in a row
-SET_ASIDE_SECONDS = 60.0  # for the first time; twice as long every further time
+HOSTS_SECONDS = 600.0  # for which a run that has begun waits for hosts that answer
 SCOUT_SECONDS = 5.0  # between looks for hosts that came back, or into the host file
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,29 +38,18 @@ class Options:
     python: str
 
 
-@dataclass
-class HostRecord:
-    """How a host has behaved."""
-
-    failures: int = 0  # in a row
-    times_set_aside: int = 0
-    set_aside_until: float = 0.0
-
-
 class ElasticSupervisor:
     """One supervised run."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._reports: Reports = asyncio.Queue()
-        self._links: dict[str, AgentLink] = {}
-        self._records: dict[str, HostRecord] = {}
+    def __init__(self, options: Options, output: ConsoleOutput) -> None:
+        self._options, self._output = options, output
+        self._pool = HostPool(options.hostfile, options.local_ranks, options.python, self._say)
         self._notes: list[dict[str, Any]] = []  # events for the run's record, until a rank 0 takes them
         self._attempt: Attempt | None = None
-        self._stops = 0  # signals
+        self._stops, self._stopped = 0, asyncio.Event()  # signals
         self._rearranging = ""  # why the ranks were asked to stop, where it was not the user
+        self._before: list[Host] = []  # of the attempt that was stopped for others
         self._reached = 0  # step of the newest checkpoint
-        self._file = self._read_hosts()
 
     async def run(self) -> int:
         """To the end. Returns: the exit status. Raises: MlxRingError where no rank could be started."""
@@ -72,150 +63,132 @@ class ElasticSupervisor:
         finally:
             if scout is not None:
                 scout.cancel()
-            await asyncio.gather(*(link.close() for link in self._links.values()))
+            await self._pool.close()
 
     async def _attempts(self) -> int:
         restarts = fruitless = 0
         while True:
             before = self._reached
-            try:
-                outcome = await self._one(first=restarts == 0 and not before)
-            except ClusterError as error:
-                if restarts == 0 and not self._reached:
-                    raise
-                outcome = Outcome(status=3, failure=Failure(message=str(error), status=3), saved_step=0)
+            outcome = await self._one(first=restarts == 0 and not before)
             self._reached = max(self._reached, outcome.saved_step)
-            if outcome.failure is None:
-                if outcome.status == EXIT_STOPPED and self._rearranging and not self._stops:
+            if self._stops:
+                return self._interrupted(outcome)
+            if outcome.trained and not self._rearranging:
+                self._before = []
+            failure = outcome.failure
+            if outcome.status == EXIT_STOPPED and failure is None:
+                if self._rearranging:
                     self._say(f"continues from step {self._reached}: {self._rearranging}")
                     continue
+                failure = Failure(message="a rank was asked to stop, not by us", status=EXIT_STOPPED)
+            if failure is None:
                 return outcome.status
-            if self._stops:
-                return self._given_up(outcome.failure, "") if self._stops == 1 else Interrupted.exit_status
+            if not outcome.trained and self._without_newcomers(failure):
+                continue
             fruitless = 0 if self._reached > before else fruitless + 1
-            if why_not := self._why_no_restart(outcome.failure, restarts, fruitless):
-                return self._given_up(outcome.failure, why_not)
+            if why_not := self._why_no_restart(failure, restarts, fruitless):
+                return self._given_up(failure, why_not)
             restarts += 1
-            self._blame(outcome.failure, progress=self._reached > before)
-            await self._before_restart(outcome.failure, restarts, fruitless)
+            await self._before_restart(failure, restarts, fruitless, progress=self._reached > before)
 
     async def _one(self, *, first: bool) -> Outcome:
-        """One attempt, on the hosts that answer. Raises: ClusterError where there are too few."""
-        self._rearranging = ""
-        hosts = await self._available(first)
+        """One attempt. Raises: MlxRingError where the first one cannot be started."""
+        try:
+            hosts = await self._hosts(first)
+            if self._stops:
+                return Outcome(status=EXIT_STOPPED, failure=None, saved_step=0, trained=False)
+            self._rearranging = ""
+            self._attempt = self._new_attempt(hosts)
+            return await self._attempt.run(self._notes)
+        except (ClusterError, ConfigError) as error:
+            if first:
+                raise
+            failure = Failure(message=str(error), status=error.exit_status)
+            return Outcome(status=error.exit_status, failure=failure, saved_step=0, trained=False)
+        finally:
+            self._attempt = None
+
+    def _new_attempt(self, hosts: list[Host]) -> Attempt:
         options, overrides = self._options, self._options.overrides
         if self._reached:  # what was started anew is continued now
             overrides = [*overrides, "checkpoint.resume=auto"]
-        self._attempt = Attempt(
+        return Attempt(
             hosts,
-            self._links,
-            self._reports,
+            self._pool.links,
+            self._pool.reports,
             reached_step=self._reached,
             program=rank_program(options.python, overrides),
             mpirun=mpirun_command(options.python, hosts) if options.mpirun else None,
             deadline_seconds=options.deadline_seconds,
+            output=self._output,
             say=self._say,
         )
-        try:
-            if self._stops:
-                raise Interrupted("interrupted before the ranks were started")
-            return await self._attempt.run(self._notes)
-        finally:
-            self._attempt = None
 
     # Hosts
 
-    def _read_hosts(self) -> HostFile:
-        if self._options.hostfile is not None:
-            return read_hostfile(self._options.hostfile)
-        local = Host(ssh=HERE[0], ips=("127.0.0.1",))
-        return HostFile(hosts=(local,) * self._options.local_ranks, envs={}, backend=None)
-
-    async def _available(self, first: bool) -> list[Host]:
-        """Host entries whose agent answers; missing agents are started."""
-        names = list(dict.fromkeys(host.ssh for host in self._file.hosts))
-        for name in set(self._links) - set(names):
-            await self._links.pop(name).close()
-        now = asyncio.get_running_loop().time()
-        wanted = [name for name in names if self._record(name).set_aside_until <= now] or names
-        problems = [problem for problem in await asyncio.gather(*map(self._connect, wanted)) if problem]
-        answering = [name for name in wanted if name in self._links]
-        needed = self._options.min_hosts or (len(names) if first else 1)
-        if len(answering) < needed:
-            why = "; ".join(problems) or "the others are set aside"
-            raise ClusterError(
-                f"{len(answering)} of {len(names)} hosts answer and {needed} are needed: {why}"
+    async def _hosts(self, first: bool) -> list[Host]:
+        """Those that answer, once they are enough. Raises: ClusterError where they are not: at once for the
+        first attempt, after `HOSTS_SECONDS` later."""
+        loop = asyncio.get_running_loop()
+        since, tries = loop.time(), 0
+        while True:
+            hosts = await self._unless_stopped(self._pool.answering()) or []
+            answering = list(dict.fromkeys(host.ssh for host in hosts))
+            needed = self._options.min_hosts or (len(self._pool.names) if first else 1)
+            if self._stops or len(answering) >= needed:
+                for name in set(self._pool.problems) & set(self._pool.names):
+                    self._note("host_lost", f"goes on without it: {self._pool.problems[name]}")
+                return hosts
+            why = "; ".join(self._pool.problems.values()) or "the others are set aside"
+            message = (
+                f"{len(answering)} of {len(self._pool.names)} hosts answer and {needed} are needed: {why}"
             )
-        for problem in problems:
-            self._note("host_lost", f"goes on without it: {problem}")
-        return [host for host in self._file.hosts if host.ssh in answering]
-
-    async def _connect(self, name: str) -> str:
-        """Make sure that a host has a live agent. Returns: what is wrong, or nothing."""
-        link = self._links.get(name)
-        if link is not None and link.open and link.silent_seconds < 3.0:
-            return ""
-        if link is not None:
-            del self._links[name]
-            await link.close()
-        try:
-            self._links[name] = await AgentLink.start(
-                name, self._reports, python=self._options.python, environment=self._file.envs
-            )
-        except ClusterError as error:
-            return str(error)
-        return ""
+            if first or loop.time() - since > HOSTS_SECONDS:
+                raise ClusterError(message)
+            self._pool.say_once(f"waits: {message}")
+            tries += 1
+            await self._unless_stopped(asyncio.sleep(BACK_OFF_SECONDS[min(tries, 5)]))
+            self._pool.reread()
 
     async def _scout(self) -> None:
-        """Look for hosts that came back, and for changes of the host file; ask the ranks to stop for them."""
+        """Look for hosts that came back, and for changes of the host file."""
         while True:
             await asyncio.sleep(SCOUT_SECONDS)
-            self._reread_hosts()
-            attempt = self._attempt
-            if attempt is None or not attempt.watch.trains or self._rearranging:
-                continue
-            listed = {host.ssh for host in self._file.hosts}
-            now = asyncio.get_running_loop().time()
-            idle = [n for n in listed - set(attempt.used) if self._record(n).set_aside_until <= now]
-            problems = await asyncio.gather(*map(self._connect, idle))
-            joined = sorted(name for name, problem in zip(idle, problems, strict=True) if not problem)
-            gone = sorted(set(attempt.used) - listed)
-            if (joined or gone) and self._attempt is attempt and attempt.watch.trains:
-                words = [
-                    f"{', '.join(names)} {what}"
-                    for names, what in ((joined, "joins"), (gone, "leaves"))
-                    if names
-                ]
-                self._rearranging = "; ".join(words)
-                self._note("hosts_changed", self._rearranging, joined=joined, left=gone)
-                self._say(f"{self._rearranging}: the ranks save their state and start anew")
-                attempt.signal("SIGTERM")
+            try:
+                await self._look()
+            except Exception as error:  # noqa: BLE001 - a look that fails ends no run, and is not the last
+                self._pool.say_once(f"a look at the hosts failed: {type(error).__name__}: {error}")
 
-    def _reread_hosts(self) -> None:
-        try:
-            self._file = self._read_hosts()
-        except ConfigError as error:
-            self._say(f"the host file is left as it was: {error}")
-
-    def _record(self, name: str) -> HostRecord:
-        return self._records.setdefault(name, HostRecord())
-
-    def _blame(self, failure: Failure, *, progress: bool) -> None:
-        """Set aside a host that keeps failing, where there are others."""
-        if failure.host is None:
+    async def _look(self) -> None:
+        """Ask the ranks to stop where other hosts, or the same otherwise, are to be used from now on."""
+        self._pool.reread()
+        attempt = self._attempt
+        if attempt is None or not attempt.watch.trains or self._rearranging or self._stops:
             return
-        name = next(
-            (name for name, link in self._links.items() if failure.host in (name, link.name)), failure.host
-        )
-        record = self._record(name)
-        record.failures = 1 if progress else record.failures + 1
-        if record.failures >= SET_ASIDE_FAILURES and len({host.ssh for host in self._file.hosts}) > 1:
-            seconds = SET_ASIDE_SECONDS * 2**record.times_set_aside
-            record.set_aside_until = asyncio.get_running_loop().time() + seconds
-            record.failures, record.times_set_aside = 0, record.times_set_aside + 1
-            self._note(
-                "host_set_aside", f"{failure.host} keeps failing: it is tried again in {seconds:.0f} s"
-            )
+        used = {host.ssh for host in attempt.hosts}
+        idle = [name for name in self._pool.names if name not in used and not self._pool.is_set_aside(name)]
+        found = await asyncio.gather(*map(self._pool.connect, idle))
+        for name in set(idle) & set(self._pool.problems):
+            self._pool.say_once(f"not used: {self._pool.problems[name]}")
+        usable = used | {name for name, answers in zip(idle, found, strict=True) if answers}
+        wanted = [host for host in self._pool.file.hosts if host.ssh in usable]
+        if self._attempt is not attempt or not attempt.watch.trains or self._stops:
+            return
+        if wanted and wanted != attempt.hosts:
+            self._before, self._rearranging = attempt.hosts, _difference(attempt.hosts, wanted)
+            self._note("hosts_changed", self._rearranging)
+            self._say(f"{self._rearranging}: the ranks save their state and start anew")
+            attempt.signal("SIGTERM")
+
+    def _without_newcomers(self, failure: Failure) -> bool:
+        """Whether the attempt had new hosts, which are set aside now."""
+        known = {host.ssh for host in self._before}
+        new = [name for name in self._pool.names if known and name in self._pool.links and name not in known]
+        self._before = []
+        for name in new:
+            self._note("host_set_aside", self._pool.set_aside(name, f"could not join: {failure.message}"))
+            self._say(self._notes[-1]["message"])
+        return bool(new)
 
     # Restarts
 
@@ -228,21 +201,44 @@ class ElasticSupervisor:
             return f"{FRUITLESS_RESTARTS} restarts made no progress beyond step {self._reached}"
         return ""
 
-    async def _before_restart(self, failure: Failure, restarts: int, fruitless: int) -> None:
+    async def _before_restart(
+        self, failure: Failure, restarts: int, fruitless: int, *, progress: bool
+    ) -> None:
         self._note(failure.event, failure.message, rank=failure.rank, host=failure.host)
-        seconds = BACK_OFF_SECONDS[min(fruitless, len(BACK_OFF_SECONDS)) - 1] if fruitless else 0.0
+        seconds = BACK_OFF_SECONDS[fruitless - 1] if fruitless else 0.0
         message = f"restart {restarts} of at most {self._options.max_restarts}, from step {self._reached}"
         self._say(f"{failure.message}; {message}{f' in {seconds:g} s' if seconds else ''}")
         self._note("restart", message, restarts=restarts)
-        await asyncio.sleep(seconds)
+        if failure.host is not None and (aside := self._pool.blame(failure.host, progress=progress)):
+            self._note("host_set_aside", aside)
+            self._say(aside)
+        await self._unless_stopped(asyncio.sleep(seconds))
+
+    # Ends
+
+    def _interrupted(self, outcome: Outcome) -> int:
+        """After a signal. What was saved before can be resumed, also where the ranks had not begun yet."""
+        failure = outcome.failure
+        if self._stops > 1 or (not outcome.trained and not self._reached):
+            self._conclude("failed", "interrupted")
+            return Interrupted.exit_status
+        if failure is not None and outcome.trained:
+            return self._given_up(failure, "")
+        if not outcome.trained:
+            self._conclude("stopped", "stopped on request; the same command continues")
+            return EXIT_STOPPED
+        return outcome.status
 
     def _given_up(self, failure: Failure, why: str) -> int:
         """Say so, also in status.json, which nobody else may have been left to write."""
         if failure.status not in (2, 130):  # the ranks have told a mistake themselves
-            print(f"error: {failure.message}{'; ' + why if why else ''}", file=sys.stderr, flush=True)
-        for link in self._links.values():
-            link.order("failed", directory=str(self._options.directory), message=failure.message)
+            self._output.write("err", f"error: {failure.message}{'; ' + why if why else ''}")
+        self._conclude("failed", failure.message)
         return failure.status
+
+    def _conclude(self, state: str, message: str) -> None:
+        directory = str(self._options.directory)
+        self._pool.tell_all("conclude", directory=directory, state=state, message=message)
 
     # Signals and words
 
@@ -251,23 +247,45 @@ class ElasticSupervisor:
         if self._stops and number == signal.SIGHUP:
             return
         self._stops += 1
-        if self._attempt is not None:
+        self._stopped.set()
+        if self._attempt is not None and not (self._stops == 1 and self._rearranging):  # asked already
             self._attempt.signal("SIGTERM" if self._stops == 1 else "SIGKILL")
         if self._stops == 1:
             self._say("asked to stop: the ranks finish their step and save; once more to leave at once")
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What it gives; None where a signal comes first."""
+        task, stop = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            return None
+        return task.result()
 
     def _note(self, event: str, message: str, **more: Any) -> None:
         self._notes.append({"event": event, "message": message, **more})
 
     def _say(self, message: str) -> None:
-        with contextlib.suppress(OSError):
-            print(f"mlx-ring: {message}", file=sys.stderr, flush=True)
+        self._output.write("err", f"mlx-ring: {message}")
+
+
+def _difference(before: list[Host], after: list[Host]) -> str:
+    old, new = {host.ssh for host in before}, {host.ssh for host in after}
+    changes = ((sorted(new - old), "joins"), (sorted(old - new), "leaves"))
+    words = [f"{', '.join(names)} {what}" for names, what in changes if names]
+    return "; ".join(words) or "the host file gives the same hosts otherwise"
 
 
 def supervise(options: Options) -> int:
     """Run to the end. Returns the exit status. Raises: MlxRingError."""
 
     async def run() -> int:
-        return await ElasticSupervisor(options).run()
+        return await ElasticSupervisor(options, output).run()
 
-    return asyncio.run(run())
+    stay_awake()
+    output = ConsoleOutput()
+    try:
+        return asyncio.run(run())
+    finally:
+        output.close()

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ import psutil
 
 from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
-from mlx_ring.heartbeat import GO, LEASE_SECONDS, READY, agent_directory
-from mlx_ring.rank_processes import LINE_BYTES, MPIRUN, RankProcess, end
+from mlx_ring.heartbeat import GO, JOB, LEASE_SECONDS, REACHED, READY, agent_directory
+from mlx_ring.rank_processes import GRACE_SECONDS, LINE_BYTES, MPIRUN, RankProcess, end
 from mlx_ring.ring_addresses import sweep_port_locks
 from mlx_ring.run_status import RunStatus
 
 PULSE_SECONDS = 0.5
+OF_LAUNCHERS = {  # what another launcher told this process is not for its ranks
+    "MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", JOB, REACHED,
+}  # fmt: skip
 BACKLOG_BYTES = 2**24  # reports that nobody takes: further output is dropped
 Message = dict[str, Any]
 
@@ -42,12 +46,14 @@ class HostAgent:
         self._ranks: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory: Path | None = None
+        self._job = ""
         self._server: asyncio.Server | None = None
         self._quiet_beats = 0  # since the last order
 
     async def run(self) -> None:
         """Obey until there is nobody left to obey."""
-        self._report("ready", version=__version__, pid=os.getpid(), host=socket.gethostname())
+        host = socket.gethostname()
+        self._report("ready", version=__version__, pid=os.getpid(), host=host, machine=_machine())
         pulse = asyncio.create_task(self._pulse())
         try:
             while order := await self._next_order():
@@ -87,8 +93,8 @@ class HostAgent:
                 await self._end()
                 self._clean()
                 self._report("ended")
-            case "failed":
-                _mark_failed(Path(order["directory"]), order["message"])
+            case "conclude":
+                _conclude(Path(order["directory"]), order["state"], order["message"])
             case other:
                 raise AssertionError(other)
 
@@ -97,6 +103,7 @@ class HostAgent:
     async def _start(self, order: Message) -> None:
         """Start processes: each {name, command, environment}; `ring` is the content of MLX_HOSTFILE."""
         _sweep()
+        self._job = order["job"]
         self._directory = agent_directory(order["job"])
         self._directory.mkdir(mode=0o700)
         self._server = await asyncio.start_unix_server(self._listen, self._directory / "ranks")
@@ -104,14 +111,14 @@ class HostAgent:
             hostfile = self._directory / "ring.json"
             hostfile.write_text(json.dumps(order["ring"]))
             order["environment"]["MLX_HOSTFILE"] = str(hostfile)
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
+        inherited = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
         self._vitals.clear()
         for each in order["members"]:
             own = inherited | order["environment"] | each["environment"]
             try:
                 process = await RankProcess.start(each["name"], each["command"], own)
             except OSError as error:
-                self._report("exit", name=each["name"], status=127, error=str(error), last=[])
+                self._report("exit", job=self._job, name=each["name"], status=127, error=str(error), last=[])
                 continue
             self._processes.append(process)
             self._keep(self._watch(process))
@@ -129,10 +136,12 @@ class HostAgent:
             await asyncio.sleep(0.01)
         self._processes.remove(process)
         last = [vitals for vitals in self._vitals.values() if vitals["pid"] == process.pid]
-        self._report("exit", name=process.name, status=status, error="", last=last)
+        self._report("exit", job=self._job, name=process.name, status=status, error="", last=last)
 
     async def _end(self) -> None:
-        await end(self._processes, lambda: self._signal_reported(signal.SIGKILL))
+        saving = any(self._vitals[rank]["phase"] in ("saving", "finishing") for rank in self._ranks)
+        grace = LEASE_SECONDS if saving else GRACE_SECONDS
+        await end(self._processes, grace, lambda: self._signal_reported(signal.SIGKILL))
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -171,7 +180,6 @@ class HostAgent:
         if writer := self._ranks.get(0):
             for event in events:
                 writer.write(json.dumps(event).encode() + b"\n")
-            self._report("noted", count=len(events))
 
     async def _pulse(self) -> None:
         """The end of the lease is counted in beats: while this host sleeps none goes by."""
@@ -188,7 +196,7 @@ class HostAgent:
             rank: {**vitals, "heard": now - vitals["heard"], "process": _process_state(vitals["pid"])}
             for rank, vitals in self._vitals.items()
         }
-        self._report("pulse", ranks=list(ranks.values()))
+        self._report("pulse", job=self._job, ranks=list(ranks.values()))
 
     # The rest
 
@@ -240,12 +248,16 @@ def _free_ports(address: str, count: int) -> Message:
             each.close()
 
 
-def _mark_failed(directory: Path, message: str) -> None:
-    """Say so in status.json, where a rank died without a word of its own."""
+def _conclude(directory: Path, state: str, message: str) -> None:
+    """The supervisor's word in status.json, where this host has one."""
     with contextlib.suppress(OSError, MlxRingError):
-        status = RunStatus.read(directory)
-        if status is not None:
-            RunStatus.mark_failed(directory, job=status.get("job", ""), message=message)
+        if directory.is_dir():
+            RunStatus.conclude(directory, state, message)
+
+
+def _machine() -> str:
+    """Equal for two names of one host alone."""
+    return f"{uuid.getnode():x}-{agent_directory('').name}"
 
 
 async def _main() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import shlex
 import signal
 from asyncio.subprocess import PIPE, Process
@@ -11,8 +12,8 @@ from typing import Any
 
 from mlx_ring import __version__
 from mlx_ring.errors import ClusterError
-from mlx_ring.rank_processes import LINE_BYTES
 
+REPORT_BYTES = 2**20  # longest report: of a line of output, six characters a byte at worst
 READY_SECONDS = 20.0  # for ssh, Python and the first word
 PING_SECONDS = 2.0
 NO_FOLDER, NO_PYTHON, SSH_FAILED = 96, 97, 255  # exit statuses
@@ -31,7 +32,7 @@ class AgentLink:
     """
 
     def __init__(self, host: str, process: Process, reports: "Reports", python: str) -> None:
-        self.host, self.name = host, host
+        self.host, self.name, self.machine = host, host, ""
         self._process, self._reports, self._python = process, reports, python
         self._complaints: list[str] = []  # the last lines of stderr, ssh's own among them
         self.heard = asyncio.get_running_loop().time()
@@ -47,13 +48,12 @@ class AgentLink:
         environment: dict[str, str],
     ) -> "AgentLink":
         """Returns once the agent has spoken. Raises: ClusterError naming the host and what is wrong there."""
-        command = [python, "-m", "mlx_ring.host_agent"]
-        if host not in HERE:
-            command = [*SSH, host, remote_command(command, environment)]
+        command, own_environment = on_host(host, [python, "-m", "mlx_ring.host_agent"], environment)
         try:
             process = await asyncio.create_subprocess_exec(
-                *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
-            )
+                *command, env=own_environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=REPORT_BYTES,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             raise ClusterError(f"host {host}: {command[0]} cannot be run: {error.strerror}") from None
         own: Reports = asyncio.Queue()
@@ -69,7 +69,7 @@ class AgentLink:
             await link.close()
             versions = f"mlx_ring {first['version']} and this one {__version__}"
             raise ClusterError(f"host {host} has {versions}; install the same everywhere")
-        link._reports = reports
+        link._reports, link.machine = reports, first["machine"]
         link.name = f"{host} ({first['host']})" if host not in HERE else first["host"]
         while not own.empty():
             reports.put_nowait(own.get_nowait())
@@ -105,7 +105,11 @@ class AgentLink:
         with contextlib.suppress(OSError, ValueError):
             while line := await self._process.stdout.readline():
                 self.heard = asyncio.get_running_loop().time()
-                self._reports.put_nowait((self, json.loads(line)))
+                try:
+                    report = json.loads(line)
+                    self._reports.put_nowait((self, report if report["is"] else {}))
+                except (ValueError, TypeError, KeyError):  # the word of a login shell
+                    self._complaints = [*self._complaints[-3:], line.decode(errors="replace").strip()]
         status = await self._process.wait()
         self.open = False
         self._reports.put_nowait((self, {"is": "closed", "why": self._why(status)}))
@@ -128,6 +132,13 @@ class AgentLink:
 
 
 Reports = asyncio.Queue[tuple[AgentLink, Report]]
+
+
+def on_host(host: str, command: list[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `command` on a host with the host file's variables, and its own environment."""
+    if host in HERE:
+        return command, os.environ | environment
+    return [*SSH, host, remote_command(command, environment)], dict(os.environ)
 
 
 def remote_command(command: list[str], environment: dict[str, str]) -> str:

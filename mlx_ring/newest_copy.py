@@ -44,33 +44,15 @@ def bring_newest(
     Raises: ConfigError where there are other runs alone; CheckpointError where there are checkpoints and none
     can be used, or rank 0 cannot keep it; NewerCheckpointError.
     """
-    own, error = None, None
-    try:
-        own = _look(directory, other_run) if communicator.rank in writers else None
-    except MlxRingError as caught:
-        error = caught
-    communicator.agree_on_error(error)
-    gathered = communicator.gather_objects(asdict(own) if own is not None else None)
-    disks = {rank: Newest(**row) for rank, row in enumerate(gathered) if row is not None}
+    disks = _gather(communicator, directory, writers, other_run)
     usable = [rank for rank, newest in disks.items() if newest.step >= 0 and newest.other_run is None]
     usable.sort(key=lambda rank: (disks[rank].generation, disks[rank].step, -rank))
     if not usable:
         _refuse(disks, communicator)
         return None, None
-    while True:
-        best = usable.pop()
-        lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
-        if not lacking:
-            return None, None
-        arrived = _Arrival(directory, disks[best], own) if communicator.rank in lacking and own else None
-        try:
-            _send(communicator, best, disks[best], directory, arrived)
-            break
-        except CheckpointError:  # on every rank
-            if arrived is not None:
-                arrived.discard()
-            if not usable:
-                raise
+    best, lacking, arrived = _deliver(communicator, directory, disks, usable)
+    if not lacking:
+        return None, None
     why = arrived.commit() if arrived is not None else None
     failures: list[str | None] = communicator.gather_objects(why)
     if failures[0] is not None:
@@ -84,6 +66,46 @@ def bring_newest(
     return told, None if why is None else (disks[best].step, why)
 
 
+def _gather(
+    communicator: Communicator,
+    directory: RunDirectory,
+    writers: list[int],
+    other_run: Callable[[dict[str, Any]], str | None],
+) -> dict[int, Newest]:
+    """What each disk has to offer, by its writer."""
+    own, error = None, None
+    try:
+        own = _look(directory, other_run) if communicator.rank in writers else None
+    except MlxRingError as caught:
+        error = caught
+    communicator.agree_on_error(error)
+    gathered = communicator.gather_objects(asdict(own) if own is not None else None)
+    return {rank: Newest(**row) for rank, row in enumerate(gathered) if row is not None}
+
+
+def _deliver(
+    communicator: Communicator, directory: RunDirectory, disks: dict[int, Newest], usable: list[int]
+) -> "tuple[int, list[int], _Arrival | None]":
+    """Send the best of `usable`, the last, or the next where it cannot be read. Returns: its rank, the ranks
+    that lacked it, and what arrived here."""
+    while True:
+        best = usable.pop()
+        lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
+        if not lacking:
+            return best, [], None
+        lacks = communicator.rank in lacking
+        arrived = _Arrival(directory, disks[best], disks[communicator.rank]) if lacks else None
+        try:
+            _send(communicator, best, disks[best], directory, arrived)
+        except CheckpointError:  # on every rank
+            if arrived is not None:
+                arrived.discard()
+            if not usable:
+                raise
+        else:
+            return best, lacking, arrived
+
+
 def _look(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | None]) -> Newest:
     """Raises: NewerCheckpointError."""
     path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
@@ -95,7 +117,7 @@ def _look(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | N
         content = (path / disk.MANIFEST).read_bytes()
         record = directory.record_sizes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; mend its disk") from None
+        return Newest(checkpoint={}, record={}, problem=f"{path} cannot be read: {error.strerror}")
     return Newest(
         **manifest["line"],
         step=manifest["step"],

@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 from asyncio.subprocess import DEVNULL, PIPE
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from mlx_ring.errors import ClusterError
 from mlx_ring.host_file import HostFile
-from mlx_ring.launcher import HERE, NO_PYTHON, SSH, remote_command, ssh_problem
+from mlx_ring.launcher import NO_PYTHON, SSH_FAILED, on_host, ssh_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Answer:
 def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> list[Answer]:
     """Run a command in this folder on each host, or on `only` one of them, all at once.
 
-    Raises: ClusterError naming the hosts that could not be asked.
+    Returns: an answer of each; where a host could not be asked, status SSH_FAILED and why in stderr.
+    Raises: ClusterError where none could be asked.
     """
     names = [only] if only else list(dict.fromkeys(host.ssh for host in file.hosts))
 
@@ -33,10 +34,14 @@ def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> lis
         return await asyncio.gather(*(_ask(name, command, file.envs) for name in names))
 
     answers = asyncio.run(ask())
-    problems = [problem for answer in answers if (problem := _problem(answer, command[0]))]
-    if problems:
-        raise ClusterError("; ".join(problems))
-    return answers
+    problems = [_problem(answer, command[0]) for answer in answers]
+    if all(problems):
+        told = [f"host {answer.host}: {problem}" for answer, problem in zip(answers, problems, strict=True)]
+        raise ClusterError("; ".join(told))
+    return [
+        replace(answer, status=SSH_FAILED, stdout=b"", stderr=problem) if problem else answer
+        for answer, problem in zip(answers, problems, strict=True)
+    ]
 
 
 def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
@@ -44,15 +49,17 @@ def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
     with target.open("wb") as stream:
         answer = asyncio.run(_ask(host, ["cat", "--", str(source)], file.envs, stream))
     if answer.status:
-        raise ClusterError(_problem(answer, "cat") or f"host {host}: {answer.stderr}")
+        raise ClusterError(f"host {host}: {_problem(answer, 'cat') or answer.stderr}")
 
 
 async def _ask(
     host: str, command: list[str], environment: dict[str, str], into: IO[bytes] | None = None
 ) -> Answer:
-    full = command if host in HERE else [*SSH, host, remote_command(command, environment)]
+    full, own = on_host(host, command, environment)
     try:
-        process = await asyncio.create_subprocess_exec(*full, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *full, env=own, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE
+        )
     except OSError:
         return Answer(host=host, status=NO_PYTHON, stdout=b"", stderr="")
     try:
@@ -66,5 +73,4 @@ async def _ask(
 
 
 def _problem(answer: Answer, program: str) -> str:
-    problem = ssh_problem(answer.status, program, answer.stderr)
-    return f"host {answer.host}: {problem}" if problem else ""
+    return ssh_problem(answer.status, program, answer.stderr)

@@ -68,6 +68,7 @@ class RunRecord:
             title=f"{config.model.name} on {config.data.name}, {world_size} rank(s)",
         )
         self._digests = JSONLSink(directory.path / "digests.jsonl", progress.step)
+        self.kept_step = progress.step if found is not None and found.own else None  # newest on the disk
         self._interval = Interval(tokens_before=progress.tokens)
         self._step, self._failures, self._status_time = progress.step, 0, 0.0
         goes_on = found is not None and found.own and config.checkpoint.resume == "auto"
@@ -78,12 +79,15 @@ class RunRecord:
             self._event("copies_brought", progress.step, copies.brought)
         if found is not None:
             self._resumed(found, progress.step, first_gradient)
-        micro_batches = config.trainer.num_micro_batches
-        if config.communicator.name == "exact" and micro_batches > MANY_MICRO_BATCHES:
+        self._warn_of_few_bits()
+        self._status.update("running", step=progress.step)
+
+    def _warn_of_few_bits(self) -> None:
+        micro_batches = self._config.trainer.num_micro_batches
+        if self._config.communicator.name == "exact" and micro_batches > MANY_MICRO_BATCHES:
             bits = 31 - micro_batches.bit_length()
             message = f"warning: {micro_batches} micro-batches leave a gradient's code {bits} bits"
-            self._event("low_precision", progress.step, f"{message}; raise trainer.micro_batch_size")
-        self._status.update("running", step=progress.step)
+            self._event("low_precision", self._step, f"{message}; raise trainer.micro_batch_size")
 
     def _resumed(self, found: Found, step: int, first_gradient: str | None) -> None:
         for problem in found.problems:
@@ -174,7 +178,7 @@ class RunRecord:
     def _saved(self, saved: Saved) -> None:
         """Record a save that ended; give up after too many failed ones."""
         if saved.error is None:
-            self._failures = 0
+            self._failures, self.kept_step = 0, saved.step
             path = saved.path.relative_to(self._directory.path)
             row = {"step": saved.step, "path": str(path), "bytes": saved.bytes}
             times = {"stall_seconds": saved.stall_seconds, "write_seconds": saved.write_seconds}

@@ -141,6 +141,17 @@ class RunStatus:
                 return True
         return False
 
+    @staticmethod
+    def conclude(run_directory: Path, state: str, message: str) -> None:
+        """A supervisor's word on all its attempts, once no rank runs any more. What has completed stays.
+
+        Raises: OSError where the file cannot be written.
+        """
+        with _locked(run_directory):
+            status = RunStatus.read(run_directory)
+            if status and status.get("state") != "completed":
+                _replace(run_directory, status | {"state": state, "message": message})
+
 
 @contextmanager
 def _locked(directory: Path) -> Generator[None]:

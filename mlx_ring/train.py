@@ -153,7 +153,7 @@ class Process:
             where = "run.dir" if "null" in str(error) else "the command line"
             raise ConfigError(f"{where} cannot be used: {error}; correct it") from error
         if self.communicator is not None:
-            self.communicator.free_ports()
+            self.communicator.close()
         return self.status
 
     def train(self, composed: DictConfig) -> None:

@@ -16,7 +16,7 @@ MEET_SECONDS = 120.0  # for all ranks to come to the start
 START_SECONDS = 600.0  # for reading data, restoring and the first step, which is compiled; for saving
 HANG_STEPS = 10  # a step that takes this many times the usual one hangs
 SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is a straggler
-SLOW_STEPS = 20  # for so many of its reports in a row
+SLOW_STEPS = 20  # for so many of its reports of another step in a row
 TRAINING = {"training", "evaluating"}
 
 
@@ -31,7 +31,9 @@ class Rank:
     changed: float = 0.0  # when it last progressed
     last_words: str = ""  # its last line that begins with "error:"
     status: int | None = None  # of its process, once that has ended
-    slow_reports: int = 0
+    slow_steps: int = 0  # in a row
+    slow_since_step: int = -1  # the last step that was looked at
+    slow_told: bool = False
 
     @property
     def name(self) -> str:
@@ -140,10 +142,13 @@ class Watch:
         if len(busy) < 2 or not all(busy.values()) or not self.trains:
             return None
         for rank in self.ranks:
+            if rank.slow_told or rank.vitals["step"] == rank.slow_since_step:
+                continue
+            rank.slow_since_step = rank.vitals["step"]
             usual = statistics.median(value for other, value in busy.items() if other != rank.rank)
-            slow = busy[rank.rank] > SLOW_FACTOR * usual
-            rank.slow_reports = rank.slow_reports + 1 if slow else min(rank.slow_reports, 0)
-            if rank.slow_reports == SLOW_STEPS:
+            rank.slow_steps = rank.slow_steps + 1 if busy[rank.rank] > SLOW_FACTOR * usual else 0
+            if rank.slow_steps == SLOW_STEPS:
+                rank.slow_told = True
                 return rank, busy[rank.rank] / usual
         return None
 
@@ -163,6 +168,7 @@ class Watch:
             return None
         witnesses = [rank for rank in bad if rank.status == ClusterError.exit_status]
         rank = next((rank for rank in bad if rank not in witnesses), bad[0])
+        known = rank not in witnesses  # else: some host's network, and nobody says which
         assert rank.status is not None
         where = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
         if rank.status < 0:
@@ -173,7 +179,8 @@ class Watch:
             words = rank.last_words or "it gave no reason; see its log"
             message = words if rank.rank == 0 or rank.name in words else f"{rank.name}: {words}"
             message = f"{message} (status {rank.status}, {where})" if rank.status in (1, 3) else message
-        return Failure(message=message, status=max(rank.status, 0) or 3, host=rank.host, rank=rank.rank)
+        status, host = max(rank.status, 0) or ClusterError.exit_status, rank.host if known else None
+        return Failure(message=message, status=status, host=host, rank=rank.rank)
 
     def of_hang(self, now: float) -> Failure:
         """From where the ranks stand: the one that is behind all others holds them up."""

@@ -13,6 +13,8 @@ from ranks import SMALL, TRAIN, Ranks, rows, start, status, train
 from refusals import CHECKPOINT, CONFIGURATION, assert_refused, contents
 from safetensors.numpy import load_file, save_file
 
+from mlx_ring.checkpoint_manifest import sealed
+
 Damage = Callable[[Path], None]
 MODEL = "model.safetensors"
 
@@ -41,14 +43,14 @@ def seal(checkpoint: Path) -> None:
     for name in manifest["files"]:
         content = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 def manifest(change: Callable[[dict[str, Any]], object]) -> Damage:
     def damage(checkpoint: Path) -> None:
         content = json.loads((checkpoint / "manifest.json").read_text())
         change(content)
-        (checkpoint / "manifest.json").write_text(json.dumps(content))
+        (checkpoint / "manifest.json").write_text(json.dumps(sealed(content)))
 
     return damage
 
