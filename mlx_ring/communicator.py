@@ -254,8 +254,9 @@ class Communicator:
         verdicts = _raw_bytes(self._all_gather(mx.array(list(verdict), dtype=mx.uint8)))
         if not right or verdicts != verdict * self.world_size:
             raise ClusterError(
-                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job answered "
-                f"on this job's addresses ({self.backend}); give each job its own ports (mlx.launch --starting-port)"
+                f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job "
+                f"answered on this job's addresses ({self.backend}); give each its own ports (mlx.launch "
+                "--starting-port)"
             )
 
 
