@@ -255,8 +255,7 @@ class Communicator:
         if not right or verdicts != verdict * self.world_size:
             raise ClusterError(
                 f"rank {self.rank} of {self.world_size} on {socket.gethostname()}: ranks of another job "
-                f"answered on this job's addresses ({self.backend}); give each its own ports (mlx.launch "
-                "--starting-port)"
+                "answered on this job's addresses; give each job its own (mlx.launch --starting-port)"
             )
 
 
