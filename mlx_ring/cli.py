@@ -25,7 +25,12 @@ cli.add_command(checkpoint)
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("-n", "ranks", type=click.IntRange(min=1), help="Ranks on this machine.")
 @click.option("--hostfile", type=click.Path(path_type=Path), help="A rank on every host listed, over ssh.")
-@click.option("--launcher", type=click.Choice(["ssh", "mpirun"]), default="ssh", help="What starts ranks.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["ssh", "mpirun"]),
+    default="ssh",
+    help="What starts ranks; mpirun on this machine only.",
+)
 @click.option(
     "--min-hosts", type=click.IntRange(min=1), help="Go on with so many at least (all at first, then 1)."
 )

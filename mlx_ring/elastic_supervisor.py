@@ -118,7 +118,7 @@ class ElasticSupervisor:
             self._pool.reports,
             reached_step=self._reached,
             program=rank_program(options.python, overrides),
-            mpirun=mpirun_command(options.python, hosts) if options.mpirun else None,
+            mpirun=mpirun_command(options.python, len(hosts)) if options.mpirun else None,
             deadline_seconds=options.deadline_seconds,
             output=self._output,
             say=self._say,

@@ -27,6 +27,9 @@ def options(
         hostfile = Path(config.cluster.hostfile)
     if ranks is not None and hostfile is not None:
         raise ConfigError(f"-n {ranks} and --hostfile {hostfile} exclude one another; give one of them")
+    if mpirun and hostfile is not None:
+        where = f"on this machine, and not on the hosts of {hostfile}"
+        raise ConfigError(f"--launcher mpirun starts ranks {where}; leave it out, or give -n")
     if hostfile is None and ranks is None:
         ranks = config.cluster.ranks or 1
     return Options(
