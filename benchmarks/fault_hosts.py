@@ -139,18 +139,23 @@ def host_file_edited() -> Trial:
             with hosts.run() as run:
                 at_a_random_step(run)
                 seconds: list[float] = []
-                for numbers, words in (((1, 2, 3), "joins"), ((1, 3), "leaves")):
+                for numbers, words in (
+                    ((1, 2, 3), "joins"),
+                    ((1, 3), "leaves"),
+                    ((1, 2), "joins; .* leaves"),
+                ):
                     at = time.monotonic()
                     hosts.list_hosts(*numbers)
                     changed, _ = run.seen(f"{words}: the ranks save", since=at)
                     again, _ = run.seen("run directory", since=changed)
                     seconds.append(run.trains(since=again, beyond=run.step)[0] - at)
-                left = hosts.left(2)
+                left = hosts.left(3)
                 assert run.stop() == 75, run.told()
                 assert_same(run)
                 worlds = list(dict.fromkeys(row["world_size"] for row in run.rows("train")))
-                assert worlds == [2, 3, 2], worlds
-                words = f"added after {seconds[0]:.1f} s, removed after {seconds[1]:.1f} s"
+                assert worlds == [2, 3], worlds
+                added, removed, replaced = seconds
+                words = f"added after {added:.1f} s, removed {removed:.1f} s, replaced {replaced:.1f} s"
                 return Seen(words=words, resumed=max(seconds), figures={"orphans": left})
 
     return trial

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import psutil
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where faulty.py is
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run"]
 TINY = (
     "run.dir=run", "communicator=exact", "trainer.global_batch_size=32", "trainer.micro_batch_size=4",
@@ -36,23 +38,16 @@ class TimedRun:
     def __init__(
         self, *options: str, overrides: tuple[str, ...] = (), fault: str = "{fault: none}",
         wrap: Callable[[list[str]], list[str]] = lambda command: command, folder: Path | None = None,
-        by_hand: bool = False,
     ) -> None:  # fmt: skip
-        """`wrap` makes the command one that runs elsewhere, such as on an emulated host; `by_hand` starts
-        with mlx.launch instead of `mlx-ring run`."""
+        """`wrap` makes the command one that runs elsewhere, such as on an emulated host."""
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mlx_ring-fault-"))
         self.record = self.folder / "run"
         self.lines: list[tuple[float, str]] = []
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLX_")}
-        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        program = [*PROGRAM, *options, "--"]
-        if by_hand:
-            program = [str(Path(sys.executable).with_name("mlx.launch")), *options, "--", *TRAIN]
-        command = [*program, *TINY, f"data.arguments={fault}", *overrides]
+        command = [*PROGRAM, *options, "--", *TINY, f"data.arguments={fault}", *overrides]
         self.begun = time.monotonic()
         self.process = subprocess.Popen(
-            wrap(command), cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            wrap(command), cwd=self.folder, env=harness.environment_of_ranks(PYTHONPATH=PYTHONPATH),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

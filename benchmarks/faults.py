@@ -47,6 +47,7 @@ FAULTS: list[Fault] = [
     ("F6 host crashes", "host named, goes on without", hosts.host_lost("crash")),
     ("F6 cut for 2 s", "survived", hosts.flap(2.0)),
     ("F6 cut for 20 s", "goes on without, then with it", hosts.flap(20.0)),
+    ("F6 cut for 60 s", "goes on without, then with it", hosts.flap(60.0)),
     ("F7 1 % loss, 5 ms", "no false alarm", hosts.bad_network(delay_ms=5, loss_percent=1)),
     ("F7 10 Mbit/s", "no false alarm", hosts.bad_network(rate="10mbit")),
     ("F7 a slow rank", "straggler named, no alarm", trials.slow_rank()),
@@ -58,12 +59,13 @@ FAULTS: list[Fault] = [
     ("F11 NaN on one rank", "all skip it alike", trials.tests("test_failures.py", "non_finite")),
     ("F12 200 SIGKILLs while saving", "newest valid loads", trials.kills_while_saving(200)),
     ("F13 disk full, read-only", "old kept, told, then fails", trials.tests(
-        "test_failures.py test_copies.py test_checkpoint_format.py", "disk or space or failed_write")),
+        "test_failures.py test_copies.py test_checkpoint_format.py test_hosts.py",
+        "disk or space or failed_write")),
     ("F14 a flipped bit", "the one before, file named", trials.tests(
         "test_checkpoints.py test_copies.py test_checkpoint_format.py", "damaged or flipped")),
     ("F15 4 → 2 → 3 → 1 ranks", "the same samples and bits", trials.tests(
         "test_exact.py", "continues_on_other_numbers")),
-    ("F16 host added, removed", "taken in, let go", hosts.host_file_edited()),
+    ("F16 host added, removed, replaced", "taken in, let go", hosts.host_file_edited()),
     ("F17 rank 8 s late", "waited for", trials.late(8.0)),
     ("F17 rank 35 s late", "waited for", trials.late(35.0)),
     ("F17 host absent", "named", hosts.host_absent()),

@@ -1,12 +1,19 @@
 """Long runs under supervision: false alarms, what watching costs, and how much of the time is training."""
 
+import json
+import os
 import random
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
+import harness
 import psutil
-from fault_runs import FOR_EVER, TimedRun
-from fault_trials import false_alarms
+from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
+from fault_trials import crowded, false_alarms
 
 KILL_SECONDS = 120.0
 SOAK = (
@@ -22,9 +29,7 @@ def measure(minutes: float) -> dict[str, float]:
 
 def quiet(minutes: float) -> dict[str, float]:
     """Nothing happens, but that rank 1 is slow: its core has something else to do."""
-    with TimedRun("-n", "2", overrides=SOAK) as run:
-        run.trains(beyond=20)
-        run.ranks()[1].nice(10)
+    with TimedRun("-n", "2", overrides=SOAK) as run, crowded(run):
         supervisor = psutil.Process(run.process.pid)
         watching = [supervisor, *supervisor.children()]  # and its agent
         before, begun = _cpu_seconds(watching), time.monotonic()
@@ -54,13 +59,12 @@ def _resident(run: TimedRun) -> int:
 def heartbeats(pairs: int = 5, steps: int = 2000) -> dict[str, float]:
     """Seconds a step with a supervisor over those of ranks started by hand, alternating."""
     ratios: list[float] = []
+    options = (*SOAK, f"trainer.steps={steps}", "metrics.console=false")
     for _ in range(pairs):
-        with TimedRun("-n", "2", overrides=(*SOAK, f"trainer.steps={steps}")) as run:
+        with TimedRun("-n", "2", overrides=options) as run:
             assert run.wait(300) == 0, run.told()
-            watched = _step_seconds(run)
-        with TimedRun("-n", "2", overrides=(*SOAK, f"trainer.steps={steps}"), by_hand=True) as run:
-            assert run.wait(300) == 0, run.told()
-            ratios.append(watched / _step_seconds(run))
+            watched = _step_seconds(run.rows("train"))
+        ratios.append(watched / _by_hand(options))
     return {
         "heartbeat_share_of_a_step": statistics.median(ratios) - 1,
         "heartbeat_share_lowest": min(ratios) - 1,
@@ -68,8 +72,18 @@ def heartbeats(pairs: int = 5, steps: int = 2000) -> dict[str, float]:
     }
 
 
-def _step_seconds(run: TimedRun) -> float:
-    return statistics.median(row["step_seconds"] for row in run.rows("train")[1:])
+def _by_hand(options: tuple[str, ...]) -> float:
+    with tempfile.TemporaryDirectory() as name:
+        run, ring = Path(name) / "run", Path(name) / "ring.json"
+        os.environ["PYTHONPATH"] = PYTHONPATH
+        command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.arguments={fault: none}", *options]
+        harness.end(harness.start_ring([*command, f"run.dir={run}"], 2, ring))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return _step_seconds([row for row in rows if row["kind"] == "train"])
+
+
+def _step_seconds(rows: list[dict[str, Any]]) -> float:
+    return statistics.median(row["step_seconds"] for row in rows[1:])
 
 
 def kills(minutes: float) -> dict[str, float]:
@@ -88,5 +102,5 @@ def kills(minutes: float) -> dict[str, float]:
         seconds = time.monotonic() - begun
         steps = run.step - first
         assert run.stop() == 75, run.told()
-        usual = _step_seconds(run)
+        usual = _step_seconds(run.rows("train"))
         return {"kills": float(killed), "goodput": steps * usual / seconds}

@@ -45,6 +45,8 @@ class Samples:
             threading.Event().wait()
         elif due and self.fault == "tell":
             Path("reached").touch()
+        elif due and self.fault == "shout":  # a line that is long and no text
+            os.write(1, b"\xff" * 300_000 + b"\n")
         elif due and self.fault == "slow":
             time.sleep(0.05)
         elif due and self.fault == "pause":

@@ -193,6 +193,27 @@ def test_a_hang_is_dumped_named_and_ended(
     assert "hang" in events(tmp_path)
 
 
+def test_nobody_reads_what_it_prints(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+    """A held terminal, and a line that is long and no text, hold up nothing."""
+    loud = ("metrics.log_every_steps=1", "trainer.steps=1200")
+    command = [*PROGRAM, "-n", "2", "--", *FAULTY, fault("shout", at_call=100), *loud]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "run/status.json").exists() or status(tmp_path)["state"] != "completed":
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        assert events(tmp_path) == []
+        told, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0 and len(told) > 300_000 and b"[rank 0] step 1/1200" in told
+
+
 def test_a_crash_that_comes_again_ends_the_run(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
     run = supervise("-n", "1", "--", *FAULTY, fault("raise", rank=0, at_call=5))
     assert run.wait() == 1, run.report()
