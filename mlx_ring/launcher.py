@@ -105,10 +105,9 @@ class AgentLink:
         with contextlib.suppress(OSError, ValueError):
             while line := await self._process.stdout.readline():
                 self.heard = asyncio.get_running_loop().time()
-                try:
-                    report = json.loads(line)
-                    self._reports.put_nowait((self, report if report["is"] else {}))
-                except (ValueError, TypeError, KeyError):  # the word of a login shell
+                if (report := _report(line)) is not None:
+                    self._reports.put_nowait((self, report))
+                else:  # the word of a login shell
                     self._complaints = [*self._complaints[-3:], line.decode(errors="replace").strip()]
         status = await self._process.wait()
         self.open = False
