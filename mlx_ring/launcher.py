@@ -130,6 +130,14 @@ class AgentLink:
         return ssh_problem(status, self._python, said) or agent
 
 
+def _report(line: bytes) -> Report | None:
+    try:
+        report = json.loads(line)
+    except ValueError:
+        return None
+    return report if isinstance(report, dict) and "is" in report else None
+
+
 Reports = asyncio.Queue[tuple[AgentLink, Report]]
 
 
