@@ -124,6 +124,7 @@ def test_rank_0s_disk_is_lost(tmp_path: Path, undisturbed: str) -> None:
     assert_clean(left)
 
 
+@pytest.mark.long
 def test_an_older_disk_takes_the_newer_record(tmp_path: Path, undisturbed: str) -> None:
     """Host a was away for two steps; it comes back as rank 0."""
     a, b = hosts(tmp_path, "ab")
@@ -218,6 +219,7 @@ def test_a_new_start_is_one_on_every_disk(tmp_path: Path) -> None:
         } == old
 
 
+@pytest.mark.long
 def test_a_rewind_is_one_on_every_disk(tmp_path: Path, undisturbed: str) -> None:
     a, b, c = hosts(tmp_path)
     together([a, c]).ok()
@@ -303,7 +305,7 @@ def test_a_disk_that_cannot_hold_checkpoints_ends_no_run(tmp_path: Path) -> None
     assert status(a)["state"] == "completed" and (b / "run/checkpoints").read_text() == "kept"
 
 
-@pytest.mark.parametrize("who", ["receiver", "sender"])
+@pytest.mark.parametrize("who", [pytest.param("receiver", marks=pytest.mark.long), "sender"])
 def test_a_rank_killed_while_a_copy_is_sent(tmp_path: Path, who: str, undisturbed: str) -> None:
     a, b = hosts(tmp_path, "ab")
     together([a]).ok()

@@ -62,7 +62,7 @@ def own(model: str, factor: float | str = 1.0, rare: int = 50) -> list[str]:
 # One hash
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["mlp", "transformer", pytest.param("cnn", marks=pytest.mark.long)])
 def test_one_hash_on_any_number_of_ranks(tmp_path: Path, model: str) -> None:
     """Seven micro-batches on 1, 2 (3 + 4), 3 and 7 ranks; another backend; other buckets, sent early."""
     options = [*MODELS[model], "evaluation.every_steps=4"]
@@ -93,6 +93,7 @@ def test_augmentation_is_keyed_by_the_micro_batch(tmp_path: Path) -> None:
     assert outcome(tmp_path, "three") == outcome(tmp_path, "alone")
 
 
+@pytest.mark.long
 def test_jumps_of_the_gradient_change_no_bit(tmp_path: Path) -> None:
     """One sample in fifty is ten thousand times as far away: gradients outgrow their codes, and shrink again.
 

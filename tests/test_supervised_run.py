@@ -156,7 +156,7 @@ def test_it_runs_to_its_end(
     ("name", "told"),
     [
         ("kill", r"rank 1 on \S+ was ended by SIGKILL \(step \d+, phase training\)"),
-        ("exit", r"rank 1 on \S+ left with status 0 before the run had ended"),
+        pytest.param("exit", r"rank 1 on \S+ left with status 0 before the run had", marks=pytest.mark.long),
     ],
 )
 def test_a_lost_rank_is_named_and_the_run_goes_on(
@@ -176,7 +176,7 @@ def test_a_lost_rank_is_named_and_the_run_goes_on(
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("stop", "process stopped"), ("wait", "it is still at computing")],
+    [("stop", "process stopped"), pytest.param("wait", "it is still at computing", marks=pytest.mark.long)],
 )
 def test_a_hang_is_dumped_named_and_ended(
     tmp_path: Path, supervise: Callable[..., Supervised], undisturbed: object, name: str, told: str
@@ -260,7 +260,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, supervise: Callable[...,
     assert run.wait(20) == 130, run.report()
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.long), True])
 def test_nothing_outlives_a_killed_supervisor(
     tmp_path: Path, supervise: Callable[..., Supervised], stopped: bool
 ) -> None:

@@ -338,7 +338,8 @@ print(growth * (1 if sys.platform == "darwin" else 1024))
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "size_bytes", "most_bytes"), [("bytes", 200e6, 30e6), ("bpe", 20e6, 100e6)]
+    ("tokenizer", "size_bytes", "most_bytes"),
+    [("bytes", 200e6, 30e6), pytest.param("bpe", 20e6, 100e6, marks=pytest.mark.long)],
 )
 def test_a_large_text_is_prepared_in_little_memory(
     folder: Path, cache: Path, tokenizer: str, size_bytes: float, most_bytes: float
