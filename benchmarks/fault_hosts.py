@@ -102,9 +102,9 @@ def flap(seconds: float) -> Trial:
                 run.trains(since=time.monotonic(), beyond=run.step + 40)
                 alarms, words = false_alarms(run), "nobody noticed"
             else:
-                run.seen(rf"host {re.escape(hosts.cluster.addresses[1])} .*(silent|lost)", since=at)
-                joined, _ = run.seen(rf"{hosts.cluster.addresses[1]} joins", since=at)
-                again, _ = run.seen("run directory", since=joined)
+                two = re.escape(hosts.cluster.addresses[1])
+                named, _ = run.seen(rf"host {two} .*(silent|lost)", since=at)
+                again, _ = run.seen(r"3 rank\(s\)", since=named)  # at the restart already, or it joins later
                 back, _ = run.trains(since=again)
                 alarms, words = 0, f"back after {back - at - seconds:.1f} s"
             assert run.stop() == 75, run.told()

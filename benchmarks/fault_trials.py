@@ -203,7 +203,8 @@ def crowded(run: TimedRun, hogs: int = 3) -> Iterator[None]:
     run.trains(beyond=20)
     fast, slow = sorted(os.sched_getaffinity(0))[:2]
     for rank, process in run.ranks().items():
-        process.cpu_affinity([slow if rank == 1 else fast])
+        for thread in process.threads():  # MLX computes in threads of its own
+            psutil.Process(thread.id).cpu_affinity([slow if rank == 1 else fast])
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)]
     try:
         for hog in busy:
