@@ -77,6 +77,8 @@ class Attempt:
         try:
             await self._start()
             failure = await self._until_it_ends()
+            if failure is not None and failure.event != "hang":  # which is told before the stacks are
+                self._say(failure.message)
         finally:
             await self._end()
             notes[:0] = self._unconfirmed
@@ -159,8 +161,8 @@ class Attempt:
             if now - awake > 4 * TICK_SECONDS:  # this very process slept: nobody else was silent
                 self._forgive(now)
             awake = now
-            if self._ended and settled is None and self.watch.of_exits(self._ended):
-                settled = now + SETTLE_SECONDS
+            if self._ended and settled is None and (found := self.watch.of_exits(self._ended)):
+                settled = now + (SETTLE_SECONDS if found.host is None else 0.0)  # a witness alone: who else?
             if settled is not None and now >= settled:
                 break
             if silent := self._silent():

@@ -207,7 +207,7 @@ class ElasticSupervisor:
         self._note(failure.event, failure.message, rank=failure.rank, host=failure.host)
         seconds = BACK_OFF_SECONDS[fruitless - 1] if fruitless else 0.0
         message = f"restart {restarts} of at most {self._options.max_restarts}, from step {self._reached}"
-        self._say(f"{failure.message}; {message}{f' in {seconds:g} s' if seconds else ''}")
+        self._say(f"{message}{f' in {seconds:g} s' if seconds else ''}")
         self._note("restart", message, restarts=restarts)
         if failure.host is not None and (aside := self._pool.blame(failure.host, progress=progress)):
             self._note("host_set_aside", aside)

@@ -48,6 +48,11 @@ class Rank:
         return str(self.vitals.get("phase", STARTING))
 
     @property
+    def stopped(self) -> bool:
+        """Whether its process is: by SIGSTOP, a debugger, a closed shell's job control."""
+        return self.vitals.get("process") == "stopped"
+
+    @property
     def calls(self) -> int:
         return int(self.vitals.get("calls", 0))
 
@@ -122,6 +127,8 @@ class Watch:
 
     def deadline(self) -> float:
         """Seconds without progress after which the run hangs."""
+        if any(rank.stopped for rank in self.ranks):  # no work takes long there
+            return self._deadline_seconds
         if any(rank.phase == STARTING for rank in self.ranks):
             return max(MEET_SECONDS, self._deadline_seconds)
         if not self.trains:
@@ -170,7 +177,7 @@ class Watch:
         rank = next((rank for rank in bad if rank not in witnesses), bad[0])
         known = rank not in witnesses  # else: some host's network, and nobody says which
         assert rank.status is not None
-        where = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
+        where = f"step {self.step}, phase {rank.phase}"
         if rank.status < 0:
             message = f"{rank.name} was ended by {signal.Signals(-rank.status).name} ({where})"
         elif rank.status == 0:
@@ -186,7 +193,7 @@ class Watch:
         """From where the ranks stand: the one that is behind all others holds them up."""
         still = now - max(rank.changed for rank in self.ranks)
         furthest = max(rank.calls for rank in self.ranks)
-        stopped = [rank for rank in self.ranks if rank.vitals.get("process") == "stopped"]
+        stopped = [rank for rank in self.ranks if rank.stopped]
         absent = [rank for rank in self.ranks if rank.phase == STARTING]
         behind = [rank for rank in self.ranks if rank.calls < furthest]
         mute = [rank for rank in self.ranks if rank.vitals.get("heard", 0) > 5]

@@ -42,6 +42,7 @@ class Samples:
         elif due and self.fault == "exit":
             os._exit(0)
         elif due and self.fault == "wait":
+            Path("reached").touch()
             threading.Event().wait()
         elif due and self.fault == "tell":
             Path("reached").touch()

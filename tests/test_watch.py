@@ -47,6 +47,14 @@ def test_saving_may_take_long() -> None:
     assert clock.watch.deadline() == START_SECONDS
 
 
+def test_a_stopped_process_takes_no_time_for_good_reasons() -> None:
+    clock = Clock(2)
+    clock.train(5, 0.1)
+    clock.tell(phase="saving", step=5, calls=51)
+    clock.tell(only=1, phase="saving", step=5, calls=51, process="stopped")
+    assert clock.watch.hangs(clock.now + 31)
+
+
 def test_slow_steps_are_no_hang() -> None:
     clock = Clock(2)
     clock.train(20, 60.0)
