@@ -166,5 +166,5 @@ class TimedRun:
 def reference(steps: int = 3000) -> dict[int, float]:
     """The losses of the same run on one rank to which nothing happens."""
     with TimedRun("-n", "1", overrides=(f"trainer.steps={steps}",)) as run:
-        assert run.wait() == 0, run.told()
+        assert run.wait(600) == 0, run.told()
         return run.losses()

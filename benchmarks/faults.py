@@ -22,6 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+import fault_clock
 import fault_hosts as hosts
 import fault_trials as trials
 import soak
@@ -71,6 +72,7 @@ FAULTS: list[Fault] = [
     ("F17 host absent", "named", hosts.host_absent()),
     ("F18 crash loop", "stops, cause shown", trials.crash_loop()),
     ("F19 all asleep for 15 s", "no false alarm", trials.asleep(15.0)),
+    ("F19 clock jumps by 1 h, 2 h back", "no false alarm", fault_clock.jumps()),
 ]  # fmt: skip
 QUICK = ("F2 SIGKILL", "F12 200 SIGKILLs while saving", "F18 crash loop")
 GOALS: harness.Goals = {
@@ -112,13 +114,13 @@ def measure(quick: bool) -> dict[str, float]:
             worst[figure] = max(worst[figure], value)
     figures = {"trials_failed": float(failed), **worst}
     if OPTIONS.soak_minutes:
-        figures |= soak.measure(OPTIONS.soak_minutes)
+        figures |= soak.measure(OPTIONS.soak_minutes, OPTIONS.only)
     return figures
 
 
 def _is_chosen(name: str, quick: bool) -> bool:
     if OPTIONS.only:
-        return name.split()[0] in OPTIONS.only
+        return name.split()[0] in OPTIONS.only  # none, where a long run is named
     return name in QUICK if quick else OPTIONS.soak_minutes == 0 or OPTIONS.everything
 
 
@@ -139,7 +141,12 @@ def _spread(found: list[Seen], key: str) -> str:
 
 if __name__ == "__main__":
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--only", nargs="+", metavar="F", help="these faults alone, such as F2 F6")
+    own.add_argument(
+        "--only",
+        nargs="+",
+        metavar="F",
+        help="such as F2 F6, or of the long runs: quiet heartbeats kills",
+    )
     own.add_argument("--trials", type=int, default=3, help="of each fault (3)")
     own.add_argument("--soak-minutes", type=float, default=0, help="the long runs, instead of the faults")
     own.add_argument("--everything", action="store_true", help="the faults and the long runs")

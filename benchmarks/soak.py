@@ -13,23 +13,31 @@ from typing import Any
 import harness
 import psutil
 from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
-from fault_trials import crowded, false_alarms
+from fault_trials import false_alarms
 
 KILL_SECONDS = 120.0
+KILL_MINUTES = 30.0  # at most: fifteen kills
+SLOW = "{fault: slow, rank: 1, at_call: 1, repeats: 1000000000}"
 SOAK = (
     FOR_EVER, "metrics.log_every_steps=20", "checkpoint.every_steps=200", "model.hidden_sizes=[128,128]",
     "trainer.micro_batch_size=2",
 )  # fmt: skip
 
 
-def measure(minutes: float) -> dict[str, float]:
-    """The figures, of runs of so many minutes each."""
-    return {**quiet(minutes), **heartbeats(), **kills(minutes)}
+def measure(minutes: float, only: list[str] | None) -> dict[str, float]:
+    """The figures, of runs of so many minutes, or of some parts alone: quiet, heartbeats, kills."""
+    figures: dict[str, float] = {}
+    for part in (quiet, heartbeats, kills):
+        if not only or part.__name__ in only:
+            figures |= part(minutes)
+    return figures
 
 
 def quiet(minutes: float) -> dict[str, float]:
-    """Nothing happens, but that rank 1 is slow: its core has something else to do."""
-    with TimedRun("-n", "2", overrides=SOAK) as run, crowded(run):
+    """Nothing happens, but that rank 1 is slow: 50 ms for each micro-batch. This leaves the cores free, and
+    other work on this machine may make the test harder."""
+    with TimedRun("-n", "2", overrides=SOAK, fault=SLOW) as run:
+        run.trains(beyond=20)
         supervisor = psutil.Process(run.process.pid)
         watching = [supervisor, *supervisor.children()]  # and its agent
         before, begun = _cpu_seconds(watching), time.monotonic()
@@ -56,7 +64,7 @@ def _resident(run: TimedRun) -> int:
     return sum(process.memory_info().rss for process in run.ranks().values())
 
 
-def heartbeats(pairs: int = 5, steps: int = 2000) -> dict[str, float]:
+def heartbeats(_minutes: float, pairs: int = 5, steps: int = 2000) -> dict[str, float]:
     """Seconds a step with a supervisor over those of ranks started by hand, alternating."""
     ratios: list[float] = []
     options = (*SOAK, f"trainer.steps={steps}", "metrics.console=false")
@@ -89,7 +97,7 @@ def _step_seconds(rows: list[dict[str, Any]]) -> float:
 def kills(minutes: float) -> dict[str, float]:
     """A random rank is killed every two minutes. Goodput: the share of time in which steps were trained that
     count, at their usual pace."""
-    chance = random.Random(2)
+    minutes, chance = min(minutes, KILL_MINUTES), random.Random(2)
     with TimedRun("-n", "2", "--max-restarts", "1000", overrides=SOAK) as run:
         begun, first = run.trains(beyond=20)
         killed = 0

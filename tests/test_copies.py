@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -320,6 +321,30 @@ def test_a_rank_killed_while_a_copy_is_sent(tmp_path: Path, who: str, undisturbe
     assert status(folders[0])["parameters_sha256"] == undisturbed
     assert steps(b) == [6, 8]
     assert_clean([a, b])
+
+
+@pytest.mark.parametrize(
+    "had",
+    [
+        "an older checkpoint",
+        *(pytest.param(had, marks=pytest.mark.long) for had in ("another run", "nothing")),
+    ],
+)
+def test_a_kill_at_any_moment_of_taking_over(tmp_path: Path, had: str) -> None:
+    a, b = hosts(tmp_path, "ab")
+    together([a], "metrics.tensorboard=true").ok()
+    if had == "an older checkpoint":
+        shutil.copytree(a / "run", b / "run")
+        together([a], "metrics.tensorboard=true", "trainer.steps=8").ok()
+    elif had == "another run":
+        together([b], "seed=7").ok()
+    else:
+        (b / "run").mkdir()
+    program = Path(__file__).with_name("killed_take_over.py")
+    command = [sys.executable, str(program), str(a / "run"), str(b / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout) > 20
 
 
 # Parts of files
