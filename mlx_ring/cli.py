@@ -42,6 +42,13 @@ cli.add_command(checkpoint)
     show_default=True,
     help="Seconds without progress, or ten times the usual step, after which a run hangs.",
 )
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    help="Seconds for which a run that has begun waits for enough hosts that answer.",
+)
 @click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
 @click.argument("overrides", nargs=-1)
 def run(
@@ -51,6 +58,7 @@ def run(
     min_hosts: int | None,
     max_restarts: int,
     deadline: float,
+    wait: float,
     python: str,
     overrides: tuple[str, ...],
 ) -> None:
@@ -65,7 +73,7 @@ def run(
 
     chosen = options(
         list(overrides), ranks=ranks, hostfile=hostfile, mpirun=launcher == "mpirun", min_hosts=min_hosts,
-        max_restarts=max_restarts, deadline_seconds=deadline, python=python,
+        max_restarts=max_restarts, deadline_seconds=deadline, wait_seconds=wait, python=python,
     )  # fmt: skip
     sys.exit(supervise(chosen))
 

@@ -34,11 +34,22 @@ def hydra_options() -> Namespace:
     parser = get_args_parser()
     parser.error = refuse
     options, unknown = parser.parse_known_args()
-    if options.multirun or "hydra.mode=MULTIRUN" in sys.argv:
-        raise ConfigError("multirun is not part of this version; start one run at a time, without -m")
     if unknown:
         refuse(f"unrecognized arguments: {' '.join(unknown)}")
     return options
+
+
+def is_multirun(options: Namespace) -> bool:
+    """Whether several runs are asked for. Raises: ConfigError where they are given one directory."""
+    if not options.multirun and "hydra.mode=MULTIRUN" not in options.overrides:
+        return False
+    for item in options.overrides:
+        if re.match(r"\+*(hydra\.)?run\.dir=", item):
+            raise ConfigError(
+                f"{item} cannot be given in a multirun, where each job's is its own in hydra.sweep.dir; give "
+                "hydra.sweep.dir=FOLDER"
+            )
+    return True
 
 
 def typed_directory() -> Path | None:

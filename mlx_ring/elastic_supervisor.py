@@ -18,7 +18,6 @@ from mlx_ring.watch import Failure
 
 BACK_OFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the first, second, … further try
 FRUITLESS_RESTARTS = 2  # restarts in a row that reach no new checkpoint
-HOSTS_SECONDS = 600.0  # for which a run that has begun waits for hosts that answer
 SCOUT_SECONDS = 5.0  # between looks for hosts that came back, or into the host file
 T = TypeVar("T")
 
@@ -35,6 +34,7 @@ class Options:
     min_hosts: int | None
     max_restarts: int
     deadline_seconds: float
+    wait_seconds: float  # for which a run that has begun waits for hosts that answer
     python: str
 
 
@@ -128,7 +128,7 @@ class ElasticSupervisor:
 
     async def _hosts(self, first: bool) -> list[Host]:
         """Those that answer, once they are enough. Raises: ClusterError where they are not: at once for the
-        first attempt, after `HOSTS_SECONDS` later."""
+        first attempt, after `wait_seconds` later."""
         loop = asyncio.get_running_loop()
         since, tries = loop.time(), 0
         while True:
@@ -143,7 +143,7 @@ class ElasticSupervisor:
             message = (
                 f"{len(answering)} of {len(self._pool.names)} hosts answer and {needed} are needed: {why}"
             )
-            if first or loop.time() - since > HOSTS_SECONDS:
+            if first or loop.time() - since > self._options.wait_seconds:
                 raise ClusterError(message)
             self._pool.say_once(f"waits: {message}")
             tries += 1

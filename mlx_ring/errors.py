@@ -6,6 +6,7 @@
     ├── ClusterError      3   launch failed, a peer was lost, ranks do not agree
     ├── TrainingError     4   non-finite loss, replicas differ
     ├── CheckpointError   5   no usable checkpoint where one was asked for, or one of a later version
+    ├── JobFailed             a job of a sweep ended so; with the job's own status
     └── Interrupted     130   a second signal asked to leave at once
 
 A message is one line: what failed, where, both values, the remedy.
@@ -71,6 +72,14 @@ class CheckpointError(MlxRingError):
 
 class NewerCheckpointError(CheckpointError):
     """A checkpoint was written by a later version: not damaged, and not to be passed over."""
+
+
+class JobFailed(MlxRingError):
+    """A job of a sweep did not complete; its exit status is the sweep's."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class Interrupted(MlxRingError):

@@ -30,31 +30,32 @@ def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> lis
     """
     names = [only] if only else list(dict.fromkeys(host.ssh for host in file.hosts))
 
-    async def ask() -> list[Answer]:
-        return await asyncio.gather(*(_ask(name, command, file.envs) for name in names))
+    async def everybody() -> list[Answer]:
+        return await asyncio.gather(*(ask(name, command, file.envs) for name in names))
 
-    answers = asyncio.run(ask())
-    problems = [_problem(answer, command[0]) for answer in answers]
+    answers = asyncio.run(everybody())
+    problems = [problem(answer, command[0]) for answer in answers]
     if all(problems):
-        told = [f"host {answer.host}: {problem}" for answer, problem in zip(answers, problems, strict=True)]
+        told = [f"host {answer.host}: {why}" for answer, why in zip(answers, problems, strict=True)]
         raise ClusterError("; ".join(told))
     return [
-        replace(answer, status=SSH_FAILED, stdout=b"", stderr=problem) if problem else answer
-        for answer, problem in zip(answers, problems, strict=True)
+        replace(answer, status=SSH_FAILED, stdout=b"", stderr=why) if why else answer
+        for answer, why in zip(answers, problems, strict=True)
     ]
 
 
 def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
     """Copy a file of another host into one here. Raises: ClusterError where that failed; OSError."""
     with target.open("wb") as stream:
-        answer = asyncio.run(_ask(host, ["cat", "--", str(source)], file.envs, stream))
+        answer = asyncio.run(ask(host, ["cat", "--", str(source)], file.envs, stream))
     if answer.status:
-        raise ClusterError(f"host {host}: {_problem(answer, 'cat') or answer.stderr}")
+        raise ClusterError(f"host {host}: {problem(answer, 'cat') or answer.stderr}")
 
 
-async def _ask(
+async def ask(
     host: str, command: list[str], environment: dict[str, str], into: IO[bytes] | None = None
 ) -> Answer:
+    """Run a command in this folder on one host; its stdout goes `into` a file where one is given."""
     full, own = on_host(host, command, environment)
     try:
         process = await asyncio.create_subprocess_exec(
@@ -72,5 +73,6 @@ async def _ask(
     return Answer(host=host, status=process.returncode, stdout=stdout or b"", stderr=words)
 
 
-def _problem(answer: Answer, program: str) -> str:
+def problem(answer: Answer, program: str) -> str:
+    """Why a host could not be asked; nothing where it was."""
     return ssh_problem(answer.status, program, answer.stderr)

@@ -73,6 +73,14 @@ class RankEnvironment:
         asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
         raise _started_by_itself(asked, backend, hostfile, otherwise="cluster=local")
 
+    def refuse_multirun(self) -> None:
+        """Raises: ConfigError where a launcher has started ranks: each job of a multirun has its own."""
+        if self.launched:
+            raise ConfigError(
+                f"a multirun starts the ranks of each job itself; give python train.py -m … "
+                f"cluster.ranks={self.world_size}, without a launcher"
+            )
+
     def check_backend(self, key: str, backend: str) -> None:
         """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""
         if backend != "auto" and not self.launched:

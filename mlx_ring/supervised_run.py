@@ -17,6 +17,7 @@ def options(
     min_hosts: int | None,
     max_restarts: int,
     deadline_seconds: float,
+    wait_seconds: float,
     python: str,
 ) -> Options:
     """Raises: ConfigError for a mistake that shows before any rank is started."""
@@ -41,5 +42,6 @@ def options(
         min_hosts=min_hosts,
         max_restarts=max_restarts,
         deadline_seconds=deadline_seconds,
+        wait_seconds=wait_seconds,
         python=python,
     )

@@ -50,6 +50,10 @@ class Samples:
             os.write(1, b"\xff" * 300_000 + b"\n")
         elif due and self.fault == "slow":
             time.sleep(0.05)
+        elif due and self.fault == "meet":  # two runs at once
+            Path(f"came-{os.getpid()}").touch()
+            while len(list(Path().glob("came-*"))) < 2:
+                time.sleep(0.01)
         elif due and self.fault == "pause":
             Path("reached").touch()
             while not Path("go").exists():

@@ -5,19 +5,17 @@ import math
 import os
 import pty
 import re
-import socket
 import struct
 import subprocess
 import sys
 import termios
 import time
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from tensorboard_server import Server
 
 from mlx_ring.metrics_tracker import MetricsTracker, read_rows
 
@@ -218,39 +216,6 @@ def test_tensorboard_holds_every_number_at_its_step(tmp_path):
     }  # fmt: skip
 
 
-class Server:
-    """A real `tensorboard` on a free loopback port, with the loader that Apple silicon has."""
-
-    def __init__(self, directory, log):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}/data/plugin/"
-        options = [
-            "--host=127.0.0.1",
-            f"--port={port}",
-            "--load_fast=false",
-            "--samples_per_plugin=scalars=1000",
-        ]
-        command = [sys.executable, "-m", "tensorboard.main", f"--logdir={directory}", *options]
-        self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-    def get(self, path, **query):
-        with urllib.request.urlopen(
-            f"{self.address}{path}?{urllib.parse.urlencode(query)}", timeout=10
-        ) as reply:
-            return json.load(reply)
-
-    def wait_for_run(self, deadline_seconds=120):
-        deadline = time.monotonic() + deadline_seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(OSError):  # not listening yet
-                if "checkpoint/bytes" in self.get("scalars/tags").get("tensorboard", {}):
-                    return True
-            time.sleep(0.1)
-        return False
-
-
 def test_a_real_server_shows_a_resumed_run_as_one(tmp_path):
     first = open_tracker(tmp_path, tensorboard=True)
     for step in range(1, 61):
@@ -266,20 +231,13 @@ def test_a_real_server_shows_a_resumed_run_as_one(tmp_path):
     second.record("checkpoint", CHECKPOINT)  # the last tag: with it, the server has read all
     second.close(True)
 
-    with (tmp_path / "server.log").open("w+b") as log:
-        server = Server(tmp_path, log)
-        try:
-            assert server.wait_for_run(), (tmp_path / "server.log").read_text()
-            points = server.get("scalars/scalars", run="tensorboard", tag="train/loss")
-            request = {
-                "experimentName": "", "startIndex": 0, "sliceSize": 10, "aggregationType": "AGGREGATION_AVG",
-                "allowedStatuses": ["STATUS_SUCCESS", "STATUS_UNKNOWN", "STATUS_RUNNING", "STATUS_FAILURE"],
-                "colParams": [],
-            }  # fmt: skip
-            groups = server.get("hparams/session_groups", request=json.dumps(request))["sessionGroups"]
-        finally:
-            server.process.terminate()
-            server.process.wait(30)
+    with (tmp_path / "server.log").open("w+b") as log, Server(tmp_path, log) as server:
+        deadline = time.monotonic() + 120
+        while "checkpoint/bytes" not in server.get("scalars/tags").get("tensorboard", {}):
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            time.sleep(0.1)
+        points = server.get("scalars/scalars", run="tensorboard", tag="train/loss")
+        groups = server.session_groups()
     assert [(step, loss) for _, step, loss in points] == [
         (step, -1.0 if step <= 50 else 1.0) for step in range(1, 81)
     ]

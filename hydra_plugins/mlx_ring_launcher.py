@@ -1,0 +1,107 @@
+"""Hydra's multirun, `python train.py -m …`: each job is a run of its own; mlx_ring/sweep.py does the work.
+
+Every Hydra program of this environment imports this file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from mlx_ring.sweep import Hopeless, Job
+    from mlx_ring.sweep_record import Row
+
+
+class MlxRingLauncher(Launcher):
+    """`hydra/launcher=mlx_ring`."""
+
+    def __init__(self, parallel: int, max_restarts: int) -> None:
+        self.parallel, self._max_restarts = parallel, max_restarts
+        self.hopeless: Hopeless | None = None  # set by a sweeper that ends jobs early
+        self.shows_table = True
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._loader, self._config = hydra_context.config_loader, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Hydra raises the first failure when all jobs have ended."""
+        from mlx_ring.sweep import run_jobs
+        from mlx_ring.sweep_record import show
+
+        configs = [
+            self._composed(overrides, initial_job_idx + place)
+            for place, overrides in enumerate(job_overrides)
+        ]
+        directory = Path(self._config.hydra.sweep.dir)
+        rows = run_jobs(
+            directory,
+            [_job(config) for config in configs],
+            parallel=self.parallel,
+            max_restarts=self._max_restarts,
+            hopeless=self.hopeless,
+        )
+        if self.shows_table:
+            show(directory)
+        return [_returned(*each) for each in zip(configs, rows, strict=True)]
+
+    def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
+        config = self._loader.load_sweep_config(self._config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+            HydraConfig.instance().set_config(config)  # ${hydra:…} in the sub-directory's name
+            config.run.dir = str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+        return config
+
+
+def _job(config: DictConfig) -> "Job":
+    from mlx_ring.sweep import Job
+
+    typed = config.hydra.overrides
+    return Job(
+        number=config.hydra.job.num,
+        overrides=tuple(typed.task),
+        arguments=(*typed.task, *(item for item in typed.hydra if item.startswith("hydra.searchpath="))),
+        directory=Path(config.run.dir),
+        ranks=config.cluster.ranks,
+        hostfile=None if config.cluster.hostfile is None else Path(config.cluster.hostfile),
+        backend=config.cluster.backend,
+    )
+
+
+class _Result(JobReturn):
+    """As Hydra's, which prints all overrides before it raises a job's error."""
+
+    row: "Row"
+
+    @property
+    def return_value(self) -> Any:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def _returned(config: DictConfig, row: "Row") -> JobReturn:
+    """Its value is the last loss, for any sweeper that looks for the lowest; ours takes the row."""
+    from mlx_ring.sweep import failure
+
+    error = failure(row, Path(config.hydra.sweep.dir))
+    result = _Result()
+    result.overrides = OmegaConf.to_container(config.hydra.overrides.task)  # pyright: ignore[reportAttributeAccessIssue]
+    result.hydra_cfg = OmegaConf.create({"hydra": config.hydra})
+    result.cfg = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    result.working_dir = str(config.run.dir)
+    result.task_name = JobRuntime.instance().get("name")
+    result.status = JobStatus.FAILED if error else JobStatus.COMPLETED
+    result.return_value = error or row.evaluation.get("loss")
+    result.row = row
+    return result

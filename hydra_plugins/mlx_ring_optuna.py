@@ -1,0 +1,47 @@
+"""`hydra/sweeper=optuna`: Optuna draws each job's values, in one study; mlx_ring/study.py does the work.
+
+Every Hydra program of this environment imports this file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class OptunaSweeper(Sweeper):
+    """What varies is typed as for any sweep: `1e-3,3e-3`, `choice(…)`, `range(…)`; `interval(…)` besides."""
+
+    def __init__(self, params: dict[str, str], **options: Any) -> None:
+        self._params, self._options = params, options
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._loader, self._directory = hydra_context.config_loader, Path(config.hydra.sweep.dir)
+        self._launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run all trials. Raises: MlxRingError."""
+        from mlx_ring.study import Study
+
+        typed = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
+        overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(typed)
+        fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
+        space = {each.get_key_element(): _values(each) for each in overrides if each.is_sweep_override()}
+        Study(self._directory, fixed, space, **self._options).run(self._launcher)
+
+
+def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:
+    """The choices, as they are typed; or the bounds of an interval and its tags."""
+    value: Any = override.value()
+    if isinstance(value, IntervalSweep):
+        tags: set[str] = value.tags | ({"int"} if isinstance(value.start, int) else set[str]())
+        assert value.start is not None and value.end is not None
+        return value.start, value.end, tags
+    return [str(item) for item in override.sweep_iterator(transformer=Transformer.encode)]

@@ -1,0 +1,170 @@
+"""`python train.py -m …`: every job a run with ranks of its own, and a table of all of them."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import ROOT, SMALL, TRAIN, environment, rows, start, status
+from refusals import CONFIGURATION, assert_refused
+from tensorboard_server import Server
+
+from mlx_ring.sweep import quoted
+
+EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
+
+
+def sweep(
+    folder: Path, *overrides: str, directory: str = "sweep", timeout: float = 200
+) -> subprocess.CompletedProcess[str]:
+    command = [*TRAIN, "-m", *EVALUATED, f"hydra.sweep.dir={directory}", *overrides]
+    return subprocess.run(
+        command, cwd=folder, env=environment(PYTHONPATH=str(ROOT / "tests")), capture_output=True, text=True,
+        timeout=timeout, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def table(folder: Path, directory: str = "sweep") -> list[dict[str, str]]:
+    with (folder / directory / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_job_is_a_whole_run(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "optimizer.learning_rate=1e-3,3e-3", "cluster.ranks=1,2")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done
+    found = table(tmp_path)
+    assert [row["job"] for row in found] == ["0", "1", "2", "3"]
+    assert {row["state"] for row in found} == {"completed"} and {row["exit_status"] for row in found} == {"0"}
+    worlds, weights = [], []
+    for row in found:
+        run = f"sweep/{row['job']}"
+        told = status(tmp_path, run)
+        worlds.append(told["world_size"])
+        weights.append(told["parameters_sha256"])
+        *_, last = rows(tmp_path, "evaluation", run)
+        assert {key: float(row[key]) for key in ("step", "loss", "accuracy", "samples")} == {
+            key: last[key] for key in ("step", "loss", "accuracy", "samples")
+        }
+    assert worlds == [1, 2, 1, 2]
+    assert weights[0] == weights[1] != weights[2] == weights[3]
+    assert "learning_rate=0.001" in found[0]["overrides"] and "cluster.ranks=2" in found[1]["overrides"]
+    assert "[job 1] [rank 0] " in done.stdout and "sweep.csv" in done.stdout
+
+
+def test_tensorboard_shows_all_jobs_in_one_view(tmp_path: Path) -> None:
+    done = sweep(
+        tmp_path, "metrics.tensorboard=true", "optimizer.learning_rate=1e-3,3e-3,1e-2", "data=digits"
+    )
+    assert done.returncode == 0, done
+    with (tmp_path / "server.log").open("w+b") as log, Server(tmp_path / "sweep", log) as server:
+        deadline = time.monotonic() + 120
+        while len(groups := server.session_groups()) < 3:
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+            time.sleep(0.1)
+    rates = {group["hparams"]["optimizer.learning_rate"] for group in groups}
+    assert rates == {0.001, 0.003, 0.01}
+    shown = [{metric["name"]["tag"] for metric in group["metricValues"]} for group in groups]
+    assert all({"evaluation/loss", "evaluation/accuracy"} <= each for each in shown)
+
+
+def test_a_job_that_fails_ends_no_other_and_is_run_again(tmp_path: Path) -> None:
+    choice = "optimizer.learning_rate=1e-3,-1,3e-3"
+    done = sweep(tmp_path, choice)
+    assert done.returncode == CONFIGURATION and "Traceback" not in done.stderr, done
+    found = table(tmp_path)
+    assert [row["state"] for row in found] == ["completed", "failed", "completed"]
+    assert found[1]["exit_status"] == "2" and "optimizer.learning_rate" in found[1]["message"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "job 1 failed, status 2" in errors[0], errors
+    before = [status(tmp_path, f"sweep/{number}")["updated_at"] for number in (0, 2)]
+    again = sweep(tmp_path, choice)
+    assert again.returncode == CONFIGURATION and "job 1 failed" in again.stderr, again
+    assert [status(tmp_path, f"sweep/{number}")["updated_at"] for number in (0, 2)] == before
+    assert again.stderr.count("was completed before") == 2 and again.stderr.count(" starts, ") == 1, again
+    assert [row["loss"] for row in table(tmp_path)] == [row["loss"] for row in found]
+    other = sweep(tmp_path, "optimizer.learning_rate=1e-3,2e-3,3e-3")
+    assert other.returncode == CONFIGURATION and "choose another hydra.sweep.dir" in other.stderr, other
+
+
+def test_jobs_at_once(tmp_path: Path) -> None:
+    """Each waits for a word that is given when all of them have come so far."""
+    waits = (
+        "data=custom", "data.import_path=faulty:build", "hydra.launcher.parallel=2", "seed=1,2", "model=mlp",
+        "data.arguments={fault: meet, rank: 0, at_call: 3}", "model.hidden_sizes=[16]",
+    )  # fmt: skip
+    done = sweep(tmp_path, *waits)
+    assert done.returncode == 0, done
+    assert [row["state"] for row in table(tmp_path)] == ["completed", "completed"]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, twice: bool) -> None:
+    pauses = (
+        "data=custom", "data.import_path=faulty:build", "data.arguments={fault: pause, rank: 0, at_call: 30}",
+        "data.prefetch=1", "seed=1,2",
+    )  # fmt: skip
+    command = [*TRAIN, "-m", *EVALUATED, "hydra.sweep.dir=sweep", *pauses]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT / "tests")), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "reached").exists():
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.02)
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            assert process.stdout is not None
+            while "asked to stop: the jobs" not in process.stdout.readline():
+                assert process.poll() is None
+            if twice:
+                process.send_signal(signal.SIGINT)
+            (tmp_path / "go").touch()
+            told, _ = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    assert process.returncode == (130 if twice else 75), told
+    states = [row["state"] for row in table(tmp_path)]
+    assert states == (["failed", "pending"] if twice else ["stopped", "pending"]), told
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    done = sweep(tmp_path, *pauses)
+    assert done.returncode == 0 and {row["state"] for row in table(tmp_path)} == {"completed"}, done
+
+
+def test_one_directory_for_all_is_refused(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "seed=1,2", "run.dir=one")
+    assert done.returncode == CONFIGURATION and "run.dir=one cannot be given in a multirun" in done.stderr
+    assert not (tmp_path / "sweep").exists() and not (tmp_path / "one").exists()
+
+
+def test_under_a_launcher_it_is_refused(tmp_path: Path) -> None:
+    ranks = start(["-m", "seed=1,2"], tmp_path, world_size=2).wait()
+    assert_refused(ranks, CONFIGURATION, "python train.py -m … cluster.ranks=2", agreed=True)
+
+
+def test_a_sweep_under_way_is_not_joined(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    program = "import sys, time; from pathlib import Path; from mlx_ring.process_lock import ProcessLock; "
+    program += "lock = ProcessLock(Path('sweep/sweep.lock')); print('held', flush=True); time.sleep(100)"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            done = sweep(tmp_path, "seed=1,2")
+        finally:
+            holder.kill()
+    assert done.returncode == CONFIGURATION and f"in use by process {holder.pid}" in done.stderr, done
+
+
+@pytest.mark.parametrize(
+    "value", ["plain/path", "a b", "it's", "comma,and=equals", "back\\slash", "{x}", "ü"]
+)
+def test_quoting(value: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (override,) = OverridesParser.create().parse_overrides([f"run.dir={quoted(value)}"])
+    assert override.value() == value
