@@ -19,7 +19,10 @@ Row = dict[str, Any]  # of one checkpoint: path, step, and host where hosts were
 
 @click.group()
 def checkpoint() -> None:
-    """Look at, check and export the checkpoints of a run."""
+    """Look at, check and export the checkpoints of a run.
+
+    Example: mlx-ring checkpoint list outputs/2026-11-22_16-28-11_4bdc
+    """
 
 
 def _of_run(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
+from click.shell_completion import get_completion_class
 
 from mlx_ring import __version__
 from mlx_ring.checkpoint_commands import checkpoint
@@ -16,7 +17,10 @@ from mlx_ring.errors import ClusterError, MlxRingError, TrainingError
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mlx-ring")
 def cli() -> None:
-    """Tools around mlx_ring's training runs. Training itself is `train.py`."""
+    """Tools around mlx_ring's training runs. Training itself is `train.py`.
+
+    Example: mlx-ring run -n 2 -- model=cnn
+    """
 
 
 cli.add_command(checkpoint)
@@ -133,6 +137,18 @@ def doctor(exact: bool, as_json: bool) -> None:
     failed = [check["name"] for check in checks if check["status"] == "fail"]
     if failed:
         raise ClusterError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete the words of this command. For train.py: train.py --hydra-help.
+
+    Example: eval "$(mlx-ring completion bash)"
+    """
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "mlx-ring", "_MLX_RING_COMPLETE").source())
 
 
 def main() -> NoReturn:

@@ -112,6 +112,8 @@ class ElasticSupervisor:
         options, overrides = self._options, self._options.overrides
         if self._reached:  # what was started anew is continued now
             overrides = [*overrides, "checkpoint.resume=auto"]
+        if len(hosts) < len(self._pool.file.hosts):
+            overrides = [*overrides, "cluster.ranks=null"]  # fewer than were asked for
         return Attempt(
             hosts,
             self._pool.links,

@@ -1,6 +1,7 @@
 """`python train.py -m …`: every job a run with ranks of its own, and a table of all of them."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
@@ -136,10 +137,37 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, twice: bool) -> None:
     assert done.returncode == 0 and {row["state"] for row in table(tmp_path)} == {"completed"}, done
 
 
-def test_one_directory_for_all_is_refused(tmp_path: Path) -> None:
-    done = sweep(tmp_path, "seed=1,2", "run.dir=one")
-    assert done.returncode == CONFIGURATION and "run.dir=one cannot be given in a multirun" in done.stderr
-    assert not (tmp_path / "sweep").exists() and not (tmp_path / "one").exists()
+def test_a_job_without_hosts_in_the_file(tmp_path: Path) -> None:
+    """Two entries of this machine: a job takes one or both, and three are not to be had."""
+    hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2
+    (tmp_path / "two.json").write_text(json.dumps(hosts))
+    done = sweep(tmp_path, "cluster.hostfile=two.json", "cluster.ranks=1,2,3")
+    assert done.returncode == CONFIGURATION, done
+    found = table(tmp_path)
+    assert [row["state"] for row in found] == ["completed", "completed", "failed"], done
+    assert found[0]["loss"] == found[1]["loss"] and status(tmp_path, "sweep/1")["world_size"] == 2
+    assert "cluster.ranks=3, but host file two.json lists 2 ranks" in found[2]["message"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.dir=one", ["run.dir=one cannot be given in a multirun", "hydra.sweep.dir=FOLDER"]),
+        ("hydra.run.dir=one", ["hydra.run.dir=one cannot be given"]),
+        ("cluster=nccl", ["job 0: cluster.backend=nccl", "auto, ring or mpi"]),
+        ("hydra.launcher.parallel=0", ["hydra.launcher.parallel must be 1 or more; got 0"]),
+        ("cluster.hostfile=absent.json", ["absent.json"]),
+        ("model=nonsense", ["model=nonsense", "mlp"]),
+        ("optimizer.learning_rat=1", ["optimizer.learning_rat"]),
+        ("hydra.launcher.nonsense=1", ["hydra.launcher.nonsense"]),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(tmp_path: Path, override: str, words: list[str]) -> None:
+    done = sweep(tmp_path, "seed=1,2", override)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == CONFIGURATION and len(lines) == 1 and "Traceback" not in done.stderr, done
+    assert all(word in lines[0] for word in words), lines
+    assert not (tmp_path / "sweep/0").exists() and not (tmp_path / "one").exists()
 
 
 def test_under_a_launcher_it_is_refused(tmp_path: Path) -> None:
