@@ -45,7 +45,7 @@ def name_sweep(name: str) -> None:
     OmegaConf.register_new_resolver("mlx_ring.run_id", lambda: name, replace=True)
 
 
-def refuse_other_launchers() -> None:
+def _refuse_other_launchers() -> None:
     """Raises: ConfigError in a job of a multirun that one of Hydra's own launchers has started here."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
@@ -69,7 +69,11 @@ def typed_directory() -> Path | None:
 
 
 def composed_directory(composed: DictConfig) -> Path | None:
-    """The run's directory, which Hydra has made; None where run.dir is one that is refused."""
+    """The run's directory, which Hydra has made; None where run.dir is one that is refused.
+
+    Raises: ConfigError in a multirun of Hydra's own launchers.
+    """
+    _refuse_other_launchers()
     try:
         RunSection(dir=str(OmegaConf.select(composed, "run.dir")))
     except ConfigError:

@@ -12,7 +12,7 @@ from mlx_ring.attempt import Attempt, Outcome
 from mlx_ring.console_output import ConsoleOutput
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted
 from mlx_ring.host_file import Host
-from mlx_ring.host_pool import HostPool
+from mlx_ring.host_pool import HostPool, difference
 from mlx_ring.rank_commands import mpirun_command, rank_program
 from mlx_ring.stop_signal import stay_awake
 from mlx_ring.watch import Failure
@@ -181,7 +181,7 @@ class ElasticSupervisor:
         if self._attempt is not attempt or not attempt.watch.trains or self._stops:
             return
         if wanted and wanted != attempt.hosts:
-            self._before, self._rearranging = attempt.hosts, _difference(attempt.hosts, wanted)
+            self._before, self._rearranging = attempt.hosts, difference(attempt.hosts, wanted)
             self._note("hosts_changed", self._rearranging)
             self._say(f"{self._rearranging}: the ranks save their state and start anew")
             attempt.signal("SIGTERM")
@@ -215,6 +215,8 @@ class ElasticSupervisor:
         message = f"restart {restarts} of at most {self._options.max_restarts}, from step {self._reached}"
         self._say(f"{message}{f' in {seconds:g} s' if seconds else ''}")
         self._note("restart", message, restarts=restarts)
+        if failure.host is not None:
+            self._pool.lose(failure.host, failure.message)
         if failure.host is not None and (aside := self._pool.blame(failure.host, progress=progress)):
             self._note("host_set_aside", aside)
             self._say(aside)
@@ -279,13 +281,6 @@ class ElasticSupervisor:
 
     def _say(self, message: str) -> None:
         self._output.write("err", f"mlx-ring: {message}")
-
-
-def _difference(before: list[Host], after: list[Host]) -> str:
-    old, new = {host.ssh for host in before}, {host.ssh for host in after}
-    changes = ((sorted(new - old), "joins"), (sorted(old - new), "leaves"))
-    words = [f"{', '.join(names)} {what}" for names, what in changes if names]
-    return "; ".join(words) or "the host file gives the same hosts otherwise"
 
 
 def supervise(options: Options) -> int:

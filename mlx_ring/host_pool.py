@@ -10,6 +10,7 @@ from mlx_ring.host_file import Host, HostFile, read_hostfile
 from mlx_ring.launcher import HERE, AgentLink, Reports
 
 SILENT_SECONDS = 3.0  # an agent that has said nothing for so long is asked anew
+LOST_SECONDS = 5.0
 SET_ASIDE_FAILURES = 2  # of one host in a row, without a new checkpoint in between
 OFTEN_FAILURES, OFTEN_SECONDS = 4, 600.0  # or so many within such a time
 SET_ASIDE_SECONDS = 60.0  # for the first time; twice as long every further time
@@ -23,6 +24,11 @@ class HostRecord:
     failed_at: list[float] = field(default_factory=list[float])
     times_set_aside: int = 0
     set_aside_until: float = 0.0
+    lost_until: float = 0.0
+
+    @property
+    def not_asked_until(self) -> float:
+        return max(self.set_aside_until, self.lost_until)
 
 
 class HostPool:
@@ -62,12 +68,13 @@ class HostPool:
     async def answering(self) -> list[Host]:
         """The entries of the host file whose agent answers; missing agents are started, unlisted ones ended.
 
-        A host that was set aside is asked again once its time is over, or where there is no other.
+        A host that was set aside, or has just been lost, is asked again once its time is over, or where there
+        is no other.
         """
         for name in set(self.links) - set(self.names):
             await self.links.pop(name).close()
         now = asyncio.get_running_loop().time()
-        wanted = [name for name in self.names if self._record(name).set_aside_until <= now] or self.names
+        wanted = [name for name in self.names if self._record(name).not_asked_until <= now] or self.names
         found = await asyncio.gather(*(self.connect(name) for name in wanted))
         alive = {name for name, answers in zip(wanted, found, strict=True) if answers}
         return [host for host in self.file.hosts if host.ssh in alive]
@@ -101,6 +108,13 @@ class HostPool:
 
     def is_set_aside(self, name: str) -> bool:
         return self._record(name).set_aside_until > asyncio.get_running_loop().time()
+
+    def lose(self, name: str, why: str) -> None:
+        """A host that does not answer any more: a restart does not wait for ssh to find that out again."""
+        link = self.links.get(name)
+        if link is not None and (not link.open or link.silent_seconds > SILENT_SECONDS):
+            self._record(name).lost_until = asyncio.get_running_loop().time() + LOST_SECONDS
+            self.problems[name] = why
 
     def blame(self, name: str, *, progress: bool) -> str | None:
         """Note that an attempt failed of a host. Returns: that it is set aside now, if so."""
@@ -138,3 +152,11 @@ class HostPool:
 
     def _record(self, name: str) -> HostRecord:
         return self._records.setdefault(name, HostRecord())
+
+
+def difference(before: list[Host], after: list[Host]) -> str:
+    """Who joins and who leaves, in words."""
+    old, new = {host.ssh for host in before}, {host.ssh for host in after}
+    changes = ((sorted(new - old), "joins"), (sorted(old - new), "leaves"))
+    words = [f"{', '.join(names)} {what}" for names, what in changes if names]
+    return "; ".join(words) or "the host file gives the same hosts otherwise"

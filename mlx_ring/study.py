@@ -19,8 +19,12 @@ except ImportError as error:
     raise ConfigError("hydra/sweeper=optuna needs Optuna; pip install 'mlx-ring[sweep]'") from error
 
 Values = list[str] | tuple[float, float, set[str]]  # choices; or low, high and tags (int, log)
-KNOWN = {"metric": ("loss", "accuracy", "perplexity", "bits_per_byte"), "direction": ("minimize", "maximize")}
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+KNOWN = {
+    "metric": ("loss", "accuracy", "perplexity", "bits_per_byte"),
+    "direction": ("minimize", "maximize"),
+    "sampler": tuple(SAMPLERS),
+}
 RESULT = "study.json"
 
 
@@ -55,15 +59,7 @@ class Study:
         storage: str | None,
     ) -> None:
         """`fixed` are overrides, as the keys of `space` are with their values. Raises: ConfigError."""
-        for name, value, known in (
-            ("metric", metric, KNOWN["metric"]), ("direction", direction, KNOWN["direction"]),
-            ("sampler", sampler, tuple(SAMPLERS)),
-        ):  # fmt: skip
-            if value not in known:
-                raise ConfigError(f"hydra.sweeper.{name} must be one of {', '.join(known)}; got {value}")
-        for name, number in (("n_trials", n_trials), ("n_jobs", 1 if n_jobs is None else n_jobs)):
-            if number < 1:
-                raise ConfigError(f"hydra.sweeper.{name} must be 1 or more; got {number}")
+        _refuse(metric, direction, sampler, n_trials, 1 if n_jobs is None else n_jobs)
         if not space:
             raise ConfigError(
                 "nothing varies; give for example optimizer.learning_rate='interval(1e-4,1e-2)'"
@@ -83,9 +79,8 @@ class Study:
             load_if_exists=True,
         )
         known = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = SAMPLERS[sampler](
-            seed=None if seed is None else seed + known
-        )  # not the same again
+        own = None if seed is None else seed + known  # not the values again that an earlier start has drawn
+        self._study.sampler = SAMPLERS[sampler](seed=own)
         self._prunes = prune
         self._trials: dict[int, Trial] = {}
 
@@ -157,6 +152,16 @@ class Study:
         (self._directory / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         words = " ".join(f"{key}={value}" for key, value in best.params.items())
         print(f"best: job {best.number} of {self._n_trials}, {self._metric} {best.value:.5g}: {words}")
+
+
+def _refuse(metric: str, direction: str, sampler: str, n_trials: int, n_jobs: int) -> None:
+    chosen = {"metric": metric, "direction": direction, "sampler": sampler}
+    for name, value in chosen.items():
+        if value not in KNOWN[name]:
+            raise ConfigError(f"hydra.sweeper.{name} must be one of {', '.join(KNOWN[name])}; got {value}")
+    for name, number in {"n_trials": n_trials, "n_jobs": n_jobs}.items():
+        if number < 1:
+            raise ConfigError(f"hydra.sweeper.{name} must be 1 or more; got {number}")
 
 
 def _distribution(key: str, values: Values) -> optuna.distributions.BaseDistribution:

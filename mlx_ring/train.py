@@ -22,7 +22,6 @@ from mlx_ring.composition import (
     evaluates_only,
     hydra_files,
     hydra_options,
-    refuse_other_launchers,
     register_look_ups,
     typed_directory,
     understood,
@@ -160,7 +159,6 @@ class Process:
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run. Collective: every rank must call."""
         try:
-            refuse_other_launchers()
             self.directory = composed_directory(composed)
             config, error = self._parse(composed)
             if config is not None:

@@ -153,9 +153,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
 
 
 def test_secrets_stay_out_of_the_table(tmp_path: Path) -> None:
-    done = sweep(
-        tmp_path, "data=custom", "data.import_path=faulty:build", "data.arguments.api_key=abc,xyzzy"
-    )
+    done = sweep(tmp_path, "data=custom", "data.import_path=faulty:build", "data.arguments.api_key=abc,xyzzy")
     assert done.returncode == CONFIGURATION, done  # the data takes no such argument
     for path in (tmp_path / "sweep").glob("*.*"):
         assert "xyzzy" not in path.read_text(), path
