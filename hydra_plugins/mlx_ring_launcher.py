@@ -3,6 +3,7 @@
 Every Hydra program of this environment imports this file.
 """
 
+import atexit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +34,17 @@ class MlxRingLauncher(Launcher):
         self._searchpath = begin_multirun(config)
         self._loader, self._config = hydra_context.config_loader, config
         self.directory = Path(config.hydra.sweep.dir)
+        atexit.register(self._redact)  # whatever happens: Hydra's sweepers write all secrets to the disk
+
+    def _redact(self) -> None:
+        from mlx_ring.composition import redacted_yaml
+
+        written = self.directory / "multirun.yaml"
+        if written.exists():
+            written.write_text(redacted_yaml(self._config))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra raises the first failure when all jobs have ended."""
-        from mlx_ring.composition import redacted_yaml
         from mlx_ring.sweep import run_jobs
         from mlx_ring.sweep_record import show
 
@@ -44,7 +52,7 @@ class MlxRingLauncher(Launcher):
             self._composed(overrides, initial_job_idx + place)
             for place, overrides in enumerate(job_overrides)
         ]
-        (self.directory / "multirun.yaml").write_text(redacted_yaml(self._config))  # Hydra's has all secrets
+        self._redact()
         rows = run_jobs(
             self.directory,
             [self._job(config) for config in configs],
