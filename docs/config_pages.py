@@ -1,0 +1,184 @@
+"""The site's page of every configuration group, made from the dataclasses and the YAML files themselves.
+
+A hook of mkdocs, named in mkdocs.yml. The pages live in memory: nothing is written into the source tree.
+"""
+
+import ast
+import inspect
+from enum import EnumMeta
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from unittest.mock import patch
+
+import yaml
+from omegaconf import OmegaConf
+
+from mlx_ring import config
+from mlx_ring.config_record import HOST_KEYS, RESUMABLE
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+CONF = Path(__file__).parent.parent / "conf"
+SHOWN_WHOLE = {  # folders of conf/ that hold no group of ours
+    "experiment": "Whole runs by name: `experiment=NAME`. What is typed beside it still counts.",
+    "hydra": "How a multirun runs its jobs, and how Optuna draws their values. See [Sweeps](../sweeps.md).",
+}
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null", Any: "any"}
+Entries = dict[str, tuple[str, str]]  # by key: the value as it stands in a YAML file, and the comment behind it
+
+
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
+    """Called by mkdocs."""
+    from mkdocs.structure.files import File
+
+    for name, content in pages().items():
+        files.append(File.generated(config, f"configuration/{name}.md", content=content))
+    return files
+
+
+def pages() -> dict[str, str]:
+    """Markdown of every page, by its name."""
+    groups = {group: _page(group) for group in [*config.SECTIONS, *config.CHOICES]}
+    return groups | {folder: _whole(folder, words) for folder, words in SHOWN_WHOLE.items()}
+
+
+def _page(group: str) -> str:
+    files = {path.stem: path.read_text(encoding="utf-8") for path in sorted((CONF / group).glob("*.yaml"))}
+    schemas = config.CHOICES.get(group) or dict.fromkeys(files or ["config"], config.SECTIONS[group])
+    texts = files or {"config": _own_part(group)}
+    parts = [f"# {group}", _lead(group, list(files))]
+    for schema in dict.fromkeys(schemas.values()):
+        names = [name for name, each in schemas.items() if each is schema]
+        if len(schemas) > 1:
+            parts.append("## " + ", ".join(f"`{group}={name}`" for name in names))
+        for name in names:
+            words = _opening(texts[name]) or _entries(texts[name]).get("name", ("", ""))[1]
+            if words:
+                parts.append(f"`{name}`: {words}" if len(names) > 1 else words)
+        parts.append(_table(group, schema, {name: texts[name] for name in names}))
+    parts.append("↻ marks what a resumed run may change.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _own_part(group: str) -> str:
+    """A group that has no folder stands in config.yaml itself."""
+    text = (CONF / "config.yaml").read_text(encoding="utf-8")
+    lines = text.split(f"\n{group}:\n")[1].splitlines()
+    own = next((at for at, line in enumerate(lines) if not line.startswith(" ")), len(lines))
+    return inspect.cleandoc("\n" + "\n".join(lines[:own]))
+
+
+def _lead(group: str, choices: list[str]) -> str:
+    if len(choices) < 2:
+        return f"A value is changed with `{group}.KEY=VALUE`."
+    document = yaml.compose((CONF / "config.yaml").read_text(encoding="utf-8"))
+    defaults = next(value for key, value in document.value if key.value == "defaults")
+    chosen = next(item for item in defaults.value if item.value and _is_pair(item, group))
+    value, comment = _entry(chosen.value[0][1])
+    usual = f"unless told otherwise it is {comment if '${' in value else f'`{value}`'}"
+    return (
+        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; {usual}. A value is changed "
+        f"with `{group}.KEY=VALUE`."
+    )
+
+
+def _is_pair(item: Any, group: str) -> bool:
+    return isinstance(item, yaml.MappingNode) and item.value[0][0].value == group
+
+
+def _table(group: str, schema: type, texts: dict[str, str]) -> str:
+    entries = {name: _entries(text) for name, text in texts.items()}
+    hints, comments, rules = get_type_hints(schema), _comments(group), _rules(group, schema, texts)
+    own = _comments(group, schema)
+    rows = [["key", "type", *(f"`{name}`" for name in texts if len(texts) > 1) or ["default"], "", "↻"]]
+    rows.append(["---"] * len(rows[0]))
+    if group == "run":  # the one value outside of all groups
+        value, comment = _entries((CONF / "config.yaml").read_text(encoding="utf-8"))["seed"]
+        rows.append(["`seed`", WORDS[int], f"`{value}`", comment, ""])
+    for field in (name for name in schema.__dataclass_fields__ if name != "name"):
+        key, beside = f"{group}.{field}", [each[field] for each in entries.values()]
+        words = [own.get(field) or comments.get(field) or next((comment for _, comment in beside if comment), "")]
+        words += [f"Must be {rules[key]}."] if key in rules else []
+        words += ["May differ between hosts."] if key in HOST_KEYS else []
+        defaults = ["must be given" if value == "???" else f"`{value}`" for value, _ in beside]
+        mark = "↻" if key.startswith(RESUMABLE) else ""
+        rows.append([f"`{key}`", _type(hints[field]), *defaults, _sentences(words), mark])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _sentences(words: list[str]) -> str:
+    said = [each[0].upper() + each[1:] for each in words if each]
+    return " ".join(each if each.endswith(".") else f"{each}." for each in said)
+
+
+def _comments(group: str, *schemas: type) -> dict[str, str]:
+    """What stands behind the fields of these dataclasses, or, without any, of all of the group."""
+    found: dict[str, str] = {}
+    for schema in schemas or config.CHOICES.get(group, {"": config.SECTIONS.get(group)}).values():
+        for base in reversed([each for each in schema.__mro__ if each.__module__ == config.__name__]):
+            source = inspect.getsource(base)
+            (definition,) = ast.parse(source).body
+            assert isinstance(definition, ast.ClassDef)
+            for node in definition.body:
+                _, _, comment = source.splitlines()[node.lineno - 1].partition("  # ")
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and comment:
+                    found[node.target.id] = comment
+    return found
+
+
+def _rules(group: str, schema: type, texts: dict[str, str]) -> dict[str, str]:
+    """What the dataclass would hold against each value, by its whole key: it is built once, and listened to."""
+    found: dict[str, str] = {}
+
+    def note(accepted: bool, key: str, value: object, rule: str) -> None:
+        found[key] = rule
+
+    values = yaml.safe_load(next(iter(texts.values())))
+    values = {key: "given" if "${" in str(value) or value == "???" else value for key, value in values.items()}
+    with patch.object(config, "require", note):
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    return found
+
+
+def _type(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_type(each) for each in get_args(hint))
+    if isinstance(hint, EnumMeta):
+        return ", ".join(f"`{member}`" for member in hint.__members__)
+    if get_origin(hint) is list:
+        return f"list: {_type(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "values by name"
+    return WORDS[hint]
+
+
+def _entries(text: str) -> Entries:
+    """The values of a YAML mapping, as they stand there, each with the comment behind it."""
+    return {key.value: _entry(value) for key, value in yaml.compose(text).value}
+
+
+def _entry(node: Any) -> tuple[str, str]:
+    text, start, end = node.start_mark.buffer, node.start_mark.index, node.end_mark.index
+    behind = text[end:].partition("\n")[0]
+    return text[start:end].strip(), behind.partition("# ")[2].strip("\0")
+
+
+def _opening(text: str) -> str:
+    """The comment that a YAML file begins with."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return " ".join(line for line in lines if not line.startswith("@"))
+
+
+def _whole(folder: str, words: str) -> str:
+    parts = [f"# {folder}", words]
+    for path in sorted((CONF / folder).rglob("*.yaml")):
+        choice = f"{path.parent.relative_to(CONF)}={path.stem}"
+        parts.append(f"## `{choice}`\n\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```")
+    return "\n\n".join(parts) + "\n"
