@@ -4,8 +4,11 @@ A hook of mkdocs, named in mkdocs.yml. The pages live in memory: nothing is writ
 """
 
 import ast
-import inspect
+import re
+from collections.abc import Iterable
 from enum import EnumMeta
+from functools import cache
+from inspect import cleandoc, getsource
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -26,8 +29,8 @@ SHOWN_WHOLE = {  # folders of conf/ that hold no group of ours
     "experiment": "Whole runs by name: `experiment=NAME`. What is typed beside it still counts.",
     "hydra": "How a multirun runs its jobs, and how Optuna draws their values. See [Sweeps](../sweeps.md).",
 }
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null", Any: "any"}
-Entries = dict[str, tuple[str, str]]  # by key: the value as it stands in a YAML file, and the comment behind it
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null"}
+Entries = dict[str, tuple[str, str]]  # by key, of a YAML file: the value as it stands, the comment behind it
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
@@ -47,9 +50,9 @@ def pages() -> dict[str, str]:
 
 def _page(group: str) -> str:
     files = {path.stem: path.read_text(encoding="utf-8") for path in sorted((CONF / group).glob("*.yaml"))}
-    schemas = config.CHOICES.get(group) or dict.fromkeys(files or ["config"], config.SECTIONS[group])
     texts = files or {"config": _own_part(group)}
-    parts = [f"# {group}", _lead(group, list(files))]
+    schemas = config.CHOICES.get(group) or dict.fromkeys(texts, config.SECTIONS[group])
+    parts = [f"# {group}", _lead(group, list(schemas))]
     for schema in dict.fromkeys(schemas.values()):
         names = [name for name, each in schemas.items() if each is schema]
         if len(schemas) > 1:
@@ -57,10 +60,13 @@ def _page(group: str) -> str:
         for name in names:
             words = _opening(texts[name]) or _entries(texts[name]).get("name", ("", ""))[1]
             if words:
-                parts.append(f"`{name}`: {words}" if len(names) > 1 else words)
+                parts.append(f"`{name}`: {_plain(words)}")
         parts.append(_table(group, schema, {name: texts[name] for name in names}))
-    parts.append("↻ marks what a resumed run may change.")
-    return "\n\n".join(parts) + "\n"
+        if schema is config.TransformerModel:
+            parts.append(_sizes())
+    if any(part.startswith("|") for part in parts):
+        parts.append("↻ marks what a resumed run may change.")
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _own_part(group: str) -> str:
@@ -68,11 +74,13 @@ def _own_part(group: str) -> str:
     text = (CONF / "config.yaml").read_text(encoding="utf-8")
     lines = text.split(f"\n{group}:\n")[1].splitlines()
     own = next((at for at, line in enumerate(lines) if not line.startswith(" ")), len(lines))
-    return inspect.cleandoc("\n" + "\n".join(lines[:own]))
+    return cleandoc("\n" + "\n".join(lines[:own]))
 
 
 def _lead(group: str, choices: list[str]) -> str:
     if len(choices) < 2:
+        if group in config.CHOICES:
+            return f"There is one, `{group}={choices[0]}`."
         return f"A value is changed with `{group}.KEY=VALUE`."
     document = yaml.compose((CONF / "config.yaml").read_text(encoding="utf-8"))
     defaults = next(value for key, value in document.value if key.value == "defaults")
@@ -80,8 +88,8 @@ def _lead(group: str, choices: list[str]) -> str:
     value, comment = _entry(chosen.value[0][1])
     usual = f"unless told otherwise it is {comment if '${' in value else f'`{value}`'}"
     return (
-        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; {usual}. A value is changed "
-        f"with `{group}.KEY=VALUE`."
+        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; {usual}. A value is "
+        f"changed with `{group}.KEY=VALUE`."
     )
 
 
@@ -90,54 +98,62 @@ def _is_pair(item: Any, group: str) -> bool:
 
 
 def _table(group: str, schema: type, texts: dict[str, str]) -> str:
-    entries = {name: _entries(text) for name, text in texts.items()}
-    hints, comments, rules = get_type_hints(schema), _comments(group), _rules(group, schema, texts)
-    own = _comments(group, schema)
-    rows = [["key", "type", *(f"`{name}`" for name in texts if len(texts) > 1) or ["default"], "", "↻"]]
-    rows.append(["---"] * len(rows[0]))
-    if group == "run":  # the one value outside of all groups
+    """A row a field; a column of defaults for every file that this dataclass is for."""
+    entries = [_entries(text) for text in texts.values()]
+    hints, rules = get_type_hints(schema), _rules(schema, texts)
+    siblings = config.CHOICES.get(group, {"": schema}).values()
+    columns = [f"`{name}`" for name in texts] if len(texts) > 1 else ["default"]
+    rows = [["key", "type", *columns, "", "↻"], ["---"] * (len(columns) + 4)]
+    if group == "run":  # with the one value outside of all groups
         value, comment = _entries((CONF / "config.yaml").read_text(encoding="utf-8"))["seed"]
         rows.append(["`seed`", WORDS[int], f"`{value}`", comment, ""])
-    for field in (name for name in schema.__dataclass_fields__ if name != "name"):
-        key, beside = f"{group}.{field}", [each[field] for each in entries.values()]
-        words = [own.get(field) or comments.get(field) or next((comment for _, comment in beside if comment), "")]
-        words += [f"Must be {rules[key]}."] if key in rules else []
-        words += ["May differ between hosts."] if key in HOST_KEYS else []
+    for field in (name for name in hints if name not in ("name", "group")):
+        key, beside = f"{group}.{field}", [each[field] for each in entries]
+        words = [_words(field, schema, [comment for _, comment in beside], siblings)]
+        words += [f"must be {rules[key]}"] if key in rules else []
+        words += ["may differ between hosts"] if key in HOST_KEYS else []
         defaults = ["must be given" if value == "???" else f"`{value}`" for value, _ in beside]
         mark = "↻" if key.startswith(RESUMABLE) else ""
-        rows.append([f"`{key}`", _type(hints[field]), *defaults, _sentences(words), mark])
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        rows.append(
+            [f"`{key}`", _type(hints[field]), *defaults, _plain("; ".join(filter(None, words))), mark]
+        )
+    if len(rows) == 2:
+        return ""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _sentences(words: list[str]) -> str:
-    said = [each[0].upper() + each[1:] for each in words if each]
-    return " ".join(each if each.endswith(".") else f"{each}." for each in said)
+def _words(field: str, schema: type, beside: list[str], siblings: Iterable[type]) -> str:
+    """What is said of a field in its class, in a YAML file, in a class it inherits from, in a sibling."""
+    own, *bases = [_comments().get(each.__name__, {}) for each in schema.__mro__]
+    others = [_comments()[base.__name__] for each in siblings for base in each.__mro__[:-2]]
+    said = [own.get(field), *beside, *(each.get(field) for each in [*bases, *others])]
+    return next(filter(None, said), "")
 
 
-def _comments(group: str, *schemas: type) -> dict[str, str]:
-    """What stands behind the fields of these dataclasses, or, without any, of all of the group."""
-    found: dict[str, str] = {}
-    for schema in schemas or config.CHOICES.get(group, {"": config.SECTIONS.get(group)}).values():
-        for base in reversed([each for each in schema.__mro__ if each.__module__ == config.__name__]):
-            source = inspect.getsource(base)
-            (definition,) = ast.parse(source).body
-            assert isinstance(definition, ast.ClassDef)
-            for node in definition.body:
-                _, _, comment = source.splitlines()[node.lineno - 1].partition("  # ")
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and comment:
-                    found[node.target.id] = comment
+@cache
+def _comments() -> dict[str, dict[str, str]]:
+    """What stands behind each field of each class in config.py."""
+    source = getsource(config)
+    lines, found = source.splitlines(), dict[str, dict[str, str]]()
+    for definition in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+        fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+        found[definition.name] = {
+            ast.unparse(node.target): lines[node.lineno - 1].partition("  # ")[2] for node in fields
+        }
     return found
 
 
-def _rules(group: str, schema: type, texts: dict[str, str]) -> dict[str, str]:
-    """What the dataclass would hold against each value, by its whole key: it is built once, and listened to."""
+def _rules(schema: type, texts: dict[str, str]) -> dict[str, str]:
+    """The rules that the dataclass checks, by whole key: it is built once, and listened to."""
     found: dict[str, str] = {}
 
     def note(accepted: bool, key: str, value: object, rule: str) -> None:
-        found[key] = rule
+        found[key] = re.sub(r"=\d+$", "", rule)  # "a divisor of heads=4", where heads is 4
 
     values = yaml.safe_load(next(iter(texts.values())))
-    values = {key: "given" if "${" in str(value) or value == "???" else value for key, value in values.items()}
+    for key, value in values.items():
+        if value == "???" or "${" in str(value):
+            values[key] = "given"
     with patch.object(config, "require", note):
         OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     return found
@@ -164,6 +180,21 @@ def _entry(node: Any) -> tuple[str, str]:
     text, start, end = node.start_mark.buffer, node.start_mark.index, node.end_mark.index
     behind = text[end:].partition("\n")[0]
     return text[start:end].strip(), behind.partition("# ")[2].strip("\0")
+
+
+def _sizes() -> str:
+    """What a transformer's size fills in."""
+    columns = list(config.TRANSFORMER_SIZES)
+    rows = [["", *(f"`size={size.name}`" for size in columns)], ["---"] * (len(columns) + 1)]
+    for field in config.TRANSFORMER_SIZES[columns[0]]:
+        values = [str(config.TRANSFORMER_SIZES[size][field]) for size in columns]
+        rows.append([f"`model.{field}`", *values])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _plain(words: str) -> str:
+    """A comment as text that Markdown leaves alone, but for what it has in backquotes."""
+    return re.sub(r"(`[^`]*`)|([*_<|])", lambda found: found[1] or f"\\{found[2]}", words)
 
 
 def _opening(text: str) -> str:

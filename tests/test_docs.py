@@ -5,10 +5,12 @@ import importlib.util
 import json
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import click
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
@@ -84,16 +86,17 @@ def check_train(words: list[str]) -> None:
     assert unknown == [], words
     if options.help or options.hydra_help:
         return
-    compose(options.overrides, multirun=options.multirun)
+    compose(*options.overrides, multirun=options.multirun)
 
 
-def compose(overrides: list[str], *, multirun: bool = False) -> None:
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    plain = [first_of(each) if each.is_sweep_override() else each.input_line for each in parsed]
-    assert multirun or plain == overrides, f"only a multirun (-m) takes several values: {overrides}"
-    keys = {override.get_key_element() for override in parsed}
+@cache  # the same command may stand in several documents, and composing takes a quarter of a second
+def compose(*overrides: str, multirun: bool = False) -> None:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    assert multirun or not any(each.is_sweep_override() for each in parsed), "only -m takes several values"
+    single = [first_of(each) if each.is_sweep_override() else str(each.input_line) for each in parsed]
+    own_directory = [] if any(each.get_key_element() == "run.dir" for each in parsed) else ["run.dir=run"]
     try:
-        compose_run(*filter(None, plain), *([] if "run.dir" in keys else ["run.dir=run"]))
+        compose_run(*single, *own_directory)
     except ConfigError as error:
         pytest.fail(f"{' '.join(overrides)}: {error}")
 
@@ -106,18 +109,20 @@ def first_of(override: Override) -> str:
 
 
 def check_tool(words: list[str]) -> None:
-    """Click takes the words, without running the command; what follows `--` is train.py's."""
+    """Click takes the words, without running the command; the overrides of `run` are train.py's."""
     command: click.Command = cli
     context = click.Context(cli)
-    while isinstance(command, click.Group):
-        name, command, words = command.resolve_command(context, words)  # type: ignore[assignment]
-        context = click.Context(command, info_name=name, parent=context, ignore_unknown_options=False)
     try:
-        own, _, overrides = " ".join(map(shlex.quote, words)).partition(" -- ")
-        command.parse_args(context, shlex.split(own))
+        while isinstance(command, click.Group):
+            name, found, words = command.resolve_command(context, words)
+            assert found is not None
+            command, context = found, click.Context(found, info_name=name, parent=context)
+            context.ignore_unknown_options = False  # which `run` sets, for overrides such as ~model.key
+        command.parse_args(context, words)
     except click.UsageError as error:
         pytest.fail(f"{' '.join(words)}: {error.format_message()}")
-    compose(shlex.split(overrides))
+    if command.name == "run":
+        compose(*context.params["overrides"])
 
 
 # Examples
@@ -144,7 +149,7 @@ def test_the_tutorials_own_parts_fit_together(tmp_path: Path, monkeypatch: pytes
     config = compose_run(*(word.replace("my_parts", "tutorial_parts") for word in command[3:]))
     data = open_dataset(config.data, kind="classifier", seed=0, sequence_length=None, files={})
     model = build_model(config.model, input_shape=data.spec.input_shape, num_classes=data.spec.num_classes)
-    inputs, targets = map(mx.array, data.train.batch(mx.arange(8)))  # type: ignore[arg-type]
+    inputs, targets = map(mx.array, data.train.batch(np.arange(8)))
     check_outputs(model, "custom", inputs, each_position=False, num_classes=data.spec.num_classes)
     assert build_loss(config.trainer.loss)(model(inputs), targets).shape == targets.shape
 
@@ -177,8 +182,8 @@ def says(template: str, quoted: str) -> bool:
 
 
 def test_quoted_errors_are_those_of_the_program() -> None:
-    lines = [line for document in DOCUMENTS for block in blocks(document, "text") for line in block.splitlines()]
-    quoted = [found[1] for line in lines if (found := PREFIX.fullmatch(line))]
+    shown = "".join(block for document in DOCUMENTS for block in blocks(document, "text"))
+    quoted = [found[1] for line in shown.splitlines() if (found := PREFIX.fullmatch(line))]
     assert len(quoted) > 40
     texts = templates()
     assert [message for message in quoted if not any(says(text, message) for text in texts)] == []
