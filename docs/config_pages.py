@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from enum import EnumMeta
 from functools import cache
-from inspect import cleandoc, getsource
+from inspect import getsource
 from pathlib import Path
+from textwrap import dedent
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 CONF = Path(__file__).parent.parent / "conf"
+WHOLE = (CONF / "config.yaml").read_text(encoding="utf-8")
 SHOWN_WHOLE = {  # folders of conf/ that hold no group of ours
     "experiment": "Whole runs by name: `experiment=NAME`. What is typed beside it still counts.",
     "hydra": "How a multirun runs its jobs, and how Optuna draws their values. See [Sweeps](../sweeps.md).",
@@ -71,10 +73,9 @@ def _page(group: str) -> str:
 
 def _own_part(group: str) -> str:
     """A group that has no folder stands in config.yaml itself."""
-    text = (CONF / "config.yaml").read_text(encoding="utf-8")
-    lines = text.split(f"\n{group}:\n")[1].splitlines()
-    own = next((at for at, line in enumerate(lines) if not line.startswith(" ")), len(lines))
-    return cleandoc("\n" + "\n".join(lines[:own]))
+    found = re.search(rf"^{group}:\n((?:  .*\n)+)", WHOLE, re.MULTILINE)
+    assert found is not None
+    return dedent(found[1])
 
 
 def _lead(group: str, choices: list[str]) -> str:
@@ -82,19 +83,13 @@ def _lead(group: str, choices: list[str]) -> str:
         if group in config.CHOICES:
             return f"There is one, `{group}={choices[0]}`."
         return f"A value is changed with `{group}.KEY=VALUE`."
-    document = yaml.compose((CONF / "config.yaml").read_text(encoding="utf-8"))
-    defaults = next(value for key, value in document.value if key.value == "defaults")
-    chosen = next(item for item in defaults.value if item.value and _is_pair(item, group))
-    value, comment = _entry(chosen.value[0][1])
-    usual = f"unless told otherwise it is {comment if '${' in value else f'`{value}`'}"
+    found = re.search(rf"^  - {group}: (\S+)(?: # (.*))?$", WHOLE, re.MULTILINE)
+    assert found is not None
+    usual = found[2] or f"`{found[1]}`"
     return (
-        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; {usual}. A value is "
-        f"changed with `{group}.KEY=VALUE`."
+        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; unless told otherwise it "
+        f"is {usual}. A value is changed with `{group}.KEY=VALUE`."
     )
-
-
-def _is_pair(item: Any, group: str) -> bool:
-    return isinstance(item, yaml.MappingNode) and item.value[0][0].value == group
 
 
 def _table(group: str, schema: type, texts: dict[str, str]) -> str:
@@ -105,7 +100,7 @@ def _table(group: str, schema: type, texts: dict[str, str]) -> str:
     columns = [f"`{name}`" for name in texts] if len(texts) > 1 else ["default"]
     rows = [["key", "type", *columns, "", "↻"], ["---"] * (len(columns) + 4)]
     if group == "run":  # with the one value outside of all groups
-        value, comment = _entries((CONF / "config.yaml").read_text(encoding="utf-8"))["seed"]
+        value, comment = _entries(WHOLE)["seed"]
         rows.append(["`seed`", WORDS[int], f"`{value}`", comment, ""])
     for field in (name for name in hints if name not in ("name", "group")):
         key, beside = f"{group}.{field}", [each[field] for each in entries]
