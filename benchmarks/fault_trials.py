@@ -205,15 +205,17 @@ def crowded(run: TimedRun, hogs: int = 3) -> Iterator[None]:
     for rank, process in run.ranks().items():
         for thread in process.threads():  # MLX computes in threads of its own
             psutil.Process(thread.id).cpu_affinity([slow if rank == 1 else fast])
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)]
+    # In sessions of their own: Linux shares a core among sessions, not among processes.
+    hog = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(hog, start_new_session=True) for _ in range(hogs)]
     try:
-        for hog in busy:
-            psutil.Process(hog.pid).cpu_affinity([slow])
+        for each in busy:
+            psutil.Process(each.pid).cpu_affinity([slow])
         yield
     finally:
-        for hog in busy:
-            hog.kill()
-            hog.wait()
+        for each in busy:
+            each.kill()
+            each.wait()
 
 
 def false_alarms(run: TimedRun) -> int:

@@ -27,10 +27,16 @@ class MlxRingLauncher(Launcher):
         self.shows_table = True
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises: ConfigError where there can be no sweep, before anything is written."""
+        from mlx_ring.multirun import begin_multirun
+
+        self._searchpath = begin_multirun(config)
         self._loader, self._config = hydra_context.config_loader, config
+        self.directory = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra raises the first failure when all jobs have ended."""
+        from mlx_ring.composition import redacted_yaml
         from mlx_ring.sweep import run_jobs
         from mlx_ring.sweep_record import show
 
@@ -38,40 +44,39 @@ class MlxRingLauncher(Launcher):
             self._composed(overrides, initial_job_idx + place)
             for place, overrides in enumerate(job_overrides)
         ]
-        directory = Path(self._config.hydra.sweep.dir)
+        (self.directory / "multirun.yaml").write_text(redacted_yaml(self._config))  # Hydra's has all secrets
         rows = run_jobs(
-            directory,
-            [_job(config) for config in configs],
+            self.directory,
+            [self._job(config) for config in configs],
             parallel=self.parallel,
             max_restarts=self._max_restarts,
             hopeless=self.hopeless,
         )
         if self.shows_table:
-            show(directory)
-        return [_returned(*each) for each in zip(configs, rows, strict=True)]
+            show(self.directory)
+        return [_returned(*each, self.directory) for each in zip(configs, rows, strict=True)]
 
     def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
         config = self._loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(config)  # ${hydra:…} in the sub-directory's name
-            config.run.dir = str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
+            config.run.dir = str(self.directory / config.hydra.sweep.subdir)
         return config
 
+    def _job(self, config: DictConfig) -> "Job":
+        from mlx_ring.sweep import Job
 
-def _job(config: DictConfig) -> "Job":
-    from mlx_ring.sweep import Job
-
-    typed = config.hydra.overrides
-    return Job(
-        number=config.hydra.job.num,
-        overrides=tuple(typed.task),
-        arguments=(*typed.task, *(item for item in typed.hydra if item.startswith("hydra.searchpath="))),
-        directory=Path(config.run.dir),
-        ranks=config.cluster.ranks,
-        hostfile=None if config.cluster.hostfile is None else Path(config.cluster.hostfile),
-        backend=config.cluster.backend,
-    )
+        cluster = config.cluster
+        return Job(
+            number=config.hydra.job.num,
+            overrides=tuple(config.hydra.overrides.task),
+            searchpath=self._searchpath,
+            directory=Path(config.run.dir),
+            ranks=cluster.ranks,
+            hostfile=None if cluster.hostfile is None else Path(cluster.hostfile),
+            backend=cluster.backend,
+        )
 
 
 class _Result(JobReturn):
@@ -90,11 +95,11 @@ class _Result(JobReturn):
         self._return_value = value
 
 
-def _returned(config: DictConfig, row: "Row") -> JobReturn:
+def _returned(config: DictConfig, row: "Row", directory: Path) -> JobReturn:
     """Its value is the last loss, for any sweeper that looks for the lowest; ours takes the row."""
-    from mlx_ring.sweep import failure
+    from mlx_ring.sweep_record import failure
 
-    error = failure(row, Path(config.hydra.sweep.dir))
+    error = failure(row, directory)
     result = _Result()
     result.overrides = OmegaConf.to_container(config.hydra.overrides.task)  # pyright: ignore[reportAttributeAccessIssue]
     result.hydra_cfg = OmegaConf.create({"hydra": config.hydra})

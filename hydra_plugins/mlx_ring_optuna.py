@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -44,4 +44,4 @@ def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:
         tags: set[str] = value.tags | ({"int"} if isinstance(value.start, int) else set[str]())
         assert value.start is not None and value.end is not None
         return value.start, value.end, tags
-    return [str(item) for item in override.sweep_iterator(transformer=Transformer.encode)]
+    return list(override.sweep_string_iterator())

@@ -53,6 +53,7 @@ cli.add_command(checkpoint)
     show_default=True,
     help="Seconds for which a run that has begun waits for enough hosts that answer.",
 )
+@click.option("--leash", is_flag=True, hidden=True, help="Stop where stdin ends: with who started it.")
 @click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
 @click.argument("overrides", nargs=-1)
 def run(
@@ -63,6 +64,7 @@ def run(
     max_restarts: int,
     deadline: float,
     wait: float,
+    leash: bool,
     python: str,
     overrides: tuple[str, ...],
 ) -> None:
@@ -77,7 +79,8 @@ def run(
 
     chosen = options(
         list(overrides), ranks=ranks, hostfile=hostfile, mpirun=launcher == "mpirun", min_hosts=min_hosts,
-        max_restarts=max_restarts, deadline_seconds=deadline, wait_seconds=wait, python=python,
+        max_restarts=max_restarts, deadline_seconds=deadline, wait_seconds=wait, leash=leash,
+        python=python,
     )  # fmt: skip
     sys.exit(supervise(chosen))
 

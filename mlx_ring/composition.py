@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,17 +40,25 @@ def hydra_options() -> Namespace:
     return options
 
 
-def is_multirun(options: Namespace) -> bool:
-    """Whether several runs are asked for. Raises: ConfigError where they are given one directory."""
-    if not options.multirun and "hydra.mode=MULTIRUN" not in options.overrides:
-        return False
-    for item in options.overrides:
-        if re.match(r"\+*(hydra\.)?run\.dir=", item):
-            raise ConfigError(
-                f"{item} cannot be given in a multirun, where each job's is its own in hydra.sweep.dir; give "
-                "hydra.sweep.dir=FOLDER"
-            )
-    return True
+def name_sweep(name: str) -> None:
+    """What `${mlx_ring.run_id:}` gives in a multirun's own process, which joins no group."""
+    OmegaConf.register_new_resolver("mlx_ring.run_id", lambda: name, replace=True)
+
+
+def refuse_other_launchers() -> None:
+    """Raises: ConfigError in a job of a multirun that one of Hydra's own launchers has started here."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        choice = hydra_config.runtime.choices["hydra/launcher"]
+        raise ConfigError(
+            f"hydra/launcher={choice} runs all jobs in one process, which can join one group; leave "
+            "hydra/launcher=mlx_ring"
+        )
+
+
+def redacted_yaml(composed: DictConfig) -> str:
+    """A configuration for the disk, without secrets."""
+    return to_yaml(record(composed))
 
 
 def typed_directory() -> Path | None:

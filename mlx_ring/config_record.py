@@ -38,12 +38,15 @@ def record(composed: DictConfig | ListConfig) -> Any:
             return [redact(item) for item in node]
         if isinstance(node, float) and not math.isfinite(node):
             return str(node)  # JSON has no such number
-        if isinstance(node, str) and "=" in node:
-            names = re.findall(r"([\w.]+)\s*[:=]", node)
-            return node.partition("=")[0] + "=<redacted>" if any(map(is_secret, names)) else node
-        return node
+        return redacted(node) if isinstance(node, str) and "=" in node else node
 
     return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+
+
+def redacted(override: str) -> str:
+    """An override (`key=value`) without its value, where it speaks of a secret."""
+    names = re.findall(r"([\w.]+)\s*[:=]", override)
+    return override.partition("=")[0] + "=<redacted>" if any(map(is_secret, names)) else override
 
 
 def is_secret(key: str, value: Any = "") -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Options:
     max_restarts: int
     deadline_seconds: float
     wait_seconds: float  # for which a run that has begun waits for hosts that answer
+    leash: bool  # whether the end of stdin asks to stop
     python: str
 
 
@@ -57,6 +59,8 @@ class ElasticSupervisor:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 loop.add_signal_handler(number, self._signalled, number)
+        if self._options.leash:
+            loop.add_reader(sys.stdin, self._let_go)
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()
@@ -254,6 +258,11 @@ class ElasticSupervisor:
             self._attempt.signal("SIGTERM" if self._stops == 1 else "SIGKILL")
         if self._stops == 1:
             self._say("asked to stop: the ranks finish their step and save; once more to leave at once")
+
+    def _let_go(self) -> None:
+        """Nobody writes there: it is the end, of whoever started this."""
+        asyncio.get_running_loop().remove_reader(sys.stdin)
+        self._signalled(signal.SIGTERM)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What it gives; None where a signal comes first."""

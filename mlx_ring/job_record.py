@@ -3,53 +3,58 @@
 import asyncio
 import io
 import json
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from mlx_ring.host_file import HostFile
-from mlx_ring.on_hosts import ask
+from mlx_ring.on_hosts import Answer, ask
+from mlx_ring.run_directory import is_record_name
+from mlx_ring.run_status import FILE_NAME as STATUS
 from mlx_ring.run_status import RunStatus
 
-RECORD = ("status.json", "config.yaml", "metrics.jsonl", "tensorboard")
+RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
 
 
-async def bring_record(file: HostFile, directory: Path) -> bool:
-    """Copy the newest record of a run from the hosts that had ranks of it into the folder of that name here.
-
-    Returns: whether there is one. Where hosts and this machine share a disk, it is here already.
-    """
+async def bring_record(file: HostFile, directory: Path) -> None:
+    """Copy the record of a run from that of its hosts where it came furthest into the folder of that name
+    here, where there is none that came as far."""
     names = list(dict.fromkeys(host.ssh for host in file.hosts))
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
-    answers = await asyncio.gather(*(ask(name, command, file.envs) for name in names))
-    found = [(status["updated_at"], content) for status, content in map(_status, answers) if status]
-    newest = max(found, default=(0.0, b""), key=lambda each: each[0])
-    here = RunStatus.read(directory) or {"updated_at": 0.0}
-    if newest[0] > here["updated_at"]:
-        await asyncio.to_thread(_unpack, newest[1], directory)
-    return bool(found)
+    answers = await asyncio.gather(
+        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}) for name in names)
+    )
+    records = [files for files in map(_files, answers) if STATUS in files]
+    best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))
+    if best and _progress(json.loads(best[STATUS])) > _progress(RunStatus.read(directory)):
+        await asyncio.to_thread(_write, best, directory)
 
 
-def _status(answer: Any) -> tuple[dict[str, Any] | None, bytes]:
-    """What status.json says in a host's answer; nothing where it has none."""
+def _progress(status: dict[str, Any] | None) -> tuple[bool, int]:
+    """Clocks of hosts differ: how far it came tells which is the newest."""
+    status = status or {"state": "", "step": -1}
+    return status["state"] == "completed", status["step"] or 0
+
+
+def _files(answer: Answer) -> dict[str, bytes]:
+    """The files in a host's answer, by name; none where it has none, or is no archive."""
+    found: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(answer.stdout)) as archive:
-            member = archive.extractfile("status.json")
-            return (json.load(member) if member is not None else None), answer.stdout
-    except (KeyError, ValueError, tarfile.TarError):
-        return None, b""
+            for member in archive:
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None and (member.name == STATUS or is_record_name(member.name)):
+                    found[member.name] = content.read()
+    except tarfile.TarError:
+        return {}
+    return found
 
 
-def _unpack(content: bytes, directory: Path) -> None:
-    """All of it beside its place, then each part into it."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".record-", dir=directory) as name:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            known = [each for each in archive.getmembers() if each.name.partition("/")[0] in RECORD]
-            archive.extractall(name, members=known, filter="data")
-        for part in Path(name).iterdir():
-            if part.is_dir():
-                shutil.rmtree(directory / part.name, ignore_errors=True)
-            part.replace(directory / part.name)
+def _write(files: dict[str, bytes], directory: Path) -> None:
+    """The status last: with it the record is whole."""
+    for name in sorted(files, key=lambda name: name == STATUS):
+        path = directory / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_bytes(files[name])
+        temporary.replace(path)

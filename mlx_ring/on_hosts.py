@@ -11,6 +11,8 @@ from mlx_ring.errors import ClusterError
 from mlx_ring.host_file import HostFile
 from mlx_ring.launcher import NO_PYTHON, SSH_FAILED, on_host, ssh_problem
 
+ANSWER_SECONDS = 600.0  # a copy of a large file takes long
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -53,18 +55,25 @@ def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
 
 
 async def ask(
-    host: str, command: list[str], environment: dict[str, str], into: IO[bytes] | None = None
+    host: str,
+    command: list[str],
+    environment: dict[str, str],
+    into: IO[bytes] | None = None,
+    seconds: float = ANSWER_SECONDS,
 ) -> Answer:
     """Run a command in this folder on one host; its stdout goes `into` a file where one is given."""
     full, own = on_host(host, command, environment)
     try:
         process = await asyncio.create_subprocess_exec(
-            *full, env=own, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE
+            *full, env=own, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE, start_new_session=True
         )
     except OSError:
         return Answer(host=host, status=NO_PYTHON, stdout=b"", stderr="")
     try:
-        stdout, stderr = await process.communicate()
+        async with asyncio.timeout(seconds):
+            stdout, stderr = await process.communicate()
+    except TimeoutError:
+        return Answer(host=host, status=SSH_FAILED, stdout=b"", stderr=f"no answer for {seconds:g} s")
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -5,6 +5,7 @@ Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies 
 
 import os
 import re
+import shlex
 import socket
 import sys
 from collections.abc import Mapping
@@ -73,12 +74,13 @@ class RankEnvironment:
         asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
         raise _started_by_itself(asked, backend, hostfile, otherwise="cluster=local")
 
-    def refuse_multirun(self) -> None:
+    def refuse_multirun(self, arguments: list[str]) -> None:
         """Raises: ConfigError where a launcher has started ranks: each job of a multirun has its own."""
         if self.launched:
+            own = shlex.join(arguments)
             raise ConfigError(
-                f"a multirun starts the ranks of each job itself; give python train.py -m … "
-                f"cluster.ranks={self.world_size}, without a launcher"
+                "a multirun starts the ranks of each job itself, without a launcher; give "
+                f"python train.py {own} cluster.ranks={self.world_size}, or cluster.hostfile=FILE"
             )
 
     def check_backend(self, key: str, backend: str) -> None:

@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_ring.errors import ConfigError, MlxRingError
-from mlx_ring.sweep import failure
-from mlx_ring.sweep_record import Row, show
+from mlx_ring.errors import ConfigError, Interrupted, MlxRingError
+from mlx_ring.sweep_record import Row, failure, show
 
 try:
     import optuna
@@ -20,7 +19,7 @@ except ImportError as error:
     raise ConfigError("hydra/sweeper=optuna needs Optuna; pip install 'mlx-ring[sweep]'") from error
 
 Values = list[str] | tuple[float, float, set[str]]  # choices; or low, high and tags (int, log)
-KNOWN = {"metric": ("loss", "accuracy", "perplexity"), "direction": ("minimize", "maximize")}
+KNOWN = {"metric": ("loss", "accuracy", "perplexity", "bits_per_byte"), "direction": ("minimize", "maximize")}
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
 RESULT = "study.json"
 
@@ -62,6 +61,9 @@ class Study:
         ):  # fmt: skip
             if value not in known:
                 raise ConfigError(f"hydra.sweeper.{name} must be one of {', '.join(known)}; got {value}")
+        for name, number in (("n_trials", n_trials), ("n_jobs", 1 if n_jobs is None else n_jobs)):
+            if number < 1:
+                raise ConfigError(f"hydra.sweeper.{name} must be 1 or more; got {number}")
         if not space:
             raise ConfigError(
                 "nothing varies; give for example optimizer.learning_rate='interval(1e-4,1e-2)'"
@@ -75,32 +77,45 @@ class Study:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=prune_after_trials)
         self._study = optuna.create_study(
             storage=storage or optuna.storages.JournalStorage(journal),
-            sampler=SAMPLERS[sampler](seed=seed),
             pruner=pruner if prune else optuna.pruners.NopPruner(),
             study_name=study_name,
             direction=StudyDirection[direction.upper()],
             load_if_exists=True,
         )
+        known = len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = SAMPLERS[sampler](
+            seed=None if seed is None else seed + known
+        )  # not the same again
+        self._prunes = prune
         self._trials: dict[int, Trial] = {}
 
     def run(self, launcher: Launcher) -> None:
         """Until there are so many trials. Raises: JobFailed for the first job that failed, when all have
         ended; for one that was asked to stop, at once."""
         launcher.parallel = self._n_jobs or launcher.parallel
-        launcher.hopeless, launcher.shows_table = self._is_hopeless, False
+        launcher.hopeless, launcher.shows_table = self._is_hopeless if self._prunes else None, False
         failures: list[MlxRingError] = []
-        while batch := self._next(launcher.parallel):
-            self._trials = {trial.number: trial for trial in batch}
-            for result in launcher.launch([self._overrides(trial) for trial in batch], batch[0].number):
-                row: Row = result.row
-                if (failed := failure(row, self._directory)) is not None:
-                    failures.append(failed)
-                if row.state in ("pending", "stopped") or row.exit_status == 130:
-                    raise failures[-1]
-                self._tell(row)
+        try:
+            while batch := self._next(launcher.parallel):
+                failures += self._batch(launcher, batch)
+        finally:
+            show(self._directory)
         self._conclude()
         if failures:
             raise failures[0]
+
+    def _batch(self, launcher: Launcher, batch: list[Trial]) -> list[MlxRingError]:
+        """Some trials at once. Returns: the failures. Raises: MlxRingError where the sweep was stopped."""
+        self._trials = {trial.number: trial for trial in batch}
+        failures: list[MlxRingError] = []
+        for result in launcher.launch([self._overrides(trial) for trial in batch], batch[0].number):
+            row: Row = result.row
+            if (failed := failure(row, self._directory)) is not None:
+                if row.state in ("pending", "stopped") or row.exit_status == Interrupted.exit_status:
+                    raise failed
+                failures.append(failed)
+            self._tell(row)
+        return failures
 
     def _next(self, parallel: int) -> list[Trial]:
         """Trials with numbers that follow one another: what an earlier start has left, then new ones."""
@@ -116,8 +131,9 @@ class Study:
 
     def _is_hopeless(self, number: int, evaluation: dict[str, float]) -> bool:
         trial = self._trials[number]
-        if self._metric in evaluation:
-            trial.report(evaluation[self._metric], int(evaluation["step"]))
+        if self._metric not in evaluation:
+            return False
+        trial.report(evaluation[self._metric], int(evaluation["step"]))
         return trial.should_prune()
 
     def _tell(self, row: Row) -> None:
@@ -131,10 +147,11 @@ class Study:
 
     def _conclude(self) -> None:
         """The best of them, for people and for programs."""
-        show(self._directory)
         completed = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if not completed:
-            return
+            raise ConfigError(
+                f"no job's last evaluation has {self._metric}; choose another hydra.sweeper.metric"
+            )
         best = self._study.best_trial
         found = {"job": best.number, self._metric: best.value, "parameters": best.params}
         (self._directory / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

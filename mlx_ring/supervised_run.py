@@ -18,6 +18,7 @@ def options(
     max_restarts: int,
     deadline_seconds: float,
     wait_seconds: float,
+    leash: bool,
     python: str,
 ) -> Options:
     """Raises: ConfigError for a mistake that shows before any rank is started."""
@@ -43,5 +44,6 @@ def options(
         max_restarts=max_restarts,
         deadline_seconds=deadline_seconds,
         wait_seconds=wait_seconds,
+        leash=leash,
         python=python,
     )

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mlx_ring.errors import ConfigError
-from mlx_ring.process_lock import LockHeld, ProcessLock
+from mlx_ring.config_record import redacted
+from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_status import RunStatus
 
 TABLE = "sweep.csv"
-FIGURES = ("step", "loss", "accuracy", "perplexity", "samples", "seconds")  # of the last evaluation
+# Of the last evaluation.
+FIGURES = ("step", "loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
+WORDS = ("null", "true", "false", "nan", "inf")  # that are no text in an override
 COLUMNS = ("job", "overrides", "state", "exit_status", *FIGURES, "message", "directory")
 
 
@@ -35,59 +38,58 @@ class Row:
     def cells(self) -> dict[str, object]:
         known = {name: self.evaluation.get(name, "") for name in FIGURES}
         return {
-            "job": self.number, "overrides": shlex.join(self.overrides), "state": self.state,
+            "job": self.number, "overrides": shlex.join(map(redacted, self.overrides)), "state": self.state,
             "exit_status": "" if self.exit_status is None else self.exit_status, **known,
             "message": self.message, "directory": self.directory,
         }  # fmt: skip
 
 
 class SweepRecord:
-    """The table of one sweep. One process at a time has it."""
+    """The table of one sweep."""
 
     def __init__(self, directory: Path, rows: list[Row]) -> None:
-        """Raises: ConfigError where a sweep is under way, or there was another one, or nothing can be
-        written."""
+        """`rows` take what an earlier start of this sweep knew of them.
+
+        Raises: ConfigError where there was another sweep, or where it cannot be written.
+        """
         self.directory = directory
+        self.rows = {row.number: row for row in rows}
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(0o700)
-            self._lock = ProcessLock(directory / "sweep.lock")
             self._before = {int(row["job"]): row for row in read_table(directory)}
-            self.rows = {row.number: row for row in rows}
-            self._refuse_another_sweep()
+            for row in rows:
+                self._recall(row, self._before.get(row.number, {"state": "pending"}))
             self.write()
-        except LockHeld as held:
-            raise ConfigError(
-                f"hydra.sweep.dir {directory} is in use by {held.holder}; wait for it, or choose another"
-            ) from None
         except OSError as error:
             raise ConfigError(
                 f"hydra.sweep.dir {directory} cannot be written: {error.strerror}; choose another"
             ) from None
 
-    def _refuse_another_sweep(self) -> None:
-        for number, row in self.rows.items():
-            before = self._before.get(number, {}).get("overrides")
-            now = shlex.join(row.overrides)
-            if before is not None and before != now:
-                raise ConfigError(
-                    f"job {number} of the sweep in {self.directory} had {before!r}, and now has {now!r}; "
-                    "choose another hydra.sweep.dir"
-                )
+    def _recall(self, row: Row, before: dict[str, str]) -> None:
+        if before["state"] == "pending":
+            return
+        now = row.cells["overrides"]
+        if before["overrides"] != now:
+            raise ConfigError(
+                f"job {row.number} of the sweep in {self.directory} had {before['overrides']!r}, and now has "
+                f"{now!r}; choose another hydra.sweep.dir"
+            )
+        row.state, row.exit_status, row.message = (
+            before["state"],
+            int(before["exit_status"]),
+            before["message"],
+        )
+        row.evaluation = {
+            name: float(before[name]) if "." in before[name] else int(before[name])
+            for name in FIGURES
+            if re.fullmatch(r"[0-9.e+-]+", before[name])
+        }
 
     def is_finished(self, row: Row) -> bool:
-        """Whether an earlier start of this sweep has done the job; then how it ended is in `row`."""
-        before, status = self._before.get(row.number, {}), RunStatus.read(row.directory) or {}
-        state = before.get("state", "")
-        if {"completed": "completed", "pruned": "stopped"}.get(state, "") != status.get("state"):
-            return False
-        row.state, row.exit_status = state, int(before["exit_status"])
-        row.evaluation = last_evaluation(row.directory)
-        return True
-
-    def close(self) -> None:
-        """Let others have it."""
-        self._lock.release()
+        """Whether an earlier start of this sweep has done the job, and nobody has removed it since."""
+        status = RunStatus.read(row.directory)
+        if status is None:  # of other hosts, which could not be asked for its record
+            return row.state == "completed" and (row.directory / "hosts.json").exists()
+        return (row.state, status["state"]) in (("completed", "completed"), ("pruned", "stopped"))
 
     def write(self) -> None:
         """Keep how the jobs stand; those that belong to other starts of this sweep stay as they are."""
@@ -113,6 +115,24 @@ def read_table(directory: Path) -> list[dict[str, str]]:
     return rows
 
 
+def failure(row: Row, directory: Path) -> JobFailed | None:
+    """What is to be raised of a job that did not complete."""
+    if row.state in ("completed", "pruned"):
+        return None
+    again = f"the same command with hydra.sweep.dir={quoted(str(directory))} goes on"
+    status = EXIT_STOPPED if row.exit_status is None else row.exit_status
+    why = "not started" if row.exit_status is None else f"{row.state}, status {status}"
+    return JobFailed(f"job {row.number} {why}: {row.message or 'see ' + str(row.directory)}; {again}", status)
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar of overrides wants it."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@:+-]*", value) and value.lower() not in WORDS:
+        return value
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
+    return f"'{escaped}'"
+
+
 def show(directory: Path) -> None:
     """The table for people: of the overrides those in which jobs differ."""
     rows = read_table(directory)
@@ -123,16 +143,17 @@ def show(directory: Path) -> None:
     shown = [name for name in COLUMNS[:-1] if any(row[name] for row in rows)]
     table = Table(*shown, title=str(directory / TABLE))
     for row in rows:
-        table.add_row(*(_short(name, row[name]) for name in shown))
-    Console(width=max(Console().width, 120)).print(table)
+        table.add_row(*(_short(row[name]) for name in shown))
+    console = Console(width=max(Console().width, 120), markup=False, emoji=False, highlight=False)
+    console.print(table)
 
 
-def _short(name: str, cell: str) -> str:
-    return f"{float(cell):.5g}" if cell and name in ("loss", "accuracy", "perplexity", "seconds") else cell
+def _short(cell: str) -> str:
+    return f"{float(cell):.5g}" if re.fullmatch(r"[0-9]+\.[0-9]+(e[+-]?[0-9]+)?", cell) else cell
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
-    """The figures of a run's evaluations so far, in order."""
+    """The figures of a run's evaluations so far, in order; without those that are no numbers."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
@@ -142,7 +163,7 @@ def evaluations(run: Path) -> list[dict[str, float]]:
         for line in lines
         if line.startswith('{"kind": "evaluation"') and line.endswith("\n")  # the last may be half written
     ]
-    return [{name: row[name] for name in FIGURES if name in row} for row in rows]
+    return [{name: row[name] for name in FIGURES if row.get(name) is not None} for row in rows]
 
 
 def last_evaluation(run: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from mlx_ring.composition import (
     evaluates_only,
     hydra_files,
     hydra_options,
-    is_multirun,
+    refuse_other_launchers,
     register_look_ups,
     typed_directory,
     understood,
@@ -59,7 +59,7 @@ class Process:
         with contextlib.suppress(OSError):  # such as a name that is too long
             self._directory_was_there = self.directory is not None and self.directory.exists()
         self._leaves_record_alone = evaluates_only()
-        self._looks_only = self._sweeps = False
+        self._looks_only = False
         self._run_id = ""
         self._joining = self._agreed = False
         self._heartbeat: Heartbeat | None = None
@@ -114,8 +114,6 @@ class Process:
         """
         if self._looks_only:
             return "<time>"
-        if self._sweeps:
-            self._run_id = self._run_id or new_run_id()
         if not self._run_id:
             communicator = self.join(_root_)
             self.agree_on_command(_root_)
@@ -144,9 +142,6 @@ class Process:
         use_bundled_open_mpi()
         options = hydra_options()
         self._looks_only = any(getattr(options, name) for name in LOOKS_ONLY)
-        self._sweeps = is_multirun(options)
-        if self._sweeps:
-            self.environment.refuse_multirun()
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
         register_look_ups()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
@@ -165,6 +160,7 @@ class Process:
     def train(self, composed: DictConfig) -> None:
         """Hydra's task: one run. Collective: every rank must call."""
         try:
+            refuse_other_launchers()
             self.directory = composed_directory(composed)
             config, error = self._parse(composed)
             if config is not None:

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import mlx.core as mx
 import pytest
 from ranks import environment, status, train
 from safetensors.numpy import load_file
 
 from mlx_ring import __version__
+from mlx_ring.cli import cli
 
 CLI = [sys.executable, "-c", "from mlx_ring.cli import main; main()"]
 STEPS = ["step_00000003", "step_00000006"]
@@ -184,15 +189,46 @@ def test_without_a_command_it_shows_its_help(folder: Path, arguments: list[str])
 
 def test_help_and_version(folder: Path) -> None:
     assert __version__ in mlx_ring(folder, "--version").stdout
-    for command in (
-        [],
-        ["checkpoint"],
-        ["checkpoint", "list"],
-        ["checkpoint", "verify"],
-        ["checkpoint", "export"],
-    ):
-        ended = mlx_ring(folder, *command, "--help")
-        assert (ended.returncode, ended.stderr) == (0, "") and "Usage:" in ended.stdout
+    ended = mlx_ring(folder, "checkpoint", "export", "--help")
+    assert (ended.returncode, ended.stderr) == (0, "") and "Usage:" in ended.stdout
+
+
+def commands(
+    command: click.Command, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, command
+    if isinstance(command, click.Group):
+        for name, each in command.commands.items():
+            yield from commands(each, (*path, name))
+
+
+def test_every_command_shows_an_example_that_can_be_parsed() -> None:
+    for path, command in commands(cli):
+        with click.Context(command, info_name=" ".join(("mlx-ring", *path))) as context:
+            shown = command.get_help(context)
+        (example,) = re.findall(r"Example: (.*?)(?:\n\n|$)", " ".join(shown.split("\n  ")), re.DOTALL)
+        words = shlex.split(example)
+        if words[0] == "eval":
+            words = shlex.split(words[1].removeprefix("$(").removesuffix(")"))
+        assert words[0] == "mlx-ring" and tuple(words[1 : 1 + len(path)]) == path, example
+        context = cli.make_context("mlx-ring", words[1:])  # a mistake raises
+        while isinstance(context.command, click.Group):
+            name, below, rest = context.command.resolve_command(
+                context, [*context._protected_args, *context.args]
+            )
+            assert name is not None and below is not None
+            context = below.make_context(name, rest, parent=context)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(folder: Path, shell: str) -> None:
+    ended = mlx_ring(folder, "completion", shell)
+    assert ended.returncode == 0 and "_MLX_RING_COMPLETE" in ended.stdout, ended
+    if shell == "bash":
+        words = {"_MLX_RING_COMPLETE": "bash_complete", "COMP_WORDS": "mlx-ring ch", "COMP_CWORD": "1"}
+        program = str(Path(sys.executable).with_name("mlx-ring"))
+        ended = subprocess.run([program], env=environment(**words), capture_output=True, text=True)
+        assert ended.stdout.strip() == "plain,checkpoint", ended
 
 
 def test_it_needs_no_mlx(folder: Path) -> None:

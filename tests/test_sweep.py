@@ -14,7 +14,7 @@ from ranks import ROOT, SMALL, TRAIN, environment, rows, start, status
 from refusals import CONFIGURATION, assert_refused
 from tensorboard_server import Server
 
-from mlx_ring.sweep import quoted
+from mlx_ring.sweep_record import quoted
 
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
 
@@ -102,13 +102,21 @@ def test_jobs_at_once(tmp_path: Path) -> None:
     assert [row["state"] for row in table(tmp_path)] == ["completed", "completed"]
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, twice: bool) -> None:
+@pytest.mark.parametrize("how", ["once", "twice", "terminal closed", "killed"])
+def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
     pauses = (
         "data=custom", "data.import_path=faulty:build", "data.arguments={fault: pause, rank: 0, at_call: 30}",
         "data.prefetch=1", "seed=1,2",
     )  # fmt: skip
     command = [*TRAIN, "-m", *EVALUATED, "hydra.sweep.dir=sweep", *pauses]
+    told: list[str] = []
+
+    def read_to(words: str) -> None:
+        assert process.stdout is not None
+        while not told or words not in told[-1]:
+            told.append(process.stdout.readline())
+            assert told[-1], told
+
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT / "tests")), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
@@ -119,22 +127,65 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, twice: bool) -> None:
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.02)
             children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-            assert process.stdout is not None
-            while "asked to stop: the jobs" not in process.stdout.readline():
-                assert process.poll() is None
-            if twice:
-                process.send_signal(signal.SIGINT)
-            (tmp_path / "go").touch()
-            told, _ = process.communicate(timeout=90)
+            if how == "killed":
+                process.kill()
+            else:
+                process.send_signal(signal.SIGHUP if how == "terminal closed" else signal.SIGINT)
+                read_to("[job 0] mlx-ring: asked to stop")
+            if how in ("twice", "terminal closed"):
+                process.send_signal(signal.SIGHUP if how == "terminal closed" else signal.SIGINT)
+            if how != "twice":
+                (tmp_path / "go").touch()
+            told += process.communicate(timeout=90)[:1]
         finally:
             process.kill()
-    assert process.returncode == (130 if twice else 75), told
+    assert not psutil.wait_procs(children, timeout=30)[1], told
     states = [row["state"] for row in table(tmp_path)]
-    assert states == (["failed", "pending"] if twice else ["stopped", "pending"]), told
-    assert not psutil.wait_procs(children, timeout=20)[1]
+    expected = {"once": (75, "stopped"), "terminal closed": (75, "stopped"), "twice": (130, "failed")}
+    status_of_sweep, state = expected.get(how, (-signal.SIGKILL, "pending"))
+    assert process.returncode == status_of_sweep and states == [state, "pending"], told
+    if how != "twice":
+        assert status(tmp_path, "sweep/0")["state"] == "stopped"
+    (tmp_path / "go").touch()
     done = sweep(tmp_path, *pauses)
     assert done.returncode == 0 and {row["state"] for row in table(tmp_path)} == {"completed"}, done
+    assert ("resumed" in [row["event"] for row in rows(tmp_path, "event", "sweep/0")]) == (how != "twice")
+
+
+def test_secrets_stay_out_of_the_table(tmp_path: Path) -> None:
+    done = sweep(
+        tmp_path, "data=custom", "data.import_path=faulty:build", "data.arguments.api_key=abc,hidden"
+    )
+    assert done.returncode == CONFIGURATION, done  # the data takes no such argument
+    for path in (tmp_path / "sweep").glob("*.*"):
+        assert "hidden" not in path.read_text(), path
+    assert (tmp_path / "sweep").stat().st_mode & 0o777 == 0o700
+    assert "hidden" not in done.stdout + done.stderr, done
+
+
+def test_a_multirun_chosen_in_a_configuration(tmp_path: Path) -> None:
+    """Also one in a folder of the user's own, which every job finds."""
+    folder = tmp_path / "mine/experiment"
+    folder.mkdir(parents=True)
+    (folder / "search.yaml").write_text(
+        "# @package _global_\nseed: 3\nhydra:\n  mode: MULTIRUN\n  sweeper:\n"
+        "    params:\n      trainer.steps: 2,3\n"
+    )
+    command = [*TRAIN, "--config-dir", "mine", "experiment=search", *EVALUATED[1:], "hydra.sweep.dir=sweep"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    assert [status(tmp_path, f"sweep/{number}")["step"] for number in (0, 1)] == [2, 3]
+    assert "seed: 3" in (tmp_path / "sweep/1/config.yaml").read_text()
+
+
+def test_hydras_own_launchers_are_refused(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "hydra/launcher=basic", "seed=1,2")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == CONFIGURATION and len(lines) == 1, done
+    assert "leave hydra/launcher=mlx_ring" in lines[0]
 
 
 def test_a_job_without_hosts_in_the_file(tmp_path: Path) -> None:
@@ -172,7 +223,7 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path: Path, override: str, words:
 
 def test_under_a_launcher_it_is_refused(tmp_path: Path) -> None:
     ranks = start(["-m", "seed=1,2"], tmp_path, world_size=2).wait()
-    assert_refused(ranks, CONFIGURATION, "python train.py -m … cluster.ranks=2", agreed=True)
+    assert_refused(ranks, CONFIGURATION, "python train.py -m seed=1,2 cluster.ranks=2", agreed=True)
 
 
 def test_a_sweep_under_way_is_not_joined(tmp_path: Path) -> None:
@@ -189,7 +240,21 @@ def test_a_sweep_under_way_is_not_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["plain/path", "a b", "it's", "comma,and=equals", "back\\slash", "{x}", "ü"]
+    "value",
+    [
+        "plain/path",
+        "a b",
+        "it's",
+        "comma,and=equals",
+        "back\\slash",
+        "end\\",
+        "\\'",
+        "{x}",
+        "ü",
+        "1e3",
+        "null",
+        "a ",
+    ],
 )
 def test_quoting(value: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
