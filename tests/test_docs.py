@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shlex
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -152,6 +153,28 @@ def test_the_tutorials_own_parts_fit_together(tmp_path: Path, monkeypatch: pytes
     inputs, targets = map(mx.array, data.train.batch(np.arange(8)))
     check_outputs(model, "custom", inputs, each_position=False, num_classes=data.spec.num_classes)
     assert build_loss(config.trainer.loss)(model(inputs), targets).shape == targets.shape
+
+
+# Names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_named_files_are_there(document: Path) -> None:
+    """By their whole path or its end; my_parts.py is the reader's to write."""
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", document.read_text("utf-8"))) - {"my_parts.py"}
+    folders = ("mlx_ring", "benchmarks", "tests", "docs", "hydra_plugins")
+    there = [ROOT / "train.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    assert {name for name in named if not any(path.match(f"*/{name}") for path in there)} == set()
+
+
+def test_the_layers_shown_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [re.findall(r"mlx_ring\.([\w.]+)", layer) for layer in contracts[0]["layers"]]
+    depths = {module: depth for depth, layer in enumerate(layers) for module in layer}
+    (shown,) = blocks(ROOT / "docs/architecture.md", "")
+    modules = re.findall(r"[\w.]+", shown)
+    assert len(modules) > 30
+    assert [depths[module] for module in modules] == sorted(depths[module] for module in modules)
 
 
 # Error messages
