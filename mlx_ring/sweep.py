@@ -139,7 +139,8 @@ class Sweep:
             where = [*where, "--launcher", "mpirun"]
         command = [
             sys.executable, "-m", "mlx_ring.cli", "run", *where, "--max-restarts", str(self._max_restarts),
-            "--leash", "--", *job.overrides, *job.searchpath, f"run.dir={quoted(str(job.directory))}",
+            "--leash", "--", *job.overrides, *job.searchpath, "hydra.mode=RUN",
+            f"run.dir={quoted(str(job.directory))}",
         ]  # fmt: skip
         self._say(f"job {job.number} starts, {' '.join(where)}: {_words(job)}")
         process = await asyncio.create_subprocess_exec(

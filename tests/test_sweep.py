@@ -154,13 +154,13 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
 
 def test_secrets_stay_out_of_the_table(tmp_path: Path) -> None:
     done = sweep(
-        tmp_path, "data=custom", "data.import_path=faulty:build", "data.arguments.api_key=abc,hidden"
+        tmp_path, "data=custom", "data.import_path=faulty:build", "data.arguments.api_key=abc,xyzzy"
     )
     assert done.returncode == CONFIGURATION, done  # the data takes no such argument
     for path in (tmp_path / "sweep").glob("*.*"):
-        assert "hidden" not in path.read_text(), path
+        assert "xyzzy" not in path.read_text(), path
     assert (tmp_path / "sweep").stat().st_mode & 0o777 == 0o700
-    assert "hidden" not in done.stdout + done.stderr, done
+    assert "xyzzy" not in done.stdout + done.stderr, done
 
 
 def test_a_multirun_chosen_in_a_configuration(tmp_path: Path) -> None:
