@@ -154,7 +154,7 @@ TRANSFORMER_SIZES: dict[Size, dict[str, int]] = {
 class TransformerModel(Model):
     name: str
     size: Size  # fills every dimension left null below
-    layers: int | None
+    layers: int | None  # blocks
     dimensions: int | None  # width of the residual stream
     heads: int | None  # query heads
     kv_heads: int | None  # key and value heads; divides heads
@@ -234,9 +234,9 @@ class TextData(TokensData):
 @dataclass(kw_only=True)
 class SyntheticData(BundledData):
     samples: int  # training samples
-    held_out_samples: int
+    held_out_samples: int  # samples kept for evaluation
     features: int  # of one sample, for a classifier
-    classes: int
+    classes: int  # of a classifier
     vocabulary_size: int  # for a language model
     sequence_length: int | None
 
@@ -279,8 +279,8 @@ class OptimizerSection(Section):
 
 @dataclass(kw_only=True)
 class AdamOptimizer(OptimizerSection):
-    betas: list[float]
-    eps: float
+    betas: list[float]  # decay of the mean gradient and of the mean square
+    eps: float  # added to the denominator
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -290,7 +290,7 @@ class AdamOptimizer(OptimizerSection):
 
 @dataclass(kw_only=True)
 class LionOptimizer(OptimizerSection):
-    betas: list[float]
+    betas: list[float]  # decay of the mean that is applied, and of the one that is kept
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -299,8 +299,8 @@ class LionOptimizer(OptimizerSection):
 
 @dataclass(kw_only=True)
 class SGDOptimizer(OptimizerSection):
-    momentum: float
-    nesterov: bool
+    momentum: float  # decay of the velocity
+    nesterov: bool  # look ahead along the velocity
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,13 +311,13 @@ class SGDOptimizer(OptimizerSection):
 
 @dataclass(kw_only=True)
 class AdafactorOptimizer(OptimizerSection):
-    decay_rate: float
-    clip_threshold: float
+    decay_rate: float  # exponent of the step number in the decay of the mean square
+    clip_threshold: float  # largest root mean square of an update, before the learning rate
 
 
 @dataclass(kw_only=True)
 class MuonOptimizer(OptimizerSection):
-    momentum: float
+    momentum: float  # decay of the mean gradient
     adam_learning_rate: float  # for vectors, embeddings and heads, which AdamW updates
 
     def __post_init__(self) -> None:
@@ -391,7 +391,7 @@ class MemorySection(Section):
 class CheckpointSection(Section):
     group = "checkpoint"
     every_steps: int | None  # null: never by steps; the last step is always saved
-    every_seconds: float | None
+    every_seconds: float | None  # by rank 0's clock; null: never by time
     keep_last: int  # newest checkpoints kept
     keep_best: int  # besides these, those with the lowest evaluation loss, where saved at an evaluated step
     resume: str  # auto, never, or the path of a run or a checkpoint
@@ -422,9 +422,9 @@ class EvaluationSection(Section):
 @dataclass(kw_only=True)
 class MetricsSection(Section):
     group = "metrics"
-    log_every_steps: int
-    console: bool
-    tensorboard: bool
+    log_every_steps: int  # steps between two rows, whose times and rates are means over them
+    console: bool  # rows or a live view on standard output
+    tensorboard: bool  # the same figures for TensorBoard
 
     def __post_init__(self) -> None:
         self.at_least(1, "log_every_steps")
@@ -434,8 +434,8 @@ class MetricsSection(Section):
 class ClusterSection(Section):
     group = "cluster"
     ranks: int | None  # null, or the world size that this run must have
-    hostfile: str | None
-    backend: Backend
+    hostfile: str | None  # of mlx-ring run, unless given there, and of a multirun's jobs
+    backend: Backend  # of a multirun's jobs; elsewhere what the launcher must have prepared
     allow_public_addresses: bool  # the ring's traffic is neither encrypted nor signed
 
     def __post_init__(self) -> None:
