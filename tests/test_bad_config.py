@@ -92,8 +92,6 @@ COMMAND_LINES = [
     (["--nonsense"], ["unrecognized arguments: --nonsense"]),
     (["--config-name"], ["--config-name", "expected one argument"]),
     (["--config-dir=nowhere"], ["nowhere", "not found"]),
-    (["-m", "seed=1,2", "run.dir=one"], ["run.dir=one", "in a multirun", "hydra.sweep.dir=FOLDER"]),
-    (["--multi", "seed=1,2", "run.dir=one"], ["run.dir=one", "hydra.sweep.dir=FOLDER"]),
     (["hydra.mode=MULTIRUN", "seed=1,2", "run.dir=one"], ["run.dir=one", "hydra.sweep.dir=FOLDER"]),
 ]
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]

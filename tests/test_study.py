@@ -13,6 +13,7 @@ OPTUNA = (
     *SMALL[1:-1], "evaluation.every_steps=3", "trainer.steps=6", "communicator=exact",
     "hydra.sweep.dir=sweep", "hydra/sweeper=optuna", "hydra.sweeper.seed=1",
 )  # fmt: skip
+WHOLE = "hydra.sweeper.prune=false"
 SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "model.hidden_sizes=choice([8],[16])")
 
 
@@ -30,7 +31,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 def test_ten_trials_of_which_the_best_is_told_and_more_follow(tmp_path: Path) -> None:
-    done = study(tmp_path, *SPACE, "hydra.sweeper.n_trials=10", "hydra.launcher.parallel=2")
+    done = study(tmp_path, *SPACE, "hydra.sweeper.n_trials=10", "hydra.launcher.parallel=2", WHOLE)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done
     found = table(tmp_path)
     assert {row["state"] for row in found} == {"completed"} and len(found) == 10
@@ -39,7 +40,7 @@ def test_ten_trials_of_which_the_best_is_told_and_more_follow(tmp_path: Path) ->
     told = json.loads((tmp_path / "sweep/study.json").read_text())
     assert told["job"] == int(best["job"]) and told["loss"] == float(best["loss"])
     assert f"best: job {best['job']} of 10, loss " in done.stdout
-    more = study(tmp_path, *SPACE, "hydra.sweeper.n_trials=11")
+    more = study(tmp_path, *SPACE, "hydra.sweeper.n_trials=11", WHOLE)
     assert more.returncode == 0 and more.stderr.count(" starts, ") == 1, more
     assert table(tmp_path)[:10] == found and len(table(tmp_path)) == 11
 

@@ -102,7 +102,10 @@ def test_jobs_at_once(tmp_path: Path) -> None:
     assert [row["state"] for row in table(tmp_path)] == ["completed", "completed"]
 
 
-@pytest.mark.parametrize("how", ["once", "twice", "terminal closed", "killed"])
+@pytest.mark.parametrize(
+    "how",
+    ["once", "killed", *(pytest.param(how, marks=pytest.mark.long) for how in ("twice", "terminal closed"))],
+)
 def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
     pauses = (
         "data=custom", "data.import_path=faulty:build", "data.arguments={fault: pause, rank: 0, at_call: 30}",
