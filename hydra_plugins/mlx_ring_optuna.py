@@ -3,7 +3,6 @@
 Every Hydra program of this environment imports this file.
 """
 
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,7 +20,7 @@ class OptunaSweeper(Sweeper):
         self._params, self._options = params, options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._loader, self._directory = hydra_context.config_loader, Path(config.hydra.sweep.dir)
+        self._loader = hydra_context.config_loader
         self._launcher: Any = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -34,7 +33,7 @@ class OptunaSweeper(Sweeper):
         overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(typed)
         fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
         space = {each.get_key_element(): _values(each) for each in overrides if each.is_sweep_override()}
-        Study(self._directory, fixed, space, **self._options).run(self._launcher)
+        Study(self._launcher.directory, fixed, space, **self._options).run(self._launcher)
 
 
 def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:

@@ -91,7 +91,7 @@ def hydra_files(composed: DictConfig) -> dict[str, str]:
     own = HydraConfig.get()
     hydra_config = OmegaConf.create({"hydra": own})
     parts: dict[str, Any] = {"config": composed, "hydra": hydra_config, "overrides": own.overrides.task}
-    return {f".hydra/{name}.yaml": to_yaml(record(part)) for name, part in parts.items()}
+    return {f".hydra/{name}.yaml": redacted_yaml(part) for name, part in parts.items()}
 
 
 def understood(error: BaseException, directory: Path | None, *, before_run: bool) -> BaseException:

@@ -217,9 +217,9 @@ class ElasticSupervisor:
         self._note("restart", message, restarts=restarts)
         if failure.host is not None:
             self._pool.lose(failure.host, failure.message)
-        if failure.host is not None and (aside := self._pool.blame(failure.host, progress=progress)):
-            self._note("host_set_aside", aside)
-            self._say(aside)
+            if aside := self._pool.blame(failure.host, progress=progress):
+                self._note("host_set_aside", aside)
+                self._say(aside)
         await self._unless_stopped(asyncio.sleep(seconds))
 
     # Ends

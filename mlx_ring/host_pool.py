@@ -10,7 +10,7 @@ from mlx_ring.host_file import Host, HostFile, read_hostfile
 from mlx_ring.launcher import HERE, AgentLink, Reports
 
 SILENT_SECONDS = 3.0  # an agent that has said nothing for so long is asked anew
-LOST_SECONDS = 5.0
+LOST_SECONDS = 5.0  # for which a host that has just fallen silent is not asked
 SET_ASIDE_FAILURES = 2  # of one host in a row, without a new checkpoint in between
 OFTEN_FAILURES, OFTEN_SECONDS = 4, 600.0  # or so many within such a time
 SET_ASIDE_SECONDS = 60.0  # for the first time; twice as long every further time

@@ -13,6 +13,7 @@ from mlx_ring.run_directory import is_record_name
 from mlx_ring.run_status import FILE_NAME as STATUS
 from mlx_ring.run_status import RunStatus
 
+SECONDS = 600.0  # for a record; a host that hangs holds up no sweep
 RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
 
 
@@ -22,7 +23,7 @@ async def bring_record(file: HostFile, directory: Path) -> None:
     names = list(dict.fromkeys(host.ssh for host in file.hosts))
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
     answers = await asyncio.gather(
-        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}) for name in names)
+        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}, seconds=SECONDS) for name in names)
     )
     records = [files for files in map(_files, answers) if STATUS in files]
     best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))

@@ -11,8 +11,6 @@ from mlx_ring.errors import ClusterError
 from mlx_ring.host_file import HostFile
 from mlx_ring.launcher import NO_PYTHON, SSH_FAILED, on_host, ssh_problem
 
-ANSWER_SECONDS = 600.0  # a copy of a large file takes long
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -59,9 +57,10 @@ async def ask(
     command: list[str],
     environment: dict[str, str],
     into: IO[bytes] | None = None,
-    seconds: float = ANSWER_SECONDS,
+    seconds: float | None = None,
 ) -> Answer:
-    """Run a command in this folder on one host; its stdout goes `into` a file where one is given."""
+    """Run a command in this folder on one host, for so many `seconds` at most; its stdout goes `into` a file
+    where one is given."""
     full, own = on_host(host, command, environment)
     try:
         process = await asyncio.create_subprocess_exec(

@@ -68,7 +68,6 @@ class Study:
         self._n_trials, self._n_jobs = n_trials, n_jobs
         self._space = {key: _distribution(key, values) for key, values in space.items()}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         journal = JournalFileBackend(str(directory / "study.journal"))
         pruner = optuna.pruners.MedianPruner(n_startup_trials=prune_after_trials)
         self._study = optuna.create_study(

@@ -103,8 +103,8 @@ class Sweep:
             self._say(f"the sweep's table cannot be written: {error}")
 
     def _conclude(self, job: Job, row: Row) -> None:
-        early = row.exit_status in (Interrupted.exit_status, 128 + signal.SIGINT)
-        if early and self._stops == 1:  # before its first step: there was nothing to save
+        early = row.exit_status == Interrupted.exit_status  # before its first step: there was nothing to save
+        if early and self._stops == 1:
             row.exit_status = EXIT_STOPPED
         row.state = {0: "completed", EXIT_STOPPED: "stopped"}.get(row.exit_status or 0, "failed")
         if row.state == "stopped" and job.number in self._pruned and not self._stops:
@@ -161,9 +161,11 @@ class Sweep:
             pruning.cancel()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-        if status < 0:
-            row.message = f"its supervisor was ended by {signal.Signals(-status).name}"
-        return status if status >= 0 else 128 - status if status == -signal.SIGINT else 3
+        if status >= 0:
+            return status
+        row.message = f"its supervisor was ended by {signal.Signals(-status).name}"
+        ended = Interrupted if status == -signal.SIGINT else ClusterError
+        return ended.exit_status
 
     async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> None:
         """Its words, with its number; the last error is why it failed."""

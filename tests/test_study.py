@@ -65,6 +65,17 @@ def test_what_is_worse_than_the_others_is_ended_early(tmp_path: Path) -> None:
     assert again.returncode == 0 and " starts, " not in again.stderr, again
 
 
+def test_its_directory_is_the_sweeps_own(tmp_path: Path) -> None:
+    own = [item for item in OPTUNA if not item.startswith("hydra.sweep.dir")]
+    done = subprocess.run(
+        [*TRAIN, "-m", *own, *SPACE, "hydra.sweeper.n_trials=1"], cwd=tmp_path, env=environment(),
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    (directory,) = (tmp_path / "multirun").iterdir()
+    assert {"study.json", "study.journal", "sweep.csv", "0"} <= {path.name for path in directory.iterdir()}
+
+
 def test_what_cannot_be_drawn_from(tmp_path: Path) -> None:
     for words, overrides in (
         ("nothing varies", ()),
