@@ -71,7 +71,7 @@ class HostDealer:
                     f"cluster.ranks={ranks}, but host file {self._path} lists {len(listed)} ranks; "
                     "add hosts, or give fewer ranks"
                 )
-            names = list(dict.fromkeys(host.ssh for host in listed))
+            names = self._file.names
             answering = [name for name in await self._answering(names) if name not in self._busy]
             answering.sort(key=lambda name: self._failures[name])
             share = max(1, len(names) // self._parallel) if ranks is None else None

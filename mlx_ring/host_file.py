@@ -35,6 +35,11 @@ class HostFile:
     envs: dict[str, str]
     backend: str | None
 
+    @property
+    def names(self) -> list[str]:
+        """The machines, as ssh calls them, each once."""
+        return list(dict.fromkeys(host.ssh for host in self.hosts))
+
 
 def read_hostfile(path: Path) -> HostFile:
     """Read and check a host file. Keys that mlx.launch would ignore are ignored, unless they look mistyped.

@@ -63,7 +63,7 @@ class HostPool:
     @property
     def names(self) -> list[str]:
         """The hosts listed, each once."""
-        return list(dict.fromkeys(host.ssh for host in self.file.hosts))
+        return self.file.names
 
     async def answering(self) -> list[Host]:
         """The entries of the host file whose agent answers; missing agents are started, unlisted ones ended.

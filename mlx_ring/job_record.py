@@ -20,10 +20,9 @@ RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
 async def bring_record(file: HostFile, directory: Path) -> None:
     """Copy the record of a run from that of its hosts where it came furthest into the folder of that name
     here, where there is none that came as far."""
-    names = list(dict.fromkeys(host.ssh for host in file.hosts))
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
     answers = await asyncio.gather(
-        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}, seconds=SECONDS) for name in names)
+        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}, seconds=SECONDS) for name in file.names)
     )
     records = [files for files in map(_files, answers) if STATUS in files]
     best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))

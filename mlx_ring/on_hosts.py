@@ -28,7 +28,7 @@ def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> lis
     Returns: an answer of each; where a host could not be asked, status SSH_FAILED and why in stderr.
     Raises: ClusterError where none could be asked.
     """
-    names = [only] if only else list(dict.fromkeys(host.ssh for host in file.hosts))
+    names = [only] if only else file.names
 
     async def everybody() -> list[Answer]:
         return await asyncio.gather(*(ask(name, command, file.envs) for name in names))

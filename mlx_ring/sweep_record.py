@@ -1,7 +1,6 @@
 """What a sweep leaves in its directory: sweep.csv, a row a job, written whenever a job ends. No mlx here."""
 
 import csv
-import json
 import os
 import re
 import shlex
@@ -14,6 +13,7 @@ from rich.table import Table
 from mlx_ring.config_record import redacted
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_status import RunStatus
+from mlx_ring.sinks.jsonl import read_rows
 
 TABLE = "sweep.csv"
 # Of the last evaluation.
@@ -155,15 +155,14 @@ def _short(cell: str) -> str:
 def evaluations(run: Path) -> list[dict[str, float]]:
     """The figures of a run's evaluations so far, in order; without those that are no numbers."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = read_rows(run / "metrics.jsonl")
     except OSError:
         return []
-    rows = [
-        json.loads(line)
-        for line in lines
-        if line.startswith('{"kind": "evaluation"') and line.endswith("\n")  # the last may be half written
+    return [
+        {name: row[name] for name in FIGURES if row.get(name) is not None}
+        for row in rows
+        if row["kind"] == "evaluation"
     ]
-    return [{name: row[name] for name in FIGURES if row.get(name) is not None} for row in rows]
 
 
 def last_evaluation(run: Path) -> dict[str, float]:

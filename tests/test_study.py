@@ -1,12 +1,12 @@
 """`hydra/sweeper=optuna`: one study, whose trials are runs."""
 
-import csv
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, SMALL, TRAIN, environment
+from ranks import SMALL
+from sweeps import sweep, table
 
 pytest.importorskip("optuna")
 OPTUNA = (
@@ -18,16 +18,7 @@ SPACE = ("optimizer.learning_rate=tag(log,interval(1e-4,1e-1))", "model.hidden_s
 
 
 def study(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN, "-m", *OPTUNA, *overrides]
-    return subprocess.run(
-        command, cwd=folder, env=environment(PYTHONPATH=str(ROOT / "tests")), capture_output=True, text=True,
-        timeout=280, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "sweep/sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return sweep(folder, *OPTUNA, *overrides)
 
 
 def test_ten_trials_of_which_the_best_is_told_and_more_follow(tmp_path: Path) -> None:
@@ -67,10 +58,7 @@ def test_what_is_worse_than_the_others_is_ended_early(tmp_path: Path) -> None:
 
 def test_its_directory_is_the_sweeps_own(tmp_path: Path) -> None:
     own = [item for item in OPTUNA if not item.startswith("hydra.sweep.dir")]
-    done = subprocess.run(
-        [*TRAIN, "-m", *own, *SPACE, "hydra.sweeper.n_trials=1"], cwd=tmp_path, env=environment(),
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = sweep(tmp_path, *own, *SPACE, "hydra.sweeper.n_trials=1")
     assert done.returncode == 0, done
     (directory,) = (tmp_path / "multirun").iterdir()
     assert {"study.json", "study.journal", "sweep.csv", "0"} <= {path.name for path in directory.iterdir()}

@@ -1,6 +1,5 @@
 """`python train.py -m …`: every job a run with ranks of its own, and a table of all of them."""
 
-import csv
 import json
 import signal
 import subprocess
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sweeps
 from ranks import ROOT, SMALL, TRAIN, environment, rows, start, status
 from refusals import CONFIGURATION, assert_refused
+from sweeps import table
 from tensorboard_server import Server
 
 from mlx_ring.sweep_record import quoted
@@ -19,19 +20,8 @@ from mlx_ring.sweep_record import quoted
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
 
 
-def sweep(
-    folder: Path, *overrides: str, directory: str = "sweep", timeout: float = 200
-) -> subprocess.CompletedProcess[str]:
-    command = [*TRAIN, "-m", *EVALUATED, f"hydra.sweep.dir={directory}", *overrides]
-    return subprocess.run(
-        command, cwd=folder, env=environment(PYTHONPATH=str(ROOT / "tests")), capture_output=True, text=True,
-        timeout=timeout, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def table(folder: Path, directory: str = "sweep") -> list[dict[str, str]]:
-    with (folder / directory / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return sweeps.sweep(folder, *EVALUATED, "hydra.sweep.dir=sweep", *overrides)
 
 
 def test_each_job_is_a_whole_run(tmp_path: Path) -> None:

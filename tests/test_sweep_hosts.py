@@ -1,6 +1,5 @@
 """A sweep over hosts that share no disk, one of which is lost: its job is done by another."""
 
-import csv
 import json
 import subprocess
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 from cluster import AVAILABLE, ENVIRONMENT_PATH, Cluster
 from ranks import ROOT, SMALL, TRAIN, environment
+from sweeps import table
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
 STEPS = 300
@@ -43,11 +43,10 @@ def test_a_sweep_outlives_a_host(tmp_path: Path) -> None:
             finally:
                 process.kill()
         told = "".join(lines)
-        with (here / "sweep/sweep.csv").open(newline="") as file:
-            table = list(csv.DictReader(file))
-        states = [row["state"] for row in table]
+        found = table(here)
+        states = [row["state"] for row in found]
         assert states == ["completed", "completed", "failed", "completed", "completed", "completed"], told
-        assert [row["step"] for row in table if row["state"] == "completed"] == [str(STEPS)] * 5, told
+        assert [row["step"] for row in found if row["state"] == "completed"] == [str(STEPS)] * 5, told
         used = [json.loads((here / f"sweep/{number}/status.json").read_text())["hosts"] for number in (0, 3)]
         assert all(len(each) == 1 for each in used)
         assert f"host {cluster.addresses[1]}" in told and "error: job 2 failed, status 2" in told, told
