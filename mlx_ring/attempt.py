@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_ring.console_output import ConsoleOutput
+from mlx_ring.console_output import Output
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError
 from mlx_ring.heartbeat import JOB, REACHED
 from mlx_ring.host_file import Host
@@ -44,7 +44,7 @@ class Attempt:
         mpirun: list[str] | None,
         reached_step: int,
         deadline_seconds: float,
-        output: ConsoleOutput,
+        output: Output,
         say: Callable[[str], None],
     ) -> None:
         """`links`: an agent for each host's ssh name. `program`: a rank's command line. `mpirun`: the command

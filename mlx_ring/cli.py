@@ -1,8 +1,6 @@
 """The command `mlx-ring`: everything around a run that is not the run itself."""
 
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,8 +8,9 @@ import click
 from click.shell_completion import get_completion_class
 
 from mlx_ring import __version__
+from mlx_ring.check import tell
 from mlx_ring.checkpoint_commands import checkpoint
-from mlx_ring.errors import ClusterError, MlxRingError, TrainingError
+from mlx_ring.errors import ConfigError, MlxRingError, TrainingError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,6 +52,12 @@ cli.add_command(checkpoint)
     show_default=True,
     help="Seconds for which a run that has begun waits for enough hosts that answer.",
 )
+@click.option(
+    "--openblas",
+    type=click.IntRange(min=1),
+    metavar="THREADS",
+    help="Preload OpenBLAS on Linux CPUs, with so many threads a rank (1 in exact mode).",
+)
 @click.option("--leash", is_flag=True, hidden=True, help="Stop where stdin ends: with who started it.")
 @click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
 @click.argument("overrides", nargs=-1)
@@ -64,6 +69,7 @@ def run(
     max_restarts: int,
     deadline: float,
     wait: float,
+    openblas: int | None,
     leash: bool,
     python: str,
     overrides: tuple[str, ...],
@@ -80,7 +86,7 @@ def run(
     chosen = options(
         list(overrides), ranks=ranks, hostfile=hostfile, mpirun=launcher == "mpirun", min_hosts=min_hosts,
         max_restarts=max_restarts, deadline_seconds=deadline, wait_seconds=wait, leash=leash,
-        python=python,
+        openblas_threads=openblas, python=python,
     )  # fmt: skip
     sys.exit(supervise(chosen))
 
@@ -116,30 +122,34 @@ def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
     click.echo(f"step {step} agrees, and so do the {len(outcome.steps) - 1} recorded ones on the way")
 
 
-@cli.command()
-@click.option("--exact", is_flag=True, help="Check exactness alone; there is no other check yet.")
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--hostfile", type=click.Path(path_type=Path), help="Check every host listed, over ssh.")
+@click.option("--exact", is_flag=True, help="Check instead whether each operation repeats its bits here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(exact: bool, as_json: bool) -> None:
-    """Check this machine: whether each operation of training gives the same bits every time.
+@click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
+@click.argument("overrides", nargs=-1)
+def doctor(
+    hostfile: Path | None, exact: bool, as_json: bool, python: str, overrides: tuple[str, ...]
+) -> None:
+    """Check whether this machine, or the hosts of a host file, can train together.
 
-    Exact mode needs that, and equal digests on all machines that train together. Exit 3 where a check fails.
+    Looks at each host, connects every link of the ring, and launches ranks. OVERRIDES are train.py's: the
+    data they name is compared. Exit 3 where a check fails.
 
-    Example: mlx-ring doctor --exact
+    Example: mlx-ring doctor --hostfile hostfiles/lab.json -- data=text data.path=books
     """
-    from mlx_ring.doctor import exact_checks  # only here: it loads mlx
+    if exact and hostfile:
+        raise ConfigError(
+            "--exact looks at this machine alone; leave --hostfile out, and compare the digests"
+        )
+    if exact:
+        from mlx_ring.exact_checks import exact_checks  # loads MLX
 
-    checks: list[dict[str, str]] = []
-    for check in map(asdict, exact_checks()):
-        checks.append(check)
-        if not as_json:
-            click.echo(f"{check['name']} … [{check['status']}] {check['detail']}")
-            if check["remedy"]:
-                click.echo(f"    {check['remedy']}")
-    if as_json:
-        click.echo(json.dumps({"checks": checks}))
-    failed = [check["name"] for check in checks if check["status"] == "fail"]
-    if failed:
-        raise ClusterError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+        return tell(exact_checks(), click.echo, as_json=as_json, with_hosts=False)
+    from mlx_ring.doctor import examination, examine
+
+    asked = examination(hostfile, python, list(overrides))
+    return tell(examine(asked), click.echo, as_json=as_json, with_hosts=hostfile is not None)
 
 
 @cli.command()

@@ -6,9 +6,18 @@ import io
 import queue
 import sys
 import threading
+from typing import Protocol
 
 MOST_LINES = 20_000  # that wait for a slow reader; further ones are dropped, and their number told
 CLOSE_SECONDS = 2.0
+
+
+class Output(Protocol):
+    """What takes lines."""
+
+    def write(self, stream: str, line: str) -> None:
+        """A line of the stream "out" or "err"."""
+        ...
 
 
 class ConsoleOutput:

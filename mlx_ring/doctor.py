@@ -1,113 +1,176 @@
-"""The command `mlx-ring doctor`: whether this machine does what training needs of it.
+"""The command `mlx-ring doctor`: whether hosts can train together, before they are to. No mlx here.
 
-So far it looks at one thing: exact mode needs that a micro-batch's gradient has the same bits every time, and
-on every machine that takes part. Each operation is repeated on equal inputs, and the bits are compared.
-Machines of one kind show the same digests.
+First every host is looked at, all at once, by the Python that would run its ranks (`host_probe`); then, where
+nothing failed, ranks are launched as those of a run are, and what they do is compared with what they should.
 """
 
-import hashlib
+import asyncio
+import json
 import socket
-import statistics
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx_ring import host_checks
+from mlx_ring.check import Check, fail, failed, ok, warn
+from mlx_ring.composition import compose_run
+from mlx_ring.errors import ConfigError
+from mlx_ring.host_file import Host, HostFile, read_hostfile
+from mlx_ring.launcher import HERE
+from mlx_ring.link_checks import address_checks, link_checks
+from mlx_ring.on_hosts import ask
+from mlx_ring.probe_link import HostLost, ProbeLink, Probes, probes
+from mlx_ring.trial_launch import LOCAL_RANKS, launch
 
-from mlx_ring.exact_operations import Operation, operations
-from mlx_ring.exactness import machine
-from mlx_ring.parameter_authority import checksums, sha256_of
-
-REPEATS = 8
+REACH = "try by hand: ssh -o BatchMode=yes {host} true must say nothing and ask nothing"
+REMEDIES = (  # by what ssh or the other side says
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its key is another one now: if that is right, ssh-keygen -R {host}",
+    ),
+    (
+        "Host key verification failed",
+        "its key is unknown here: ssh {host} once, compare the key, and say yes",
+    ),
+    ("Permission denied", "it does not take this user's key: ssh-copy-id {host}"),
+    ("Could not resolve", "correct its name in the host file, or in ssh's config"),
+    ("cannot be run", "give an interpreter that is there, with --python"),
+    ("refused", "switch Remote Login (sshd) on there"),
+    ("it has no folder", "mlx-ring hosts sync FILE copies this folder there"),
+    ("it has no ", "mlx-ring hosts sync FILE makes the environment there; or give --python"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
-    """One finding, as `--json` prints it."""
+class Examination:
+    """What is to be looked at: the hosts of a host file, or this machine."""
 
-    name: str
-    host: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    remedy: str
+    hostfile: Path | None
+    python: str
+    overrides: list[str]  # of the run that is meant; its data is compared
+    directory: str  # of that run
 
-
-def exact_checks() -> Iterator[Check]:
-    """One check an operation of the table, as each is done, and one of what all that exact mode uses gave."""
-    digests: list[str] = []
-    failed = 0
-    for operation in operations(gpu=mx.default_device() == mx.gpu):
-        check, digest = exact_check(operation)
-        failed += check.status == "fail"
-        if not operation.instead:
-            digests.append(digest)
-        yield check
-        mx.clear_cache()
-    together = hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
-    yield _check(
-        "all that exact mode uses",
-        "fail" if failed else "ok",
-        f"digest {together} of {len(digests)} operations on {machine()}",
-        "train with another communicator than exact, or on another machine" if failed else "",
-    )
+    def read(self) -> HostFile:
+        """Raises: ConfigError for a host file with a mistake."""
+        if self.hostfile is not None:
+            return read_hostfile(self.hostfile)
+        here = Host(ssh=HERE[1], ips=(HERE[1],))
+        return HostFile(hosts=(here,) * LOCAL_RANKS, envs={}, backend=None)
 
 
-def exact_check(operation: Operation, repeats: int = REPEATS) -> tuple[Check, str]:
-    """Repeat an operation on equal inputs and compare the bits.
+def examination(hostfile: Path | None, python: str, overrides: list[str]) -> Examination:
+    """Raises: ConfigError for overrides with a mistake."""
+    if not any(item.startswith("run.dir=") for item in overrides):
+        overrides = [*overrides, "run.dir=outputs/doctor"]  # where nothing is written
+    directory = compose_run(*overrides).record["run"]["dir"]
+    return Examination(hostfile=hostfile, python=python, overrides=overrides, directory=directory)
 
-    Returns: the check, and a digest of the first result's bits, of 8 hexadecimal digits.
-    """
+
+def examine(examination: Examination) -> Iterator[Check]:
+    """All checks, as they are done."""
     try:
-        digests, seconds, values = _repeated(operation, repeats)
-    except (RuntimeError, ValueError) as error:  # an operation that this device does not have
-        reason = " ".join(str(error).split())
-        return _check(operation.name, "fail", f"it ended in an error: {reason}", _remedy(operation)), "none"
-    distinct = len(set(digests))
-    detail = (
-        f"{repeats} repeats, {distinct} distinct result{'s' if distinct > 1 else ''}, "
-        f"{statistics.median(seconds) * 1000:.3f} ms, digest {digests[0]}"
-    )
-    wrong = operation.expected is not None and values != operation.expected
-    if wrong:
-        detail += f"; it gave {values} for {operation.expected}"
-    if distinct == 1 and not wrong:
-        return _check(operation.name, "ok", detail, ""), digests[0]
-    if operation.instead:
-        return _check(operation.name, "warn", f"{detail}; {operation.instead}", operation.remedy), digests[0]
-    return _check(operation.name, "fail", detail, _remedy(operation)), digests[0]
+        file = examination.read()
+    except ConfigError as error:
+        yield fail("host file", socket.gethostname(), str(error), "correct it; mlx-ring hosts makes one")
+        return
+    checks = asyncio.run(_look(examination, file))
+    yield from map(_named, checks)
+    if failed(checks):
+        yield warn("launch", socket.gethostname(), "not tried", "mend what failed above, then ask again")
+        return
+    yield from map(_named, asyncio.run(launch(examination.hostfile, examination.python)))
 
 
-def _repeated(operation: Operation, repeats: int) -> tuple[list[str], list[float], Any]:
-    """The digests and the times in seconds of every repeat, and the values where some are expected."""
-    compute = operation.prepare()
-    mx.eval(compute())  # kernels are compiled here, and memory is taken
-    digests: list[str] = []
-    seconds: list[float] = []
-    values: Any = None
-    for _ in range(repeats):
-        mx.synchronize()
-        start = time.perf_counter()
-        result = compute()
-        mx.eval(result)
-        mx.synchronize()
-        seconds.append(time.perf_counter() - start)
-        arrays: dict[str, Any] = dict(tree_flatten(result))
-        digests.append(sha256_of(checksums(arrays))[:8])
-        if operation.expected is not None:
-            (values,) = (array.tolist() for array in arrays.values())
-        del result, arrays
-    return digests, seconds, values
+def _named(check: Check) -> Check:
+    """With this machine's own name, where it is meant."""
+    if check.host not in HERE:
+        return check
+    return replace(check, host=socket.gethostname())
 
 
-def _remedy(operation: Operation) -> str:
-    return (
-        operation.remedy or f"do not use communicator=exact here with a model that computes {operation.name}"
-    )
+async def _look(examination: Examination, file: HostFile) -> list[Check]:
+    async with probes([HERE[1]], python=sys.executable, environment={}) as (own, _):
+        here = await own[HERE[1]].ask("facts", folder=examination.directory)
+    able: list[str] = []
+    async with probes(file.names, python=examination.python, environment=file.envs) as (links, problems):
+        found = await _facts(links, problems, examination.directory)
+        checks = [_reached(name, problems, found) for name in file.names]
+        checks += host_checks.judge(found, here)
+        checks += address_checks(file.hosts, found)
+        reached = {name: links[name] for name in found}
+        try:
+            checks += await asyncio.gather(*(_clock(link) for link in reached.values()))
+            checks += await link_checks(file.hosts, reached, found)
+        except HostLost as lost:
+            checks.append(fail("reachable", lost.host, str(lost), REACH.format(host=lost.host)))
+        version = here["packages"]["mlx-ring"]
+        able = [name for name, facts in found.items() if facts["packages"]["mlx-ring"] == version]
+    return [*checks, *await _data(examination, file, able)]
 
 
-def _check(name: str, status: Literal["ok", "warn", "fail"], detail: str, remedy: str) -> Check:
-    return Check(
-        name=f"exact: {name}", host=socket.gethostname(), status=status, detail=detail, remedy=remedy
-    )
+async def _facts(links: Probes, problems: dict[str, str], directory: str) -> dict[str, dict[str, Any]]:
+    """Of every host that tells them; why another does not goes to `problems`."""
+
+    async def one(link: ProbeLink) -> dict[str, Any]:
+        try:
+            return await link.ask("facts", folder=directory)
+        except HostLost as lost:
+            problems[link.host] = str(lost)
+            return {}
+
+    told = await asyncio.gather(*map(one, links.values()))
+    return {name: facts for name, facts in zip(links, told, strict=True) if facts}
+
+
+def _reached(name: str, problems: dict[str, str], found: dict[str, Any]) -> Check:
+    if why := problems.get(name):
+        remedy = next((remedy for words, remedy in REMEDIES if words in why), REACH)
+        return fail("reachable", name, why, remedy.format(host=name))
+    twin = next((other for other in found if found[other]["machine"] == found[name]["machine"]), name)
+    if twin != name:
+        remedy = "list one name twice instead, for two ranks there"
+        return fail("reachable", name, f"it is the same machine as {twin}", remedy)
+    return ok("reachable", name, "this machine" if name in HERE else f"as {found[name]['host']}")
+
+
+async def _clock(link: ProbeLink) -> Check:
+    """Against the middle of the question and its answer; the shortest of three."""
+    tries: list[tuple[float, float]] = []
+    for _ in range(3):
+        start = time.time()
+        there = (await link.ask("time"))["time"]
+        end = time.time()
+        tries.append((end - start, there - (start + end) / 2))
+    took, ahead = min(tries)
+    return host_checks.skew(link.host, ahead, took / 2)
+
+
+async def _data(examination: Examination, file: HostFile, names: list[str]) -> list[Check]:
+    """Whether all hosts hold the data that the run would draw from. Of hosts with this version."""
+    command = [examination.python, "-m", "mlx_ring.data_digest", *examination.overrides]
+    answers = await asyncio.gather(*(ask(name, command, file.envs) for name in names))
+    found: dict[str, dict[str, str]] = {}
+    for answer in answers:
+        try:
+            found[answer.host] = json.loads(answer.stdout)
+        except ValueError:
+            found[answer.host] = {
+                "error": " ".join(answer.stderr.split())[-300:] or f"status {answer.status}"
+            }
+    digests = [each["digest"] for each in found.values() if "digest" in each]
+    usual = max(digests, key=digests.count, default="")
+    having = [name for name, each in found.items() if each.get("digest") == usual]
+    return [_same_data(name, each, usual, having) for name, each in found.items()]
+
+
+def _same_data(name: str, found: dict[str, str], usual: str, having: list[str]) -> Check:
+    if "error" in found:
+        return fail("data", name, found["error"], "correct the overrides, or copy the data to that host")
+    detail = f"{found['name']}, digest {found['digest'][:8]}"
+    if found["digest"] == usual:
+        return ok("data", name, detail)
+    remedy = "copy the data to that host, or set data.distribute=true where the data has it"
+    return fail("data", name, f"{detail}: {', '.join(having[:3])} has {usual[:8]}", remedy)

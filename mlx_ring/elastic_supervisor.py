@@ -37,6 +37,7 @@ class Options:
     deadline_seconds: float
     wait_seconds: float  # for which a run that has begun waits for hosts that answer
     leash: bool  # whether the end of stdin asks to stop
+    openblas_threads: int | None  # a rank; None: the BLAS of MLX's wheel
     python: str
 
 
@@ -123,7 +124,7 @@ class ElasticSupervisor:
             self._pool.links,
             self._pool.reports,
             reached_step=self._reached,
-            program=rank_program(options.python, overrides),
+            program=rank_program(options.python, overrides, options.openblas_threads),
             mpirun=mpirun_command(options.python, len(hosts)) if options.mpirun else None,
             deadline_seconds=options.deadline_seconds,
             output=self._output,

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx_ring
 from mlx_ring.communicator import MLX_VERSION, Communicator
 from mlx_ring.errors import ClusterError, TrainingError, agreed
+from mlx_ring.host_probe import digest
 
 Arrays = dict[str, mx.array]
 
@@ -98,14 +99,10 @@ def program_record() -> dict[str, Any]:
 
     A stale checkout bears the same version.
     """
-    root = Path(mlx_ring.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return {
         "host": socket.gethostname(),
         "mlx_ring": mlx_ring.__version__,
-        "source": digest.hexdigest(),
+        "source": digest(Path(mlx_ring.__file__).parent, "*.py"),
         "mlx": MLX_VERSION,
         "fast_synch": os.environ.get("MLX_METAL_FAST_SYNCH", ""),
     }

@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 
-def rank_program(python: str, overrides: list[str]) -> list[str]:
-    """A rank's command line: the installed command `train.py` beside that interpreter."""
-    return [python, str(Path(python).with_name("train.py")), *overrides]
+def rank_program(python: str, overrides: list[str], openblas_threads: int | None) -> list[str]:
+    """A rank's command line: the installed `train.py` beside that interpreter, with OpenBLAS where its
+    threads are given."""
+    program = [python, str(Path(python).with_name("train.py")), *overrides]
+    if openblas_threads is None:
+        return program
+    return [python, "-m", "mlx_ring.openblas", str(openblas_threads), *program]
 
 
 def mpirun_command(python: str, ranks: int) -> list[str]:

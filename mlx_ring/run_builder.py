@@ -195,9 +195,9 @@ def _loader(config: RunConfig, data: DataManager, micro_batches: range, progress
     )
 
 
-def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
-    """What a user's mistake can spoil; where it does on any rank, all say so together."""
-    data = DataManager(
+def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
+    """A run's data on this rank. Collective: every rank must call. Raises: DataError or ConfigError."""
+    return DataManager(
         config.data,
         communicator,
         kind=config.kind.name,
@@ -205,6 +205,11 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
         model_maximum=getattr(config.model, "max_sequence_length", None),
         targets_are_classes=_classifies(config),
     )
+
+
+def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
+    """What a user's mistake can spoil; where it does on any rank, all say so together."""
+    data = open_data(config, communicator)
     spec = data.dataset.spec
     parts: tuple[nn.Module, Optimizer] | None = None
     error: MlxRingError | None = None

@@ -19,6 +19,7 @@ def options(
     deadline_seconds: float,
     wait_seconds: float,
     leash: bool,
+    openblas_threads: int | None,
     python: str,
 ) -> Options:
     """Raises: ConfigError for a mistake that shows before any rank is started."""
@@ -32,6 +33,11 @@ def options(
     if mpirun and hostfile is not None:
         where = f"on this machine, and not on the hosts of {hostfile}"
         raise ConfigError(f"--launcher mpirun starts ranks {where}; leave it out, or give -n")
+    if config.communicator.name == "exact" and openblas_threads not in (None, 1):
+        raise ConfigError(
+            f"--openblas {openblas_threads} with communicator=exact, whose bits depend on the number of "
+            "threads; give --openblas 1, or communicator=native"
+        )
     if hostfile is None and ranks is None:
         ranks = config.cluster.ranks or 1
     return Options(
@@ -45,5 +51,6 @@ def options(
         deadline_seconds=deadline_seconds,
         wait_seconds=wait_seconds,
         leash=leash,
+        openblas_threads=openblas_threads,
         python=python,
     )

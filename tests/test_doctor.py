@@ -1,4 +1,4 @@
-"""The command mlx-ring doctor, as a process, and what it says of operations that do not repeat."""
+"""The command mlx-ring doctor, as a process: this machine, and operations that do not repeat their bits."""
 
 import json
 import re
@@ -12,18 +12,19 @@ import mlx.core as mx
 import pytest
 from ranks import environment
 
-from mlx_ring.doctor import Check, exact_check
+from mlx_ring.check import Check
+from mlx_ring.exact_checks import exact_check
 from mlx_ring.exact_operations import Operation, operations
 
 CLI = "from mlx_ring.cli import main; main()"
 PLANTED = """
 import mlx.core as mx
-import mlx_ring.doctor
+import mlx_ring.exact_checks
 from mlx_ring.exact_operations import Operation
 
 steady = Operation(name="steady", prepare=lambda: lambda: mx.ones((3,)))
 fickle = Operation(name="fickle", prepare=lambda: lambda: mx.random.normal((3,)), {instead})
-mlx_ring.doctor.operations = lambda gpu: [steady, fickle]
+mlx_ring.exact_checks.operations = lambda gpu: [steady, fickle]
 """
 
 
@@ -57,7 +58,40 @@ def steady(compute: Callable[[], Any], **more: Any) -> Operation:
     return Operation(name="planted", prepare=lambda: compute, **more)
 
 
-# The command
+# This machine
+
+
+def test_this_machine() -> None:
+    """What it is, and two ranks launched on it."""
+    ended = doctor("--json", "data=synthetic")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    checks = {check["name"]: check for check in checks_of(ended)}
+    for name in ("reachable", "python", "mlx", "mlx_ring", "source", "disk", "address 127.0.0.1"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert checks["data"]["detail"].startswith("synthetic, digest ")
+    assert checks["launch"]["detail"].startswith("2 ranks joined and left")
+    for name, figure in (("latency", r"\d+ µs"), ("bandwidth", r"\d+\.\d\d Gbit/s")):
+        assert re.match(figure, checks[name]["detail"]), checks[name]
+    assert checks["exit status"]["detail"] == "rank 1 left with 42, and so it was told"
+
+
+def test_lines_for_a_reader() -> None:
+    ended = doctor("--python", "/nowhere/python")
+    assert ended.returncode == 3 and ended.stderr == "error: 1 of 2 checks failed: reachable\n", ended
+    assert ended.stdout.splitlines() == [
+        "reachable … [fail] /nowhere/python cannot be run: No such file or directory",
+        "    give an interpreter that is there, with --python",
+        "launch … [warn] not tried",
+        "    mend what failed above, then ask again",
+    ]
+
+
+def test_overrides_with_a_mistake_are_status_2() -> None:
+    ended = doctor("--", "data=nothing")
+    assert ended.returncode == 2 and "there is no data=nothing" in ended.stderr, ended
+
+
+# Exactness
 
 
 def test_every_operation_repeats_on_this_machine() -> None:
@@ -82,7 +116,7 @@ def test_every_operation_repeats_on_this_machine() -> None:
 
 @pytest.mark.parametrize("arguments", [["--json"], []])
 def test_an_operation_that_does_not_repeat_is_status_3(arguments: list[str]) -> None:
-    ended = doctor(*arguments, before=PLANTED.format(instead=""))
+    ended = doctor("--exact", *arguments, before=PLANTED.format(instead=""))
     assert ended.returncode == 3
     assert ended.stderr.startswith(
         "error: 2 of 3 checks failed: exact: fickle, exact: all that exact mode uses"
@@ -100,7 +134,7 @@ def test_an_operation_that_does_not_repeat_is_status_3(arguments: list[str]) -> 
 
 def test_one_that_exact_mode_replaces_only_warns() -> None:
     planted = PLANTED.format(instead="instead='another is used', remedy='use that too'")
-    first, second = (doctor("--json", before=planted) for _ in range(2))
+    first, second = (doctor("--exact", "--json", before=planted) for _ in range(2))
     assert (first.returncode, first.stderr) == (0, "")
     checks = checks_of(first)
     assert [check["status"] for check in checks] == ["ok", "warn", "ok"]

@@ -1,0 +1,25 @@
+"""What a host's data is, for `mlx-ring doctor` to compare: `python -m mlx_ring.data_digest OVERRIDES`."""
+
+import json
+import sys
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.composition import compose_run
+from mlx_ring.errors import MlxRingError
+from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.run_builder import open_data
+
+
+def main() -> None:
+    """Print {"digest", "name"} of the data that a run with these overrides would draw from, or {"error"}."""
+    try:
+        config = compose_run(*sys.argv[1:])
+        alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        found = {"digest": open_data(config, alone).dataset.digest, "name": config.data.name}
+    except MlxRingError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

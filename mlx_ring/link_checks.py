@@ -1,0 +1,172 @@
+"""The network of a ring, tried for real: each address its host's own, each edge connected and timed. No mlx.
+
+Rank i connects to every address of rank i + 1, as MLX's ring does. `mlx-ring run` takes free ports,
+`mlx.launch` counts up from 32323, one a rank and address: both are tried.
+"""
+
+import asyncio
+import errno
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_ring.check import Check, fail, ok, warn
+from mlx_ring.host_file import Host
+from mlx_ring.host_probe import TOKEN_BYTES
+from mlx_ring.probe_link import Answer, Probes
+
+LAUNCH_PORT = 32323  # mlx.launch's first
+MEASURE_SECONDS = 0.3
+SLOW_FACTOR = 4.0  # an edge so many times slower than the fastest is worth a word
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Rank `source`, on one host, connects to one address of the next, on another."""
+
+    rank: int  # of the target
+    source: str
+    target: str
+    address: str
+    launch_port: int
+
+    @property
+    def name(self) -> str:
+        return f"link to rank {self.rank} ({self.address})"
+
+
+def edges(hosts: tuple[Host, ...]) -> list[Edge]:
+    """All connections of the ring; none of a single rank."""
+    found: list[Edge] = []
+    port = LAUNCH_PORT
+    for rank, host in enumerate(hosts):
+        for address in host.ips:
+            found.append(Edge(rank, hosts[rank - 1].ssh, host.ssh, address, port))
+            port += 1
+    return found if len(hosts) > 1 else []
+
+
+def address_checks(hosts: tuple[Host, ...], found: Mapping[str, Facts]) -> Iterator[Check]:
+    """Whether each address is its host's, alone, and of what kind of interface. Of hosts that answered."""
+    named = {name: [ip for host in hosts if host.ssh == name for ip in host.ips] for name in found}
+    for name, facts in found.items():
+        own: Mapping[str, Any] = facts["addresses"]
+        for address in dict.fromkeys(named[name]):
+            others = [
+                other
+                for other, its in found.items()
+                if address in its["addresses"] and its["machine"] != facts["machine"]
+            ]
+            yield _address(name, address, own, others, alone=len(found) == 1)
+
+
+def _address(host: str, address: str, own: Mapping[str, Any], others: list[str], *, alone: bool) -> Check:
+    name = f"address {address}"
+    usable = [ip for ip, link in own.items() if link["kind"] != "loopback"]
+    if address not in own:
+        remedy = (
+            f"it has {', '.join(usable) or 'none'} now; mlx-ring hosts check FILE --write corrects the file"
+        )
+        return fail(name, host, "no interface of this host has it: it is stale, or another host's", remedy)
+    link = own[address]
+    detail = ", ".join(filter(None, (link["interface"], link["kind"])))
+    if link["kind"] == "loopback":
+        if alone:
+            return ok(name, host, detail)
+        remedy = f"give an address that the others reach: {', '.join(usable) or 'it has none'}"
+        return fail(name, host, f"{detail}: only the host itself reaches it", remedy)
+    if others:
+        remedy = "give each machine an address of its own, or name another one in the host file"
+        return fail(name, host, f"{detail}; {', '.join(others)} has the same address", remedy)
+    if "wi-fi" in link["kind"].lower():
+        remedy = "use a cable, and its address: mlx-ring hosts check FILE --write finds the fastest"
+        return warn(name, host, f"{detail}: slower than a cable, and it stalls", remedy)
+    return ok(name, host, detail)
+
+
+async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[str, Facts]) -> list[Check]:
+    """Connect and time every edge whose two hosts answered, one after the other, so that each has the network
+    to itself."""
+    tried = [edge for edge in edges(hosts) if edge.source in probes and edge.target in probes]
+    listening = await asyncio.gather(*(listen(probes, edge.target, edge.address) for edge in tried))
+    checks: list[Check] = []
+    timed: list[tuple[Edge, Answer]] = []
+    for edge, (answer, token) in zip(tried, listening, strict=True):
+        if answer["error"]:
+            remedy = "correct its address in the host file: mlx-ring hosts check FILE --write"
+            checks.append(
+                fail(edge.name, edge.source, f"nothing can listen there: {answer['error']}", remedy)
+            )
+            continue
+        result = await probes[edge.source].ask(
+            "connect", address=edge.address, port=answer["port"], token=token, seconds=MEASURE_SECONDS
+        )
+        if result["error"]:
+            checks.append(_unreachable(edge, result, found[edge.source]))
+            continue
+        timed.append((edge, result))
+        checks.append(await _launch_port(edge, probes))
+    return [*checks, *_speeds(timed)]
+
+
+async def listen(probes: Probes, host: str, address: str, port: int = 0) -> tuple[Answer, str]:
+    """Have a host listen on one of its addresses. Returns: its answer, and what a caller will be shown."""
+    token = secrets.token_hex(TOKEN_BYTES)
+    return await probes[host].ask("listen", address=address, port=port, token=token), token
+
+
+async def _launch_port(edge: Edge, probes: Probes) -> Check:
+    """Whether mlx.launch's port of an edge is free, and reached."""
+    port = edge.launch_port
+    name = f"port {port} of {edge.address}"
+    other = "give mlx.launch another --starting-port, or start with mlx-ring run, which takes free ports"
+    answer, token = await listen(probes, edge.target, edge.address, port)
+    if answer["in_use"]:
+        return fail(name, edge.target, "another process listens there", f"end it, {other}")
+    if answer["error"]:
+        return fail(name, edge.target, f"nothing can listen there: {answer['error']}", other)
+    result = await probes[edge.source].ask("connect", address=edge.address, port=port, token=token, seconds=0)
+    if result["error"]:
+        remedy = f"open it in {edge.target}'s firewall, {other}"
+        return fail(name, edge.target, f"{edge.source} cannot connect to it: {result['error']}", remedy)
+    return ok(name, edge.target, "free, and reached")
+
+
+def _unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
+    detail = f"{edge.source} cannot connect: {result['error']}"
+    remedy = (
+        f"check the cable and {edge.target}'s firewall, or use another address: mlx-ring hosts check FILE"
+    )
+    if not result["errno"] and "another program" in result["error"]:
+        remedy = f"another machine has {edge.address} too: give each its own"
+    elif source["system"] == "Darwin" and result["errno"] == errno.EHOSTUNREACH:
+        remedy = (
+            "macOS refuses the local network to programs that were not started from Terminal or over ssh: "
+            f"allow it under System Settings > Privacy & Security > Local Network on {edge.source}; {remedy}"
+        )
+    return fail(edge.name, edge.source, detail, remedy)
+
+
+def _speeds(timed: list[tuple[Edge, Answer]]) -> Iterator[Check]:
+    fastest = max((result["bytes_per_second"] for _, result in timed), default=0.0)
+    for edge, result in timed:
+        detail = speed(result)
+        if result["bytes_per_second"] * SLOW_FACTOR < fastest:
+            remedy = "the slowest link sets the pace of a ring: use another address, or a cable"
+            yield warn(
+                edge.name, edge.source, f"{detail}, where the fastest link has {_rate(fastest)}", remedy
+            )
+        else:
+            yield ok(edge.name, edge.source, detail)
+
+
+def speed(result: Answer) -> str:
+    """Of a timed connection, in words."""
+    return f"{result['seconds'] * 1000:.2f} ms there and back, {_rate(result['bytes_per_second'])}"
+
+
+def _rate(bytes_per_second: float) -> str:
+    bits = bytes_per_second * 8
+    return f"{bits / 1e9:.1f} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:.0f} Mbit/s"
