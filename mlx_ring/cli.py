@@ -11,6 +11,7 @@ from mlx_ring import __version__
 from mlx_ring.check import tell
 from mlx_ring.checkpoint_commands import checkpoint
 from mlx_ring.errors import ConfigError, MlxRingError, TrainingError
+from mlx_ring.host_commands import hosts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +24,7 @@ def cli() -> None:
 
 
 cli.add_command(checkpoint)
+cli.add_command(hosts)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

@@ -118,7 +118,7 @@ def _host(where: str, entry: object) -> Host:
     keys = _keys(where, entry, ("ssh", "ips", "rdma"))
     if "ssh" not in keys:
         raise ConfigError(f'{where}: has no "ssh", the name that ssh knows the host by; got {shown(entry)}')
-    ssh = _ssh_name(where, keys["ssh"])
+    ssh = check_ssh_name(where, keys["ssh"])
     where, ips = f"{where} ({ssh})", keys.get("ips", [])
     if not isinstance(ips, list) or not all(isinstance(ip, str) for ip in ips):
         raise ConfigError(f'{where}: ips must be a list of addresses, ["192.168.1.11"]; got {shown(ips)}')
@@ -133,8 +133,9 @@ def _host(where: str, entry: object) -> Host:
     return Host(ssh=ssh, ips=tuple(ips))
 
 
-def _ssh_name(where: str, ssh: object) -> str:
-    """A name that ssh takes for a host, not for an option or a piece of a command."""
+def check_ssh_name(where: str, ssh: object) -> str:
+    """A name that ssh takes for a host, not for an option or a piece of a command. Raises: ConfigError,
+    beginning with `where`, for any other."""
     if not isinstance(ssh, str) or not ssh:
         raise ConfigError(f"{where}: ssh must be the name that ssh knows the host by; got {shown(ssh)}")
     if ssh.startswith("-"):

@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,13 @@ def connect(address: str, port: int, token: str, seconds: float) -> dict[str, An
     return {"error": "", "errno": 0, "seconds": sorted(times)[ECHOES // 2], "bytes_per_second": rate}
 
 
+def reach(targets: list[list[Any]]) -> dict[str, Any]:
+    """Connect to each [address, port, token] at once. Returns: what is wrong with each, nothing where it is
+    reached."""
+    with ThreadPoolExecutor(max(1, len(targets))) as pool:
+        return {"errors": list(pool.map(lambda target: connect(*target, seconds=0)["error"], targets))}
+
+
 def throughput(link: socket.socket, seconds: float) -> float:
     start = time.perf_counter()
     link.settimeout(CONNECT_SECONDS + seconds)
@@ -299,7 +307,13 @@ def throughput(link: socket.socket, seconds: float) -> float:
 
 def main() -> None:
     sys.path[:] = [path for path in sys.path if path]  # what is installed, not what lies in this folder
-    orders = {"facts": facts, "listen": listen, "connect": connect, "time": lambda: {"time": time.time()}}
+    orders = {
+        "facts": facts,
+        "listen": listen,
+        "connect": connect,
+        "reach": reach,
+        "time": lambda: {"time": time.time()},
+    }
     print(json.dumps({"probe": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -141,19 +141,24 @@ def _report(line: bytes) -> Report | None:
 Reports = asyncio.Queue[tuple[AgentLink, Report]]
 
 
-def on_host(host: str, command: list[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The command that runs `command` on a host with the host file's variables, and its own environment."""
+def on_host(
+    host: str, command: list[str], environment: dict[str, str], *, anywhere: bool = False
+) -> tuple[list[str], dict[str, str]]:
+    """The command that runs `command` on a host with the host file's variables, and its own environment.
+
+    It runs in the folder of this name, or, `anywhere`, in the user's own.
+    """
     if host in HERE:
         return command, os.environ | environment
-    return [*SSH, host, remote_command(command, environment)], dict(os.environ)
+    return [*SSH, host, remote_command(command, environment, anywhere=anywhere)], dict(os.environ)
 
 
-def remote_command(command: list[str], environment: dict[str, str]) -> str:
+def remote_command(command: list[str], environment: dict[str, str], *, anywhere: bool = False) -> str:
     """The line that ssh hands to the other host's shell; `environment` is the host file's, shown there."""
     names = " ".join(f"{key}={shlex.quote(value)}" for key, value in environment.items())
+    go = "" if anywhere else f"cd {shlex.quote(str(Path.cwd()))} || exit {NO_FOLDER}; "
     return (
-        f"cd {shlex.quote(str(Path.cwd()))} || exit {NO_FOLDER}; "
-        f"command -v {shlex.quote(command[0])} >/dev/null || exit {NO_PYTHON}; "
+        f"{go}command -v {shlex.quote(command[0])} >/dev/null || exit {NO_PYTHON}; "
         f"{'export ' + names + '; ' if names else ''}exec {shlex.join(command)}"
     )
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shlex
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
@@ -37,10 +38,18 @@ class ProbeLink:
         self._listening = asyncio.create_task(self._listen_to_complaints())
 
     @staticmethod
-    async def start(host: str, *, python: str, environment: dict[str, str]) -> "ProbeLink":
-        """Raises: HostLost saying why there is none on that host."""
+    async def start(
+        host: str, *, python: str, environment: dict[str, str], anywhere: bool = False
+    ) -> "ProbeLink":
+        """`anywhere`: also where the folder or the interpreter of this name is missing yet.
+
+        Raises: HostLost saying why there is none on that host.
+        """
         command = [python, "-c", SOURCE.read_text(encoding="utf-8")]
-        full, own = on_host(host, command, environment)
+        if anywhere:
+            line = f'p={shlex.quote(python)}; command -v "$p" >/dev/null || p=python3; exec "$p" "$@"'
+            command = ["sh", "-c", line, "sh", *command[1:]]
+        full, own = on_host(host, command, environment, anywhere=anywhere)
         try:
             process = await asyncio.create_subprocess_exec(
                 *full, env=own, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=ANSWER_BYTES,
@@ -104,12 +113,12 @@ Probes = dict[str, ProbeLink]
 
 @contextlib.asynccontextmanager
 async def probes(
-    hosts: Iterable[str], *, python: str, environment: dict[str, str]
+    hosts: Iterable[str], *, python: str, environment: dict[str, str], anywhere: bool = False
 ) -> AsyncGenerator[tuple[Probes, dict[str, str]]]:
     """A probe on every host, all started at once; and why there is none, by host."""
     names = list(dict.fromkeys(hosts))
     started = await asyncio.gather(
-        *(ProbeLink.start(name, python=python, environment=environment) for name in names),
+        *(ProbeLink.start(name, python=python, environment=environment, anywhere=anywhere) for name in names),
         return_exceptions=True,
     )
     links: Probes = {}

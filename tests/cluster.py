@@ -149,6 +149,14 @@ class Cluster:
         self._start_sshd(number)
         self.heal(number)
 
+    def cable(self, one: int, other: int, network: str) -> None:
+        """A second link between two hosts: eth1, with addresses .1 and .2 of a network such as "10.9.0"."""
+        ends = [self._host(one), self._host(other)]
+        run("ip", "link", "add", "eth1", "netns", ends[0], "type", "veth", "peer", "eth1", "netns", ends[1])
+        for last, host in enumerate(ends, start=1):
+            run("ip", "-n", host, "address", "add", f"{network}.{last}/24", "dev", "eth1")
+            run("ip", "-n", host, "link", "set", "eth1", "up")
+
     def rate(self, number: int | Literal["all"], rate: str) -> None:
         """Limit what a host sends, as in "100mbit". Raises: NotImplementedError on a kernel that cannot."""
         for each in self._numbers if number == "all" else [number]:
