@@ -224,6 +224,7 @@ class Attempt:
         if report["name"] not in self._running:
             return
         del self._running[report["name"]]
+        self._trained = self._trained or report["status"] == EXIT_STOPPED  # mpirun's ranks tell no last word
         for vitals in report["last"]:
             self.watch.hear(vitals, now)
         for rank in self.watch.ranks:

@@ -17,7 +17,7 @@ from mlx_ring.on_hosts import ask
 # What a checkout's digest is over, and where a file that is gone here must go there too.
 PACKAGES = ("mlx_ring", "hydra_plugins", "conf")
 IGNORED = ("/.venv", "/outputs", "/multirun", "__pycache__")  # where no git says what is
-UV_PATH = '"$HOME/.local/bin:$HOME/.cargo/bin:/opt/homebrew/bin:/usr/local/bin:$PATH"'
+UV_PATH = "~/.local/bin:~/.cargo/bin:/opt/homebrew/bin:$PATH"  # where its installers put it
 KEPT = r"uv\.lock|[^/]+\.py"  # of what git ignores
 NO_UV = 98  # exit status
 UV_REMEDY = "install uv there: pip install --user uv, or as its site says"

@@ -217,7 +217,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
 def test_nothing_speaks_of_one_machine() -> None:
     """No absolute path of somebody's disk, no host that packages came from."""
     forbidden = re.compile(
-        r"(?<![\w.])/(?:root|work|opt|home|Users)/(?!me/)|pypi\.|pythonhosted|--(?:extra-)?index-url|--find-links"
+        r"(?<![\w.])/(?:root|work|opt(?!/homebrew)|home|Users)/(?!me/)|pypi\.|pythonhosted|--(?:extra-)?index-url|--find-links"
     )
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
