@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_ring.check import Check, fail, ok, warn
+from mlx_ring.check import Check, fail, failed, ok, warn
 from mlx_ring.host_file import Host
 from mlx_ring.host_probe import TOKEN_BYTES
 from mlx_ring.probe_link import Answer, Probes
@@ -26,7 +26,7 @@ Facts = Mapping[str, Any]
 class Edge:
     """Rank `source`, on one host, connects to one address of the next, on another."""
 
-    rank: int  # of the target
+    rank: int  # of the source
     source: str
     target: str
     address: str
@@ -34,7 +34,7 @@ class Edge:
 
     @property
     def name(self) -> str:
-        return f"link to rank {self.rank} ({self.address})"
+        return f"link from rank {self.rank} ({self.address})"
 
 
 def edges(hosts: tuple[Host, ...]) -> list[Edge]:
@@ -43,7 +43,8 @@ def edges(hosts: tuple[Host, ...]) -> list[Edge]:
     port = LAUNCH_PORT
     for rank, host in enumerate(hosts):
         for address in host.ips:
-            found.append(Edge(rank, hosts[rank - 1].ssh, host.ssh, address, port))
+            before = (rank - 1) % len(hosts)
+            found.append(Edge(before, hosts[before].ssh, host.ssh, address, port))
             port += 1
     return found if len(hosts) > 1 else []
 
@@ -87,28 +88,56 @@ def _address(host: str, address: str, own: Mapping[str, Any], others: list[str],
 
 
 async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[str, Facts]) -> list[Check]:
-    """Connect and time every edge whose two hosts answered, one after the other, so that each has the network
-    to itself."""
+    """Of every edge whose two hosts answered: connected all at once, then timed one after the other, so that
+    each has the network to itself."""
     tried = [edge for edge in edges(hosts) if edge.source in probes and edge.target in probes]
-    listening = await asyncio.gather(*(listen(probes, edge.target, edge.address) for edge in tried))
-    checks: list[Check] = []
+    checks = [
+        check
+        for pair in await asyncio.gather(*(_connect(edge, probes, found[edge.source]) for edge in tried))
+        for check in pair
+    ]
+    bad = {check.name for check in failed(checks)}
     timed: list[tuple[Edge, Answer]] = []
-    for edge, (answer, token) in zip(tried, listening, strict=True):
-        if answer["error"]:
-            remedy = "correct its address in the host file: mlx-ring hosts check FILE --write"
-            checks.append(
-                fail(edge.name, edge.source, f"nothing can listen there: {answer['error']}", remedy)
-            )
-            continue
-        result = await probes[edge.source].ask(
-            "connect", address=edge.address, port=answer["port"], token=token, seconds=MEASURE_SECONDS
-        )
-        if result["error"]:
-            checks.append(_unreachable(edge, result, found[edge.source]))
-            continue
-        timed.append((edge, result))
-        checks.append(await _launch_port(edge, probes))
+    for edge in tried:
+        if edge.name not in bad:
+            _, result = await _try(edge, probes, 0, MEASURE_SECONDS)
+            if result["error"]:
+                checks.append(_unreachable(edge, result, found[edge.source]))
+            else:
+                timed.append((edge, result))
     return [*checks, *_speeds(timed)]
+
+
+async def _connect(edge: Edge, probes: Probes, source: Facts) -> list[Check]:
+    """What is wrong with an edge; else whether mlx.launch's port of it is free, and reached."""
+    listening, result = await _try(edge, probes, 0, 0)
+    if listening["error"]:
+        remedy = "correct its address in the host file: mlx-ring hosts check FILE --write"
+        return [fail(edge.name, edge.target, f"it cannot listen there: {listening['error']}", remedy)]
+    if result["error"]:
+        return [_unreachable(edge, result, source)]
+    name = f"port {edge.launch_port} of {edge.address}"
+    other = "give mlx.launch another --starting-port, or start with mlx-ring run, which takes free ports"
+    listening, result = await _try(edge, probes, edge.launch_port, 0)
+    if listening["in_use"]:
+        return [fail(name, edge.target, "another process listens there", f"end it, {other}")]
+    if listening["error"]:
+        return [fail(name, edge.target, f"it cannot listen there: {listening['error']}", other)]
+    if result["error"]:
+        remedy = f"open it in {edge.target}'s firewall, {other}"
+        return [fail(name, edge.target, f"{edge.source} cannot connect to it: {result['error']}", remedy)]
+    return [ok(name, edge.target, "free, and reached")]
+
+
+async def _try(edge: Edge, probes: Probes, port: int, seconds: float) -> tuple[Answer, Answer]:
+    """Listen at one end and connect from the other. Returns: what came of each."""
+    listening, token = await listen(probes, edge.target, edge.address, port)
+    if listening["error"]:
+        return listening, listening
+    result = await probes[edge.source].ask(
+        "connect", address=edge.address, port=listening["port"], token=token, seconds=seconds
+    )
+    return listening, result
 
 
 async def listen(probes: Probes, host: str, address: str, port: int = 0) -> tuple[Answer, str]:
@@ -117,36 +146,20 @@ async def listen(probes: Probes, host: str, address: str, port: int = 0) -> tupl
     return await probes[host].ask("listen", address=address, port=port, token=token), token
 
 
-async def _launch_port(edge: Edge, probes: Probes) -> Check:
-    """Whether mlx.launch's port of an edge is free, and reached."""
-    port = edge.launch_port
-    name = f"port {port} of {edge.address}"
-    other = "give mlx.launch another --starting-port, or start with mlx-ring run, which takes free ports"
-    answer, token = await listen(probes, edge.target, edge.address, port)
-    if answer["in_use"]:
-        return fail(name, edge.target, "another process listens there", f"end it, {other}")
-    if answer["error"]:
-        return fail(name, edge.target, f"nothing can listen there: {answer['error']}", other)
-    result = await probes[edge.source].ask("connect", address=edge.address, port=port, token=token, seconds=0)
-    if result["error"]:
-        remedy = f"open it in {edge.target}'s firewall, {other}"
-        return fail(name, edge.target, f"{edge.source} cannot connect to it: {result['error']}", remedy)
-    return ok(name, edge.target, "free, and reached")
-
-
 def _unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
-    detail = f"{edge.source} cannot connect: {result['error']}"
+    detail, host = f"{edge.source} cannot connect: {result['error']}", edge.target
     remedy = (
         f"check the cable and {edge.target}'s firewall, or use another address: mlx-ring hosts check FILE"
     )
     if not result["errno"] and "another program" in result["error"]:
         remedy = f"another machine has {edge.address} too: give each its own"
     elif source["system"] == "Darwin" and result["errno"] == errno.EHOSTUNREACH:
+        host = edge.source
         remedy = (
             "macOS refuses the local network to programs that were not started from Terminal or over ssh: "
             f"allow it under System Settings > Privacy & Security > Local Network on {edge.source}; {remedy}"
         )
-    return fail(edge.name, edge.source, detail, remedy)
+    return fail(edge.name, host, detail, remedy)
 
 
 def _speeds(timed: list[tuple[Edge, Answer]]) -> Iterator[Check]:
@@ -155,11 +168,10 @@ def _speeds(timed: list[tuple[Edge, Answer]]) -> Iterator[Check]:
         detail = speed(result)
         if result["bytes_per_second"] * SLOW_FACTOR < fastest:
             remedy = "the slowest link sets the pace of a ring: use another address, or a cable"
-            yield warn(
-                edge.name, edge.source, f"{detail}, where the fastest link has {_rate(fastest)}", remedy
-            )
+            detail = f"{detail}, where the fastest link has {_rate(fastest)}"
+            yield warn(edge.name, edge.target, detail, remedy)
         else:
-            yield ok(edge.name, edge.source, detail)
+            yield ok(edge.name, edge.target, detail)
 
 
 def speed(result: Answer) -> str:

@@ -107,7 +107,7 @@ def test_hosts_without_a_fault(lab: Lab) -> None:
     assert of_third == [
         "reachable", "python", "mlx", "mlx_ring", "source", "configuration", "machine", "blas",
         "libmpi", "disk", "sleep", "variables", f"address {lab.address(3)}", "clock",
-        f"port 32325 of {lab.address(3)}", f"link to rank 0 ({lab.address(1)})", "data", "exit status",
+        f"port 32325 of {lab.address(3)}", f"link from rank 1 ({lab.address(3)})", "data", "exit status",
     ]  # fmt: skip
     launched = [check for check in lab.checks if check["host"] == socket.gethostname()]
     assert [check["name"] for check in launched] == ["launch", "all-reduce", "latency", "bandwidth"]
@@ -277,7 +277,7 @@ def test_a_stale_address(lab: Lab) -> None:
     assert lab.doctor(hostfile=lab.hostfile((lab.address(1), lab.address(1)), (lab.address(2), stale))) == 3
     assert {(check["name"], check["host"]) for check in lab.bad()} == {
         (f"address {stale}", lab.address(2)),
-        (f"link to rank 1 ({stale})", lab.address(1)),
+        (f"link from rank 0 ({stale})", lab.address(2)),
     }
     assert all("hosts check FILE --write" in check["remedy"] for check in lab.bad())
     assert lab.address(2) in lab.bad()[0]["remedy"]  # what it has instead
@@ -342,9 +342,7 @@ def test_a_firewall(lab: Lab, ports: str) -> None:
     if ports == "32324":
         lab.names("port 32324", [f"{lab.address(1)} cannot connect"], "firewall")
     else:
-        lab.names(
-            "link to rank 1", [f"{lab.address(1)} cannot connect"], f"{lab.address(2)}'s firewall", number=1
-        )
+        lab.names("link from rank 0", [f"{lab.address(1)} cannot connect"], f"{lab.address(2)}'s firewall")
 
 
 def test_a_slow_link(lab: Lab) -> None:
@@ -355,4 +353,4 @@ def test_a_slow_link(lab: Lab) -> None:
         pytest.skip(str(error))
     finally:
         on(lab, 1, "tc qdisc del dev eth0 root || true")
-    lab.names("link to rank 1", ["Mbit/s, where the fastest link has"], "cable", number=1, status="warn")
+    lab.names("link from rank 0", ["Mbit/s, where the fastest link has"], "cable", status="warn")
