@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_ring.errors import ClusterError
+from mlx_ring.host_checks import Facts
 from mlx_ring.link_checks import MEASURE_SECONDS, listen, speed
-from mlx_ring.probe_link import Probes, probes
+from mlx_ring.probe_link import HostLost, Probes, probes
 
 ALIKE = 0.8  # of the fastest: as good, where more hosts reach it
-Facts = Mapping[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -44,39 +44,42 @@ class Address:
 Addresses = dict[str, list[Address]]  # by host, the best first
 
 
-async def measure(names: list[str], *, python: str, environment: dict[str, str]) -> Addresses:
-    """All addresses of these hosts, in the order of a ring. Raises: ClusterError naming a host that does not
-    answer, or that the one before it does not reach."""
+async def measure(
+    names: list[str], *, python: str, environment: dict[str, str]
+) -> tuple[Addresses, dict[str, str]]:
+    """All addresses of these hosts, in the order of a ring. Returns: also why a host could not be asked.
+
+    Raises: ClusterError for one machine by two names, or a host that is lost meanwhile.
+    """
     async with probes(names, python=python, environment=environment, anywhere=True) as (links, problems):
-        if problems:
-            raise ClusterError("; ".join(f"host {name}: {why}" for name, why in problems.items()))
-        facts = dict(zip(names, await asyncio.gather(*(_facts(links, name) for name in names)), strict=True))
-        _refuse_twins(facts)
-        found = {name: candidates(name, facts) for name in names}
-        for name in names:
-            await _open(links, name, found[name])
-        for position, name in enumerate(names):
-            await _try(links, names[position - 1], name, found[name])
-    return {name: sorted(each, key=_rank(each)) for name, each in found.items()}
+        ring = [name for name in names if name in links]
+        try:
+            told = await asyncio.gather(*(links[name].ask("facts", folder=".") for name in ring))
+            facts = dict(zip(ring, told, strict=True))
+            _refuse_twins(facts)
+            found = {name: candidates(name, facts) for name in ring}
+            for name in ring:
+                await _open(links, name, found[name])
+            for position, name in enumerate(ring):
+                await _try(links, ring[position - 1], name, found[name])
+        except HostLost as lost:
+            raise ClusterError(f"host {lost.host}: {lost}") from None
+    return {name: sorted(each, key=_rank(each)) for name, each in found.items()}, problems
 
 
 def candidates(name: str, facts: Mapping[str, Facts]) -> list[Address]:
     """What other hosts might reach a host by: not its loopback, nothing public, nothing that others have too
-    (a bridge of containers has the same address everywhere)."""
+    (a bridge of containers has the same address everywhere). A lone host may reach itself by its loopback."""
     found: list[Address] = []
     for ip, link in facts[name]["addresses"].items():
         others = [other for other, its in facts.items() if other != name and ip in its["addresses"]]
-        if link["kind"] == "loopback" or others:
+        if others or (link["kind"] == "loopback" and len(facts) > 1):
             continue
         address = Address(ip=ip, interface=link["interface"], kind=link["kind"])
         if ipaddress.ip_address(ip).is_global:
             address.problem = "public, and the ring's traffic is neither encrypted nor signed"
         found.append(address)
     return found
-
-
-async def _facts(links: Probes, name: str) -> Facts:
-    return await links[name].ask("facts", folder=".")
 
 
 def _refuse_twins(facts: Mapping[str, Facts]) -> None:
@@ -122,7 +125,7 @@ def _rank(addresses: list[Address]) -> Any:
 
     def key(address: Address) -> tuple[Any, ...]:
         slow = address.bytes_per_second < ALIKE * fastest
-        wireless = "wi-fi" in address.kind.lower()
-        return bool(address.problem), slow, -len(address.reached_by), wireless, -address.bytes_per_second
+        poor = address.kind.lower() in ("wi-fi", "loopback")
+        return bool(address.problem), slow, -len(address.reached_by), poor, -address.bytes_per_second
 
     return key

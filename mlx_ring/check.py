@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_ring.errors import ClusterError
 
+FOUND = "found: "  # begins the line in which a process of ours tells what it found, among what others print
 Status = Literal["ok", "warn", "fail"]
 
 
@@ -31,6 +32,12 @@ def warn(name: str, host: str, detail: str, remedy: str) -> Check:
 
 def fail(name: str, host: str, detail: str, remedy: str) -> Check:
     return Check(name=name, host=host, status="fail", detail=detail, remedy=remedy)
+
+
+def found_in(text: str) -> Any:
+    """What a process of ours told in a line of its output; None where it did not."""
+    told = [line.partition(FOUND)[2] for line in text.splitlines() if FOUND in line]
+    return json.loads(told[-1]) if told else None
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:

@@ -11,7 +11,7 @@ from mlx_ring import __version__
 from mlx_ring.check import tell
 from mlx_ring.checkpoint_commands import checkpoint
 from mlx_ring.errors import ConfigError, MlxRingError, TrainingError
-from mlx_ring.host_commands import hosts
+from mlx_ring.host_commands import hosts, with_python
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,7 +61,7 @@ cli.add_command(hosts)
     help="Preload OpenBLAS on Linux CPUs, with so many threads a rank (1 in exact mode).",
 )
 @click.option("--leash", is_flag=True, hidden=True, help="Stop where stdin ends: with who started it.")
-@click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
+@with_python
 @click.argument("overrides", nargs=-1)
 def run(
     ranks: int | None,
@@ -128,7 +128,7 @@ def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
 @click.option("--hostfile", type=click.Path(path_type=Path), help="Check every host listed, over ssh.")
 @click.option("--exact", is_flag=True, help="Check instead whether each operation repeats its bits here.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--python", default=sys.executable, help="The interpreter, the same path on every host.")
+@with_python
 @click.argument("overrides", nargs=-1)
 def doctor(
     hostfile: Path | None, exact: bool, as_json: bool, python: str, overrides: tuple[str, ...]
@@ -148,10 +148,10 @@ def doctor(
         from mlx_ring.exact_checks import exact_checks  # loads MLX
 
         return tell(exact_checks(), click.echo, as_json=as_json, with_hosts=False)
-    from mlx_ring.doctor import examination, examine
+    from mlx_ring.doctor import examine
 
-    asked = examination(hostfile, python, list(overrides))
-    return tell(examine(asked), click.echo, as_json=as_json, with_hosts=hostfile is not None)
+    found = examine(hostfile, python, list(overrides))
+    return tell(found, click.echo, as_json=as_json, with_hosts=hostfile is not None)
 
 
 @cli.command()

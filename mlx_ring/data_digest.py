@@ -3,6 +3,7 @@
 import json
 import sys
 
+from mlx_ring.check import FOUND
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
 from mlx_ring.errors import MlxRingError
@@ -18,7 +19,7 @@ def main() -> None:
         found = {"digest": open_data(config, alone).dataset.digest, "name": config.data.name}
     except MlxRingError as error:
         found = {"error": str(error)}
-    print(json.dumps(found))
+    print(f"{FOUND}{json.dumps(found)}")
 
 
 if __name__ == "__main__":

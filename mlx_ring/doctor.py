@@ -1,11 +1,10 @@
 """The command `mlx-ring doctor`: whether hosts can train together, before they are to. No mlx here.
 
-First every host is looked at, all at once, by the Python that would run its ranks (`host_probe`); then, where
-nothing failed, ranks are launched as those of a run are, and what they do is compared with what they should.
+First every host is looked at, all at once, by the Python that would run its ranks (`host_probe`); then their
+data is compared; then, where nothing failed, ranks are launched as those of a run are (`trial_launch`).
 """
 
 import asyncio
-import json
 import socket
 import sys
 import time
@@ -15,88 +14,98 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring import host_checks
-from mlx_ring.check import Check, fail, failed, ok, warn
+from mlx_ring.check import Check, fail, failed, found_in, ok, warn
 from mlx_ring.composition import compose_run
-from mlx_ring.errors import ConfigError
+from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.host_checks import Facts
 from mlx_ring.host_file import Host, HostFile, read_hostfile
 from mlx_ring.launcher import HERE
-from mlx_ring.link_checks import address_checks, link_checks
+from mlx_ring.link_checks import LOCAL_NETWORK, address_checks, link_checks
 from mlx_ring.on_hosts import ask
 from mlx_ring.probe_link import HostLost, ProbeLink, Probes, probes
 from mlx_ring.trial_launch import LOCAL_RANKS, launch
 
+DATA_SECONDS = 600.0  # for opening the data of a run; text is turned into tokens first
 REACH = "try by hand: ssh -o BatchMode=yes {host} true must say nothing and ask nothing"
+CHANGED_KEY = "its key is another one now: where that is right, ssh-keygen -R {host}, then ssh {host} once"
+UNKNOWN_KEY = "its key is unknown here: ssh {host} once, compare the key, and say yes"
+FOLDER = "mlx-ring hosts sync FILE copies this folder there"
+INTERPRETER = "mlx-ring hosts sync FILE makes the environment there; or give --python"
 REMEDIES = (  # by what ssh or the other side says
-    (
-        "REMOTE HOST IDENTIFICATION HAS CHANGED",
-        "its key is another one now: if that is right, ssh-keygen -R {host}",
-    ),
-    (
-        "Host key verification failed",
-        "its key is unknown here: ssh {host} once, compare the key, and say yes",
-    ),
+    ("has changed and you have requested strict checking", CHANGED_KEY),
+    ("Host key verification failed", UNKNOWN_KEY),
     ("Permission denied", "it does not take this user's key: ssh-copy-id {host}"),
     ("Could not resolve", "correct its name in the host file, or in ssh's config"),
     ("cannot be run", "give an interpreter that is there, with --python"),
     ("refused", "switch Remote Login (sshd) on there"),
-    ("it has no folder", "mlx-ring hosts sync FILE copies this folder there"),
-    ("it has no ", "mlx-ring hosts sync FILE makes the environment there; or give --python"),
+    ("it has no folder", FOLDER),
+    ("it has no ", INTERPRETER),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examination:
-    """What is to be looked at: the hosts of a host file, or this machine."""
+class Meant:
+    """The run that is meant: what its hosts are looked at for."""
 
-    hostfile: Path | None
-    python: str
-    overrides: list[str]  # of the run that is meant; its data is compared
-    directory: str  # of that run
+    overrides: list[str]
+    directory: str
+    distributes: bool  # whether rank 0 sends its data to hosts that lack it
 
-    def read(self) -> HostFile:
-        """Raises: ConfigError for a host file with a mistake."""
-        if self.hostfile is not None:
-            return read_hostfile(self.hostfile)
-        here = Host(ssh=HERE[1], ips=(HERE[1],))
-        return HostFile(hosts=(here,) * LOCAL_RANKS, envs={}, backend=None)
-
-
-def examination(hostfile: Path | None, python: str, overrides: list[str]) -> Examination:
-    """Raises: ConfigError for overrides with a mistake."""
-    if not any(item.startswith("run.dir=") for item in overrides):
-        overrides = [*overrides, "run.dir=outputs/doctor"]  # where nothing is written
-    directory = compose_run(*overrides).record["run"]["dir"]
-    return Examination(hostfile=hostfile, python=python, overrides=overrides, directory=directory)
+    @staticmethod
+    def by(overrides: list[str]) -> "Meant":
+        """Raises: ConfigError for overrides with a mistake."""
+        if not any(item.startswith("run.dir=") for item in overrides):
+            overrides = [*overrides, "run.dir=outputs/doctor"]  # which is never made
+        config = compose_run(*overrides)
+        directory = config.record["run"]["dir"]
+        distributes = getattr(config.data, "distribute", False)
+        return Meant(overrides=overrides, directory=directory, distributes=distributes)
 
 
-def examine(examination: Examination) -> Iterator[Check]:
-    """All checks, as they are done."""
+def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterator[Check]:
+    """All checks of the hosts of a host file, or of this machine: each group once it is done.
+
+    Raises: ConfigError for overrides with a mistake. Whatever else fails is a finding.
+    """
+    meant = Meant.by(overrides)
     try:
-        file = examination.read()
+        file = read_hostfile(hostfile) if hostfile is not None else _this_machine()
     except ConfigError as error:
         yield fail("host file", socket.gethostname(), str(error), "correct it; mlx-ring hosts makes one")
         return
-    checks = asyncio.run(_look(examination, file))
-    yield from map(_named, checks)
-    if failed(checks):
-        yield warn("launch", socket.gethostname(), "not tried", "mend what failed above, then ask again")
-        return
-    yield from map(_named, asyncio.run(launch(examination.hostfile, examination.python)))
+    try:
+        yield from map(_named, _examine(file, hostfile, python, meant))
+    except MlxRingError as error:
+        yield fail("doctor", socket.gethostname(), str(error), "ask again; if it stays, look at that host")
+
+
+def _this_machine() -> HostFile:
+    here = Host(ssh=HERE[1], ips=(HERE[1],))
+    return HostFile(hosts=(here,) * LOCAL_RANKS, envs={}, backend=None)
+
+
+def _examine(file: HostFile, hostfile: Path | None, python: str, meant: Meant) -> Iterator[Check]:
+    checks, able = asyncio.run(_look(file, python, meant))
+    yield from checks
+    of_data = asyncio.run(_data(file, python, meant, able))
+    yield from of_data
+    if failed([*checks, *of_data]):
+        yield warn("launch", HERE[1], "not tried", "mend what failed above, then ask again")
+    else:
+        yield from asyncio.run(launch(hostfile, python))
 
 
 def _named(check: Check) -> Check:
     """With this machine's own name, where it is meant."""
-    if check.host not in HERE:
-        return check
-    return replace(check, host=socket.gethostname())
+    return replace(check, host=socket.gethostname()) if check.host in HERE else check
 
 
-async def _look(examination: Examination, file: HostFile) -> list[Check]:
+async def _look(file: HostFile, python: str, meant: Meant) -> tuple[list[Check], list[str]]:
+    """Returns: also the hosts that have what is installed here."""
     async with probes([HERE[1]], python=sys.executable, environment={}) as (own, _):
-        here = await own[HERE[1]].ask("facts", folder=examination.directory)
-    able: list[str] = []
-    async with probes(file.names, python=examination.python, environment=file.envs) as (links, problems):
-        found = await _facts(links, problems, examination.directory)
+        here = await own[HERE[1]].ask("facts", folder=meant.directory)
+    async with probes(file.names, python=python, environment=file.envs) as (links, problems):
+        found = await _facts(links, problems, meant.directory)
         checks = [_reached(name, problems, found) for name in file.names]
         checks += host_checks.judge(found, here)
         checks += address_checks(file.hosts, found)
@@ -106,12 +115,11 @@ async def _look(examination: Examination, file: HostFile) -> list[Check]:
             checks += await link_checks(file.hosts, reached, found)
         except HostLost as lost:
             checks.append(fail("reachable", lost.host, str(lost), REACH.format(host=lost.host)))
-        version = here["packages"]["mlx-ring"]
-        able = [name for name, facts in found.items() if facts["packages"]["mlx-ring"] == version]
-    return [*checks, *await _data(examination, file, able)]
+    unfit = {check.host for check in failed(checks) if check.name in ("python", "mlx", "mlx_ring")}
+    return checks, [name for name in found if name not in unfit]
 
 
-async def _facts(links: Probes, problems: dict[str, str], directory: str) -> dict[str, dict[str, Any]]:
+async def _facts(links: Probes, problems: dict[str, str], directory: str) -> dict[str, Facts]:
     """Of every host that tells them; why another does not goes to `problems`."""
 
     async def one(link: ProbeLink) -> dict[str, Any]:
@@ -125,11 +133,13 @@ async def _facts(links: Probes, problems: dict[str, str], directory: str) -> dic
     return {name: facts for name, facts in zip(links, told, strict=True) if facts}
 
 
-def _reached(name: str, problems: dict[str, str], found: dict[str, Any]) -> Check:
+def _reached(name: str, problems: dict[str, str], found: dict[str, Facts]) -> Check:
     if why := problems.get(name):
         remedy = next((remedy for words, remedy in REMEDIES if words in why), REACH)
+        if sys.platform == "darwin" and "No route to host" in why:
+            remedy = LOCAL_NETWORK
         return fail("reachable", name, why, remedy.format(host=name))
-    twin = next((other for other in found if found[other]["machine"] == found[name]["machine"]), name)
+    twin = next(other for other in found if found[other]["machine"] == found[name]["machine"])
     if twin != name:
         remedy = "list one name twice instead, for two ranks there"
         return fail("reachable", name, f"it is the same machine as {twin}", remedy)
@@ -141,25 +151,24 @@ async def _clock(link: ProbeLink) -> Check:
     tries: list[tuple[float, float]] = []
     for _ in range(3):
         start = time.time()
-        there = (await link.ask("time"))["time"]
+        there = (await link.ask("clock"))["time"]
         end = time.time()
         tries.append((end - start, there - (start + end) / 2))
     took, ahead = min(tries)
     return host_checks.skew(link.host, ahead, took / 2)
 
 
-async def _data(examination: Examination, file: HostFile, names: list[str]) -> list[Check]:
-    """Whether all hosts hold the data that the run would draw from. Of hosts with this version."""
-    command = [examination.python, "-m", "mlx_ring.data_digest", *examination.overrides]
-    answers = await asyncio.gather(*(ask(name, command, file.envs) for name in names))
+async def _data(file: HostFile, python: str, meant: Meant, names: list[str]) -> list[Check]:
+    """Whether all hosts that can tell hold the data that the run would draw from. Where rank 0 sends it, only
+    its own host must."""
+    if meant.distributes:
+        names = [name for name in names if name == file.hosts[0].ssh]
+    command = [python, "-m", "mlx_ring.data_digest", *meant.overrides]
+    answers = await asyncio.gather(*(ask(name, command, file.envs, seconds=DATA_SECONDS) for name in names))
     found: dict[str, dict[str, str]] = {}
     for answer in answers:
-        try:
-            found[answer.host] = json.loads(answer.stdout)
-        except ValueError:
-            found[answer.host] = {
-                "error": " ".join(answer.stderr.split())[-300:] or f"status {answer.status}"
-            }
+        lines = answer.stderr.splitlines() or [f"status {answer.status}"]
+        found[answer.host] = found_in(answer.stdout.decode(errors="replace")) or {"error": lines[-1]}
     digests = [each["digest"] for each in found.values() if "digest" in each]
     usual = max(digests, key=digests.count, default="")
     having = [name for name, each in found.items() if each.get("digest") == usual]

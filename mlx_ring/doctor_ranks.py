@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ring import heartbeat
+from mlx_ring.check import FOUND
 from mlx_ring.communicator import Communicator
 from mlx_ring.errors import MlxRingError
 from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.trial_launch import FAREWELL, FOUND
+from mlx_ring.trial_launch import FAREWELL
 
 REPEATS, LARGE_REPEATS = 50, 5
 CHECKED = 2**18  # integers

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import psutil
 from mlx_ring import __version__
 from mlx_ring.errors import MlxRingError
 from mlx_ring.heartbeat import GO, JOB, LEASE_SECONDS, REACHED, READY, agent_directory
+from mlx_ring.host_probe import machine
 from mlx_ring.rank_processes import GRACE_SECONDS, LINE_BYTES, MPIRUN, RankProcess, end
 from mlx_ring.ring_addresses import sweep_port_locks
 from mlx_ring.run_status import RunStatus
@@ -53,7 +53,7 @@ class HostAgent:
     async def run(self) -> None:
         """Obey until there is nobody left to obey."""
         host = socket.gethostname()
-        self._report("ready", version=__version__, pid=os.getpid(), host=host, machine=_machine())
+        self._report("ready", version=__version__, pid=os.getpid(), host=host, machine=machine())
         pulse = asyncio.create_task(self._pulse())
         try:
             while order := await self._next_order():
@@ -253,11 +253,6 @@ def _conclude(directory: Path, state: str, message: str) -> None:
     with contextlib.suppress(OSError, MlxRingError):
         if directory.is_dir():
             RunStatus.conclude(directory, state, message)
-
-
-def _machine() -> str:
-    """Equal for two names of one host alone."""
-    return f"{uuid.getnode():x}-{agent_directory('').name}"
 
 
 async def _main() -> None:

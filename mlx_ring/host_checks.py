@@ -10,7 +10,7 @@ from typing import Any
 from mlx_ring.check import Check, fail, ok, warn
 
 Facts = Mapping[str, Any]  # what `host_probe.facts` gives
-By_host = Mapping[str, Facts]
+ByHost = Mapping[str, Facts]
 
 PYTHONS = ((3, 11), (3, 14))  # from, and below
 LIBRARIES = ("numpy", "hydra-core", "omegaconf", "safetensors")
@@ -21,21 +21,21 @@ OF_LAUNCHERS = ("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_IBV_DEVICES",
 PRELOAD = "mlx-ring run --openblas 1 preloads it, or LD_PRELOAD={library} OPENBLAS_NUM_THREADS=1 does"
 
 
-def judge(found: By_host, here: Facts) -> Iterator[Check]:
+def judge(found: ByHost, here: Facts) -> Iterator[Check]:
     """Findings of every host, from facts alone. `here`: of the machine that asks, which breaks a tie."""
     for host, facts in found.items():
-        yield _python(host, found, here)
-        yield _mlx(host, found, here)
-        yield _mlx_ring(host, found, here)
+        yield _python(host, facts, here)
+        yield _mlx(host, facts, here)
+        yield _mlx_ring(host, facts, here)
         if facts["packages"]["mlx-ring"]:
-            yield from _sources(host, found, here)
+            yield from _sources(host, facts, here)
         yield _kind(host, found, here)
         if facts["system"] == "Linux" and facts["build"] == "mlx-cpu":
             yield _blas(host, facts)
         yield _libmpi(host, found)
         yield _disk(host, facts)
-        yield _sleep(host, facts)
-        yield _variables(host, found, here)
+        yield sleep(host, facts)
+        yield from variables(host, found, here)
 
 
 def skew(host: str, seconds: float, uncertain_seconds: float) -> Check:
@@ -47,19 +47,19 @@ def skew(host: str, seconds: float, uncertain_seconds: float) -> Check:
     return warn("clock", host, detail, remedy)
 
 
-def _usual(found: By_host, here: Facts, value: Callable[[Facts], Any]) -> Any:
+def _usual(found: ByHost, here: Facts, value: Callable[[Facts], Any]) -> Any:
     """What most hosts have; of equally frequent values the one here."""
     counts = Counter(value(facts) for facts in found.values())
     return max(counts, key=lambda each: (counts[each], each == value(here)))
 
 
-def _others(found: By_host, value: Callable[[Facts], Any], usual: Any) -> str:
+def _others(found: ByHost, value: Callable[[Facts], Any], usual: Any) -> str:
     """The hosts that have the usual value, in words."""
     names = [host for host, facts in found.items() if value(facts) == usual]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _differs(host: str, found: By_host, here: Facts, value: Callable[[Facts], Any]) -> tuple[Any, str] | None:
+def _differs(host: str, found: ByHost, here: Facts, value: Callable[[Facts], Any]) -> tuple[Any, str] | None:
     """The usual value and who has it, where this host has another."""
     usual = _usual(found, here, value)
     if value(found[host]) == usual:
@@ -67,76 +67,70 @@ def _differs(host: str, found: By_host, here: Facts, value: Callable[[Facts], An
     return usual, _others(found, value, usual)
 
 
-def _python(host: str, found: By_host, here: Facts) -> Check:
-    def minor(facts: Facts) -> str:
-        return ".".join(facts["python"].split(".")[:2])
+# What `mlx-ring hosts sync` brings to hosts is held against what is here.
 
-    facts = found[host]
+
+def _python(host: str, facts: Facts, here: Facts) -> Check:
+    own, ours = (".".join(each["python"].split(".")[:2]) for each in (facts, here))
     detail = f"{facts['python']}, {facts['executable']}"
-    number = tuple(int(part) for part in minor(facts).split("."))
+    number = tuple(int(part) for part in own.split("."))
     (low, high), remedy = PYTHONS, f"give another with --python, the same path on every host; {SYNC}"
     if not low <= number < high:
         supported = f"{low[0]}.{low[1]} to {high[0]}.{high[1] - 1}"
         return fail("python", host, f"{detail}: mlx_ring needs {supported}", remedy)
-    if differs := _differs(host, found, here, minor):
-        return fail("python", host, f"{detail}: {differs[1]} has {differs[0]}", remedy)
+    if own != ours:
+        return fail("python", host, f"{detail}: {here['python']} here", remedy)
     return ok("python", host, detail)
 
 
-def _mlx(host: str, found: By_host, here: Facts) -> Check:
-    def version(facts: Facts) -> str:
-        return facts["packages"]["mlx"]
-
-    facts = found[host]
-    detail = f"{version(facts) or 'not installed'}{', ' if facts['build'] else ''}{facts['build']}"
-    if not version(facts):
+def _mlx(host: str, facts: Facts, here: Facts) -> Check:
+    own, ours = facts["packages"]["mlx"], here["packages"]["mlx"]
+    detail = f"{own}{', ' if facts['build'] else ''}{facts['build']}"
+    if not own:
         return fail("mlx", host, f"not installed in {facts['executable']}", SYNC)
     if facts["mlx_problem"]:
-        remedy = "reinstall it there"
+        remedy = "reinstall it there, in a build for that machine"
         if "libmlx" in facts["mlx_problem"]:
             remedy = "install one of the extras cpu, cuda12 and cuda13 there: mlx alone holds no library"
         return fail("mlx", host, f"{detail} cannot be loaded: {facts['mlx_problem']}", remedy)
-    if differs := _differs(host, found, here, version):
-        return fail("mlx", host, f"{detail}: {differs[1]} has {differs[0]}", SYNC)
+    if own != ours:
+        return fail("mlx", host, f"{detail}: {ours} here", SYNC)
     return ok("mlx", host, detail)
 
 
-def _mlx_ring(host: str, found: By_host, here: Facts) -> Check:
-    def version(facts: Facts) -> str:
-        return facts["packages"]["mlx-ring"]
-
-    packages, own = found[host]["packages"], version(found[host])
+def _mlx_ring(host: str, facts: Facts, here: Facts) -> Check:
+    packages, own = facts["packages"], facts["packages"]["mlx-ring"]
     if not own:
-        return fail("mlx_ring", host, f"not installed in {found[host]['executable']}", SYNC)
-    if own != version(here):  # which starts the ranks, and speaks with them
-        return fail("mlx_ring", host, f"{own}: {version(here)} here", SYNC)
+        return fail("mlx_ring", host, f"not installed in {facts['executable']}", SYNC)
+    if own != here["packages"]["mlx-ring"]:
+        return fail("mlx_ring", host, f"{own}: {here['packages']['mlx-ring']} here", SYNC)
+    if facts["mlx_ring_problem"] and not facts["mlx_problem"]:
+        return fail("mlx_ring", host, f"{own} cannot be loaded: {facts['mlx_ring_problem']}", SYNC)
     for name in LIBRARIES:
-        if differs := _differs(host, found, here, lambda facts, name=name: facts["packages"][name]):
-            detail = f"{own}; {name} {packages[name] or 'not installed'}: {differs[1]} has {differs[0]}"
+        if packages[name] != here["packages"][name]:
+            detail = f"{own}; {name} {packages[name]}: {here['packages'][name]} here"
             return warn("mlx_ring", host, detail, SYNC)
     return ok("mlx_ring", host, own)
 
 
-def _sources(host: str, found: By_host, here: Facts) -> Iterator[Check]:
+def _sources(host: str, facts: Facts, here: Facts) -> Iterator[Check]:
     for name, what in (("source", "mlx_ring's own code"), ("configuration", "conf/")):
-        if differs := _differs(host, found, here, lambda facts, name=name: facts[name]):
-            detail = f"{what} is {found[host][name][:8]}: {differs[1]} has {differs[0][:8]}"
+        own, ours = facts[name][:8], here[name][:8]
+        if own != ours:
+            detail = f"{what} has digest {own}: {ours} here"
             yield fail(name, host, detail, f"bring every host to the same commit; {SYNC}")
         else:
-            yield ok(name, host, found[host][name][:8])
-    names = sorted({name for facts in found.values() for name in facts["own_code"]})
+            yield ok(name, host, own)
     odd = [
-        f"{name} differs from that of {differs[1]}"
-        if name in found[host]["own_code"]
-        else f"{name} is missing"
-        for name in names
-        if (differs := _differs(host, found, here, lambda facts, name=name: facts["own_code"].get(name)))
+        f"{name} {'differs from the one here' if name in facts['own_code'] else 'is missing'}"
+        for name, ours in here["own_code"].items()
+        if facts["own_code"].get(name) != ours
     ]
     if odd:
         yield warn("own code", host, "; ".join(odd[:5]), SYNC)
 
 
-def _kind(host: str, found: By_host, here: Facts) -> Check:
+def _kind(host: str, found: ByHost, here: Facts) -> Check:
     def kind(facts: Facts) -> tuple[str, str]:
         return facts["chip"], facts["build"]
 
@@ -162,7 +156,7 @@ def _blas(host: str, facts: Facts) -> Check:
     return warn("blas", host, f"{detail} as OpenBLAS's, which is not installed", remedy)
 
 
-def _libmpi(host: str, found: By_host) -> Check:
+def _libmpi(host: str, found: ByHost) -> Check:
     own = found[host]["libmpi"]
     if own:
         return ok("libmpi", host, own)
@@ -186,29 +180,38 @@ def _disk(host: str, facts: Facts) -> Check:
     return ok("disk", host, detail)
 
 
-def _sleep(host: str, facts: Facts) -> Check:
-    sleep = facts["sleep"]
-    if sleep["minutes"]:
-        detail = f"falls asleep after {sleep['minutes']} idle minutes"
+def sleep(host: str, facts: Facts) -> Check:
+    """Whether a host falls asleep by itself."""
+    found = facts["sleep"]
+    if found["minutes"]:
+        detail = f"falls asleep after {found['minutes']} idle minutes"
         remedy = "sudo pmset -a sleep 0; runs keep it awake, but asleep before them it cannot be reached"
         return warn("sleep", host, detail, remedy)
-    if sleep["battery"]:
+    if found["battery"]:
         return warn("sleep", host, "a laptop: it sleeps when closed", "leave it open and plugged in")
     return ok("sleep", host, "does not fall asleep by itself")
 
 
-def _variables(host: str, found: By_host, here: Facts) -> Check:
+def variables(host: str, found: ByHost, here: Facts) -> Iterator[Check]:
+    """Those that MLX, BLAS and the loader read, each against the other hosts' and by itself."""
     own: Mapping[str, str] = found[host]["variables"]
-    if stray := [name for name in OF_LAUNCHERS if name in own]:
-        remedy = f"unset it in that host's shell profile: {', '.join(stray)} is for a launcher to set"
-        return warn("variables", host, " ".join(f"{name}={own[name]}" for name in stray), remedy)
+    fine = True
     for name in sorted({name for facts in found.values() for name in facts["variables"]}):
-        if differs := _differs(host, found, here, lambda facts, name=name: facts["variables"].get(name)):
+        differs = _differs(host, found, here, lambda facts, name=name: facts["variables"].get(name))
+        if name in OF_LAUNCHERS and name in own:
+            remedy = "unset it in that host's shell profile: it is for a launcher to set"
+            yield warn("variables", host, f"{name}={own[name]}", remedy)
+        elif differs and name not in OF_LAUNCHERS:
             detail = f"{name} is {own.get(name, 'unset')}: {differs[1]} has {differs[0] or 'it unset'}"
             remedy = f"set {name} alike on every host, by envs of the host file or not at all"
             refused = name == "MLX_METAL_FAST_SYNCH"  # by the ranks, when they meet
-            return (fail if refused else warn)("variables", host, detail, remedy)
-    if own.get("MLX_METAL_FAST_SYNCH", "0") != "0":
-        remedy = "leave it unset: it can wedge the GPU until the machine is started anew"
-        return warn("variables", host, "MLX_METAL_FAST_SYNCH is set", remedy)
-    return ok("variables", host, ", ".join(f"{name}={own[name]}" for name in sorted(own)) or "none is set")
+            yield (fail if refused else warn)("variables", host, detail, remedy)
+        elif name == "MLX_METAL_FAST_SYNCH" and own.get(name, "0") != "0":
+            remedy = "leave it unset: it can wedge the GPU until the machine is started anew"
+            yield warn("variables", host, f"{name}={own[name]}", remedy)
+        else:
+            continue
+        fine = False
+    if fine:
+        shown = ", ".join(f"{name}={own[name]}" for name in sorted(own))
+        yield ok("variables", host, shown or "none is set")

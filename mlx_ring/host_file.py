@@ -47,7 +47,11 @@ def read_hostfile(path: Path) -> HostFile:
     Raises: ConfigError for a file that cannot be read, is no host file, or names hosts that no ring can join.
     """
     subject = f"host file {path}"
-    content = read_json(path, subject)
+    return parse_hostfile(read_json(path, subject), subject)
+
+
+def parse_hostfile(content: object, subject: str) -> HostFile:
+    """Of a host file's content. Raises: ConfigError, beginning with `subject`."""
     settings = _keys(subject, content, ("backend", "envs", "hosts")) if isinstance(content, dict) else {}
     entries = settings.get("hosts") if isinstance(content, dict) else content
     if not isinstance(entries, list) or not entries:

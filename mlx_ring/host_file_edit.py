@@ -1,14 +1,16 @@
-"""A host file changed in place: hosts come and go, addresses change, the rest stays as it was. No mlx."""
+"""A host file changed in place: hosts come and go, addresses change, other settings stay. No mlx here."""
 
+import contextlib
 import json
 import os
 import secrets
+import stat
 import sys
 from pathlib import Path
 from typing import Any
 
 from mlx_ring.errors import ConfigError
-from mlx_ring.host_file import HostFile, check_ssh_name, read_hostfile
+from mlx_ring.host_file import HostFile, check_ssh_name, parse_hostfile, read_hostfile
 from mlx_ring.host_json import read_json
 
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
@@ -19,12 +21,12 @@ class HostFileEdit:
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
         """`make`: whether the file may be missing. Raises: ConfigError for one with a mistake."""
-        self.path = path
+        self.path, self._subject = path, f"host file {path}"
         self.file: HostFile | None = None
         self._content: dict[str, Any] = {"backend": "ring", "envs": [], "hosts": []}
         if path.exists() or not make:
             self.file = read_hostfile(path)
-            content: Any = read_json(path, f"host file {path}")
+            content: Any = read_json(path, self._subject)
             self._content |= content if isinstance(content, dict) else {"hosts": content}
 
     @property
@@ -36,6 +38,16 @@ class HostFileEdit:
     def environment(self) -> dict[str, str]:
         """What is set on every host."""
         return self.file.envs if self.file is not None else {}
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Of each machine listed."""
+        return {host.ssh: host.ips for host in self.file.hosts} if self.file is not None else {}
+
+    def refuse_several_addresses(self) -> None:
+        """Raises: ConfigError where hosts have more than one each, which only a person can choose."""
+        if any(len(ips) > 1 for ips in self.addresses.values()):
+            raise ConfigError(f"{self.path} gives several addresses a host: correct it by hand")
 
     def refuse_listed(self, names: list[str]) -> None:
         """Raises: ConfigError for a name that no host can have, or that is listed already."""
@@ -49,14 +61,19 @@ class HostFileEdit:
     def add(self, name: str, address: str) -> None:
         self._content["hosts"].append({"ssh": name, "ips": [address]})
 
-    def remove(self, name: str) -> None:
-        """Raises: ConfigError where it is not listed, or is the last."""
-        if name not in self.names:
-            raise ConfigError(f"{name} is not listed in {self.path}; it has {', '.join(self.names)}")
-        rest = [entry for entry in self._content["hosts"] if entry["ssh"] != name]
+    def remove(self, names: tuple[str, ...]) -> None:
+        """Raises: ConfigError where one is not listed, or none would be left."""
+        for name in names:
+            if name not in self.names:
+                raise ConfigError(f"{name} is not listed in {self.path}; it has {', '.join(self.names)}")
+        rest = [entry for entry in self._content["hosts"] if entry["ssh"] not in names]
         if not rest:
-            raise ConfigError(f"{name} is the last host of {self.path}; remove the file instead")
+            raise ConfigError(f"{names[-1]} is the last host of {self.path}; remove the file instead")
         self._content["hosts"] = rest
+
+    def replace(self, file: HostFile) -> None:
+        """Other hosts, and their order."""
+        self._content["hosts"] = [{"ssh": host.ssh, "ips": list(host.ips)} for host in file.hosts]
 
     def set_address(self, name: str, address: str) -> None:
         for entry in self._content["hosts"]:
@@ -70,20 +87,24 @@ class HostFileEdit:
 
     def save(self) -> None:
         """One host a line. Nothing changes where the new content would be refused. Raises: ConfigError."""
+        self.file = parse_hostfile(self._content, self._subject)
         *rest, hosts = sorted(self._content.items(), key=lambda item: item[0] == "hosts")
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rest]
         entries = ",\n".join(f"    {json.dumps(entry)}" for entry in hosts[1])
         lines.append(f'  "hosts": [\n{entries}\n  ]')
-        temporary = self.path.with_name(f".{self.path.name}-{secrets.token_hex(4)}")
+        path = self.path.resolve()  # what a link leads to
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            self.file = read_hostfile(temporary)
-            temporary.replace(self.path)
+            if path.exists():  # its variables may be secrets
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            temporary.replace(path)
         except OSError as error:
-            raise ConfigError(f"host file {self.path} cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{self._subject} cannot be written: {error.strerror}") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def path_variable(python: str = sys.executable) -> str:

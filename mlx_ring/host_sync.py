@@ -1,24 +1,27 @@
 """This folder and its environment on every host of a host file: rsync, then `uv sync` there. No mlx here."""
 
 import asyncio
+import os
+import re
 import shlex
 import subprocess
 import sys
-from asyncio.subprocess import PIPE
+import tempfile
 from pathlib import Path
-from re import fullmatch
 
+import mlx_ring
 from mlx_ring.check import Check, fail, ok
 from mlx_ring.errors import ConfigError
 from mlx_ring.host_file import HostFile
 from mlx_ring.launcher import HERE, SSH, ssh_problem
-from mlx_ring.on_hosts import ask
+from mlx_ring.on_hosts import Answer, ask, run
 
-# What a checkout's digest is over, and where a file that is gone here must go there too.
+# What the digests of mlx_ring are over: a file of these that is gone here must go there too.
 PACKAGES = ("mlx_ring", "hydra_plugins", "conf")
-IGNORED = ("/.venv", "/outputs", "/multirun", "__pycache__")  # where no git says what is
-UV_PATH = "~/.local/bin:~/.cargo/bin:/opt/homebrew/bin:$PATH"  # where its installers put it
+TOKEN = ".mlx_ring_sync-"
+IGNORED = ("/.venv", "/outputs", "/multirun", "__pycache__", ".env")  # where git does not say what is
 KEPT = r"uv\.lock|[^/]+\.py"  # of what git ignores
+UV_PATH = "~/.local/bin:~/.cargo/bin:/opt/homebrew/bin:$PATH"  # where its installers put it
 NO_UV = 98  # exit status
 UV_REMEDY = "install uv there: pip install --user uv, or as its site says"
 
@@ -26,78 +29,97 @@ UV_REMEDY = "install uv there: pip install --user uv, or as its site says"
 def sync(file: HostFile, *, environment: bool, uv_options: list[str]) -> list[Check]:
     """Copy this folder to the folder of the same name on every other host, and make its environment there.
 
-    What git ignores stays here, but for uv.lock, which makes versions equal, and modules in the folder, which
-    may be the user's own model. Nothing is removed there but
-    in the package's own folders. Raises: ConfigError where this folder cannot be copied.
+    Newer files there are replaced. What git ignores stays here, but for uv.lock, which makes versions equal,
+    and modules in the folder itself, which may be the user's own model. Where this folder is mlx_ring's own
+    checkout, files that are gone from its packages go there too; else nothing is removed.
+
+    Raises: ConfigError where this folder is no project's.
     """
     folder = Path.cwd()
-    if folder == Path.home() or folder == Path(folder.anchor):
-        raise ConfigError(f"{folder} is no project's folder; go to that of your project, and sync from there")
+    if not (folder / "pyproject.toml").exists() and not (folder / ".git").exists():
+        raise ConfigError(
+            f"{folder} is no project's folder, without .git and pyproject.toml; go to that of your project"
+        )
     if environment and not (folder / "pyproject.toml").exists():
         raise ConfigError(
             f"{folder} has no pyproject.toml to make an environment from; give --no-environment"
         )
 
-    async def everybody() -> list[list[Check]]:
-        excluded = _excluded(folder)
-        names = [name for name in file.names if name not in HERE]
+    async def everybody(token: str) -> list[list[Check]]:
+        excluded = "".join(f"{pattern}\n" for pattern in _excluded(folder)).encode(errors="surrogateescape")
         return await asyncio.gather(
-            *(_one(name, file, folder, excluded, uv_options if environment else None) for name in names)
+            *(_one(name, file, token, excluded, uv_options if environment else None) for name in file.names)
         )
 
-    return [check for checks in asyncio.run(everybody()) for check in checks]
+    try:
+        with tempfile.NamedTemporaryFile(prefix=TOKEN, dir=folder) as token:
+            found = asyncio.run(everybody(Path(token.name).name))
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
+    return [check for checks in found for check in checks]
 
 
 def _excluded(folder: Path) -> list[str]:
     """rsync's patterns for what stays here."""
+    always = [".git", f"{TOKEN}*"]
     command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
     except OSError:  # no git
-        return list(IGNORED)
+        return [*always, *IGNORED]
     if done.returncode:
-        return list(IGNORED)
-    paths = [path for path in done.stdout.decode().split("\0") if path and not fullmatch(KEPT, path)]
-    return [".git", *(f"/{path.rstrip('/')}" for path in paths)]
+        return [*always, *IGNORED]
+    paths = [path for path in os.fsdecode(done.stdout).split("\0") if path and not re.fullmatch(KEPT, path)]
+    return [*always, *(re.sub(r"([*?\[\\])", r"\\\1", f"/{path.rstrip('/')}") for path in paths)]
 
 
 async def _one(
-    name: str, file: HostFile, folder: Path, excluded: list[str], uv_options: list[str] | None
+    name: str, file: HostFile, token: str, excluded: bytes, uv_options: list[str] | None
 ) -> list[Check]:
-    made = await _run([*SSH, name, f"mkdir -p {shlex.quote(str(folder))}"])
-    if made.status:
-        why = ssh_problem(made.status, "", made.said) or made.said
-        return [fail("copy", name, why, f"mlx-ring doctor --hostfile FILE says more of {name}")]
-    for options, sources in _copies(folder, excluded):
-        copied = await _run(_rsync(name, folder, options, sources), "\n".join(excluded))
+    folder = Path.cwd()
+    if name in HERE or (await ask(name, ["test", "-e", token], file.envs)).status == 0:
+        return [ok("copy", name, f"{folder} there is this very folder")]
+    for options, sources in _copies(folder):
+        copied = await run(
+            name, _rsync(name, folder, [*options, "--exclude-from=-"], sources), os.environ, given=excluded
+        )
         if copied.status:
-            remedy = (
-                "install rsync on both sides" if "not found" in copied.said else "mend that, then sync again"
-            )
-            return [fail("copy", name, f"rsync ended with status {copied.status}: {copied.said}", remedy)]
+            return [_not_copied(name, copied)]
     checks = [ok("copy", name, f"{folder} there is as it is here")]
     if uv_options is not None:
         checks.append(await _make_environment(name, file, uv_options))
     return checks
 
 
-def _copies(folder: Path, excluded: list[str]) -> list[tuple[list[str], list[str]]]:
-    """Options and sources of each rsync: all; then the package's folders, without what is gone here."""
-    packages = [package for package in PACKAGES if (folder / package).is_dir()]
-    copies = [(["--exclude-from=-"], ["./"])]
-    if packages:
-        copies.append((["--exclude=__pycache__", "--delete"], packages))
-    return copies
+def _copies(folder: Path) -> list[tuple[list[str], list[str]]]:
+    """Options and sources of each rsync: all; then, of mlx_ring's own checkout, the packages without what is
+    gone here."""
+    own = folder / "mlx_ring"
+    if not (own.is_dir() and own.samefile(Path(mlx_ring.__file__).parent)):
+        return [([], ["./"])]
+    return [([], ["./"]), (["--delete"], [package for package in PACKAGES if (folder / package).is_dir()])]
 
 
 def _rsync(name: str, folder: Path, options: list[str], sources: list[str]) -> list[str]:
-    """Only options that every rsync has, also those of macOS. A port in the name is ssh's affair."""
+    """With options that macOS's rsync has too. The folder is entered by the other side's shell, for versions
+    differ in whether a path is to be quoted for it."""
     port: list[str] = []
     if name.startswith("ssh://"):
         name, _, number = name.removeprefix("ssh://").rstrip("/").partition(":")
         port = ["-p", number] if number else []
     shell = shlex.join([*SSH[:-1], *port])  # without its last word, --
-    return ["rsync", "-az", *options, "-e", shell, *sources, f"{name}:{shlex.quote(str(folder))}/"]
+    there = f"mkdir -p {shlex.quote(str(folder))} && cd {shlex.quote(str(folder))} && rsync"
+    return ["rsync", "-az", *options, "-e", shell, "--rsync-path", there, *sources, f"{name}:./"]
+
+
+def _not_copied(name: str, copied: Answer) -> Check:
+    said = " ".join(copied.stderr.split())[-300:]
+    if why := ssh_problem(copied.status, "rsync", said):
+        if not copied.stderr:
+            return fail("copy", name, "there is no rsync here", "install it here and there")
+        return fail("copy", name, why, "mlx-ring doctor --hostfile FILE says more of it")
+    remedy = "install rsync there" if "not found" in said else "mend that, then sync again"
+    return fail("copy", name, f"rsync ended with status {copied.status}: {said}", remedy)
 
 
 async def _make_environment(name: str, file: HostFile, options: list[str]) -> Check:
@@ -115,20 +137,3 @@ async def _make_environment(name: str, file: HostFile, options: list[str]) -> Ch
         remedy = f"try it there: cd {Path.cwd()} && uv sync"
         return fail("environment", name, f"uv sync ended with status {answer.status}: {said}", remedy)
     return ok("environment", name, f"uv sync, Python {version}")
-
-
-class _Ended:
-    def __init__(self, status: int, said: str) -> None:
-        self.status, self.said = status, said
-
-
-async def _run(command: list[str], text: str = "") -> _Ended:
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
-        )
-    except OSError:
-        return _Ended(127, f"{command[0]}: not found here")
-    _, said = await process.communicate(text.encode())
-    assert process.returncode is not None
-    return _Ended(process.returncode, " ".join(said.decode(errors="replace").split()))

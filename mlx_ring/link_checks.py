@@ -5,21 +5,25 @@ Rank i connects to every address of rank i + 1, as MLX's ring does. `mlx-ring ru
 """
 
 import asyncio
-import errno
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_ring.check import Check, fail, failed, ok, warn
+from mlx_ring.host_checks import Facts
 from mlx_ring.host_file import Host
 from mlx_ring.host_probe import TOKEN_BYTES
 from mlx_ring.probe_link import Answer, Probes
 
 LAUNCH_PORT = 32323  # mlx.launch's first
 MEASURE_SECONDS = 0.3
+LOCAL_NETWORK = (
+    "macOS refuses the local network to programs not started from Terminal or over ssh: allow it on {host}, "
+    "under System Settings > Privacy & Security > Local Network"
+)
+SLOW_BYTES_PER_SECOND = 500e6 / 8  # half of what the cheapest cable carries
 SLOW_FACTOR = 4.0  # an edge so many times slower than the fastest is worth a word
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def _address(host: str, address: str, own: Mapping[str, Any], others: list[str],
     if others:
         remedy = "give each machine an address of its own, or name another one in the host file"
         return fail(name, host, f"{detail}; {', '.join(others)} has the same address", remedy)
+    if "bridge" in link["kind"].lower():
+        remedy = "mlx-ring hosts thunderbolt gives each cable addresses of its own"
+        return warn(name, host, f"{detail}: every Mac of a bridge passes on what is for the others", remedy)
     if "wi-fi" in link["kind"].lower():
         remedy = "use a cable, and its address: mlx-ring hosts check FILE --write finds the fastest"
         return warn(name, host, f"{detail}: slower than a cable, and it stalls", remedy)
@@ -102,7 +109,7 @@ async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[st
         if edge.name not in bad:
             _, result = await _try(edge, probes, 0, MEASURE_SECONDS)
             if result["error"]:
-                checks.append(_unreachable(edge, result, found[edge.source]))
+                checks.append(unreachable(edge, result, found[edge.source]))
             else:
                 timed.append((edge, result))
     return [*checks, *_speeds(timed)]
@@ -115,7 +122,7 @@ async def _connect(edge: Edge, probes: Probes, source: Facts) -> list[Check]:
         remedy = "correct its address in the host file: mlx-ring hosts check FILE --write"
         return [fail(edge.name, edge.target, f"it cannot listen there: {listening['error']}", remedy)]
     if result["error"]:
-        return [_unreachable(edge, result, source)]
+        return [unreachable(edge, result, source)]
     name = f"port {edge.launch_port} of {edge.address}"
     other = "give mlx.launch another --starting-port, or start with mlx-ring run, which takes free ports"
     listening, result = await _try(edge, probes, edge.launch_port, 0)
@@ -146,19 +153,17 @@ async def listen(probes: Probes, host: str, address: str, port: int = 0) -> tupl
     return await probes[host].ask("listen", address=address, port=port, token=token), token
 
 
-def _unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
+def unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
+    """Of an edge that could not be connected. `source`: of the host that tried, and told `result`."""
     detail, host = f"{edge.source} cannot connect: {result['error']}", edge.target
     remedy = (
         f"check the cable and {edge.target}'s firewall, or use another address: mlx-ring hosts check FILE"
     )
     if not result["errno"] and "another program" in result["error"]:
         remedy = f"another machine has {edge.address} too: give each its own"
-    elif source["system"] == "Darwin" and result["errno"] == errno.EHOSTUNREACH:
+    elif source["system"] == "Darwin" and result["errno"] == "EHOSTUNREACH":
         host = edge.source
-        remedy = (
-            "macOS refuses the local network to programs that were not started from Terminal or over ssh: "
-            f"allow it under System Settings > Privacy & Security > Local Network on {edge.source}; {remedy}"
-        )
+        remedy = f"{LOCAL_NETWORK.format(host=edge.source)}; {remedy}"
     return fail(edge.name, host, detail, remedy)
 
 
@@ -169,6 +174,9 @@ def _speeds(timed: list[tuple[Edge, Answer]]) -> Iterator[Check]:
         if result["bytes_per_second"] * SLOW_FACTOR < fastest:
             remedy = "the slowest link sets the pace of a ring: use another address, or a cable"
             detail = f"{detail}, where the fastest link has {_rate(fastest)}"
+            yield warn(edge.name, edge.target, detail, remedy)
+        elif result["bytes_per_second"] < SLOW_BYTES_PER_SECOND:
+            remedy = "gradients of a large model will take long: use a cable of 1 Gbit/s or more"
             yield warn(edge.name, edge.target, detail, remedy)
         else:
             yield ok(edge.name, edge.target, detail)

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import PIPE
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -62,15 +63,28 @@ async def ask(
     """Run a command in this folder on one host, for so many `seconds` at most; its stdout goes `into` a file
     where one is given."""
     full, own = on_host(host, command, environment)
+    return await run(host, full, own, into=into, seconds=seconds)
+
+
+async def run(
+    host: str,
+    command: list[str],
+    environment: Mapping[str, str],
+    *,
+    given: bytes = b"",
+    into: IO[bytes] | None = None,
+    seconds: float | None = None,
+) -> Answer:
+    """Run a command here, that does something on a host; its stdin is what is `given`."""
     try:
         process = await asyncio.create_subprocess_exec(
-            *full, env=own, stdin=DEVNULL, stdout=into or PIPE, stderr=PIPE, start_new_session=True
+            *command, env=environment, stdin=PIPE, stdout=into or PIPE, stderr=PIPE, start_new_session=True
         )
     except OSError:
         return Answer(host=host, status=NO_PYTHON, stdout=b"", stderr="")
     try:
         async with asyncio.timeout(seconds):
-            stdout, stderr = await process.communicate()
+            stdout, stderr = await process.communicate(given)
     except TimeoutError:
         return Answer(host=host, status=SSH_FAILED, stdout=b"", stderr=f"no answer for {seconds:g} s")
     finally:

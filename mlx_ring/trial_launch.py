@@ -4,24 +4,22 @@ The ranks are `doctor_ranks`. One a line of the host file joins, measures, and t
 """
 
 import asyncio
-import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from mlx_ring.attempt import Attempt, Outcome
-from mlx_ring.check import Check, fail, ok, warn
+from mlx_ring.check import Check, fail, found_in, ok, warn
 from mlx_ring.errors import ClusterError, ConfigError
 from mlx_ring.host_file import Host
 from mlx_ring.host_pool import HostPool
+from mlx_ring.launcher import HERE
 
 LOCAL_RANKS = 2  # where no host file is given
 LAUNCH_SECONDS = 180.0  # for all of it
 SLOW_LATENCY_SECONDS = 0.005
-FOUND = "found: "  # begins the line that holds what rank 0 found
 FAREWELL = 42  # the status that the last rank leaves with; none of ours
-REMEDY = "mlx-ring run on these hosts would end the same way"
+REMEDY = "a run would end the same way; try there: python -m mlx_ring.doctor_ranks, which is one rank alone"
 
 
 class _Lines:
@@ -36,7 +34,7 @@ class _Lines:
 
 async def launch(hostfile: Path | None, python: str) -> list[Check]:
     """On the hosts of a host file, or on this machine. Returns: what was found."""
-    here, output, said = socket.gethostname(), _Lines(), list[str]()
+    output, said = _Lines(), list[str]()
     pool = HostPool(hostfile, LOCAL_RANKS, python, said.append)
     program = [python, "-m", "mlx_ring.doctor_ranks"]
     start = time.monotonic()
@@ -52,24 +50,25 @@ async def launch(hostfile: Path | None, python: str) -> list[Check]:
             outcome = await attempt.run([])
     except (ClusterError, ConfigError, TimeoutError) as error:
         why = str(error) or f"no end after {LAUNCH_SECONDS:g} s"
-        return [fail("launch", here, why, REMEDY)]
+        return [fail("launch", HERE[1], why, REMEDY)]
     finally:
         await pool.close()
     return _of_launch(outcome, output.lines, hosts, time.monotonic() - start)
 
 
 def _of_launch(outcome: Outcome, lines: list[str], hosts: list[Host], seconds: float) -> list[Check]:
-    here = socket.gethostname()
-    told = [line.partition(FOUND)[2] for line in lines if FOUND in line]
-    if not told:
-        why = outcome.failure.message if outcome.failure else "the ranks said nothing"
-        why = "; ".join([why, *(line for line in lines[-3:] if line not in why)])
-        return [fail("launch", here, why, REMEDY)]
-    found: dict[str, Any] = json.loads(told[0])
+    found = found_in("\n".join(lines))
+    if found is None:
+        failure = outcome.failure
+        why = failure.message if failure else "; ".join(["the ranks said nothing", *lines[-3:]])
+        guilty = failure.host if failure and failure.host else HERE[1]
+        if failure and failure.rank is not None:
+            guilty = hosts[failure.rank].ssh
+        return [fail("launch", guilty, why, REMEDY)]
     several = f"{len(hosts)} rank{'s' if len(hosts) > 1 else ''}"
-    checks = [ok("launch", here, f"{several} joined and left in {seconds:.1f} s")]
+    checks = [ok("launch", HERE[1], f"{several} joined and left in {seconds:.1f} s")]
     if len(hosts) > 1:
-        checks += _of_collectives(found, here)
+        checks += _of_collectives(found)
     return [*checks, _of_exit(outcome, len(hosts) - 1, hosts[-1].ssh)]
 
 
@@ -82,9 +81,9 @@ def _of_exit(outcome: Outcome, rank: int, host: str) -> Check:
     return fail("exit status", host, f"{left}; what came here is {came}", remedy)
 
 
-def _of_collectives(found: dict[str, Any], here: str) -> list[Check]:
+def _of_collectives(found: dict[str, Any]) -> list[Check]:
     bits, microseconds = found["bytes_per_second"] * 8, found["latency_seconds"] * 1e6
-    size = found["bytes"] // 2**20
+    size, here = found["bytes"] // 2**20, HERE[1]
     right = ok("all-reduce", here, "a sum of integers is right on every rank")
     if not found["right"]:
         remedy = "a machine or its memory computes wrongly, or MLX does: do not train on these hosts"

@@ -167,12 +167,12 @@ def test_a_stale_checkout(lab: Lab, tmp_path: Path) -> None:
         file.write("# of another commit\n")
     with other_python(lab, with_path(tmp_path)):
         assert lab.doctor() == 3
-        lab.names("source", [lab.address(1)], "same commit")
+        lab.names("source", ["here"], "same commit")
         (tmp_path / "mlx_ring/interval.py").write_text((ROOT / "mlx_ring/interval.py").read_text())
         with (tmp_path / "conf/config.yaml").open("a") as file:
             file.write("# of another commit\n")
         assert lab.doctor() == 3
-    lab.names("configuration", [lab.address(1)], "same commit")
+    lab.names("configuration", ["here"], "same commit")
 
 
 def test_own_code_that_differs(lab: Lab) -> None:
@@ -184,7 +184,32 @@ def test_own_code_that_differs(lab: Lab) -> None:
     finally:
         for file in files:
             file.unlink()
-    lab.names("own code", ["my_parts.py differs", lab.address(1)], "hosts sync", status="warn")
+    lab.names("own code", ["my_parts.py differs from the one here"], "hosts sync", status="warn")
+
+
+def test_a_library_that_is_missing(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "safetensors.py").write_text("raise ModuleNotFoundError(\"No module named 'safetensors'\")")
+    with other_python(lab, with_path(tmp_path)):
+        assert lab.doctor() == 3
+    lab.names("mlx_ring", ["cannot be loaded", "No module named 'safetensors'"], "hosts sync")
+
+
+def test_a_build_for_another_chip(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/core.py").write_text("import os; os.kill(os.getpid(), 4)")  # SIGILL
+    with other_python(lab, with_path(tmp_path)):
+        assert lab.doctor() == 3
+    lab.names("mlx", ["cannot be loaded", "status -4"], "a build for that machine")
+
+
+def test_noise_of_a_login_and_odd_files_do_no_harm(lab: Lab) -> None:
+    lock = lab.cluster.disk(2) / "gone.py"
+    lock.symlink_to("nowhere")
+    try:
+        with other_python(lab, f'echo Welcome; echo 42; exec {sys.executable} "$@"'):
+            assert lab.doctor() == 0, lab.bad()
+    finally:
+        lock.unlink()
 
 
 # What a host is set to
@@ -194,6 +219,16 @@ def test_a_variable_of_one_host(lab: Lab) -> None:
     with other_python(lab, f'MLX_METAL_FAST_SYNCH=1 exec {sys.executable} "$@"'):
         assert lab.doctor() == 3
     lab.names("variables", ["MLX_METAL_FAST_SYNCH is 1", "unset"], "alike on every host")
+
+
+def test_one_finding_hides_no_other(lab: Lab) -> None:
+    line = f'LD_PRELOAD= MLX_RANK=1 MLX_METAL_FAST_SYNCH=1 exec {sys.executable} "$@"'
+    with other_python(lab, line):
+        assert lab.doctor() == 3
+    named = {
+        check["detail"].split()[0]: check["status"] for check in lab.checks if check["name"] == "variables"
+    }
+    assert named["MLX_METAL_FAST_SYNCH"] == "fail" and named["MLX_RANK=1"] == "warn", named
 
 
 def test_a_clock_that_is_off(lab: Lab, tmp_path: Path) -> None:
@@ -225,6 +260,7 @@ def test_other_data(lab: Lab) -> None:
     shutil.rmtree(lab.cluster.disk(2) / "books")
     assert lab.doctor(*run) == 3
     lab.names("data", ["books"], "copy the data")
+    assert lab.doctor(*run, "data.distribute=true") == 0, lab.bad()  # rank 0 sends it
 
 
 # The way there
@@ -240,6 +276,18 @@ def test_an_unknown_host_key(lab: Lab) -> None:
     finally:
         known.write_text(whole)
     lab.names("reachable", ["Host key verification failed"], f"ssh {lab.address(2)} once")
+
+
+def test_a_changed_host_key(lab: Lab) -> None:
+    known = SETTINGS / f"{lab.cluster.name}-1/ssh/known_hosts"
+    whole = known.read_text()
+    keys = dict(line.split(" ", 1) for line in whole.splitlines())
+    known.write_text(whole.replace(keys[lab.address(2)], keys[lab.address(3)]))
+    try:
+        assert lab.doctor() == 3
+    finally:
+        known.write_text(whole)
+    lab.names("reachable", ["strict checking"], f"ssh-keygen -R {lab.address(2)}")
 
 
 def test_a_host_that_is_off(lab: Lab) -> None:
@@ -354,3 +402,12 @@ def test_a_slow_link(lab: Lab) -> None:
     finally:
         on(lab, 1, "tc qdisc del dev eth0 root || true")
     lab.names("link from rank 0", ["Mbit/s, where the fastest link has"], "cable", status="warn")
+
+
+def test_a_rank_that_fails_in_the_launch_is_named(lab: Lab, tmp_path: Path) -> None:
+    """Its host, which nothing else could know of."""
+    code = "import sys\nif 'mlx_ring.doctor_ranks' in sys.orig_argv: sys.exit('planted')\n"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    with other_python(lab, with_path(tmp_path)):
+        assert lab.doctor() == 3
+    lab.names("launch", ["rank 1"], "python -m mlx_ring.doctor_ranks")

@@ -25,7 +25,7 @@ class Lab:
     work: Path
 
     def type(self, *command: str, folder: str = ".") -> subprocess.CompletedProcess[str]:
-        inside = self.cluster.inside(1, ["sh", "-c", f'cd {folder} && exec "$@"', "sh", *command])
+        inside = self.cluster.inside(1, ["sh", "-c", f'cd "{folder}" && exec "$@"', "sh", *command])
         done = subprocess.run(
             inside,
             cwd=self.work,
@@ -94,7 +94,8 @@ def test_the_fastest_address(lab: Lab) -> None:
     assert lab.read("fast.json")["hosts"] == [entry(one, "10.9.0.1"), entry(two, "10.9.0.2")], done
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("    not")] == [one, two]
     # Host 3 is reached by its only address; host 1, which now comes after it, not any more by the cable.
-    assert lab.hosts("add", "fast.json", three).returncode == 0
+    done = lab.hosts("add", "fast.json", three)
+    assert done.returncode == 3 and f"address on {one} … [fail] 10.9.0.1 (eth1" in done.stdout, done
     done = lab.hosts("check", "fast.json", "--json")
     checks = json.loads(done.stdout)["checks"]
     assert [(check["host"], check["status"]) for check in checks] == [
@@ -135,7 +136,9 @@ def test_removing(lab: Lab) -> None:
     done = lab.hosts("remove", "lab.json", three)
     assert (done.returncode, done.stdout) == (0, f"lab.json has {one}, {two}\n"), done
     assert lab.read("lab.json") == {"backend": "ring", "envs": ["PATH=/bin"], "hosts": content["hosts"][:2]}
-    refused(lab.hosts("remove", "lab.json", three), f"{three} is not listed in lab.json; it has {one}, {two}")
+    refused(
+        lab.hosts("remove", "lab.json", two, three), f"{three} is not listed in lab.json; it has {one}, {two}"
+    )
     assert lab.hosts("remove", "lab.json", two).returncode == 0
     refused(lab.hosts("remove", "lab.json", one), "is the last host of lab.json")
 
@@ -154,7 +157,34 @@ def test_hosts_that_cannot_be_added(lab: Lab) -> None:
     refused(lab.hosts("add", "whole.json", two), f"{two} is listed in whole.json already")
     refused(lab.hosts("add", "whole.json", "--", "-oProxyCommand=x"), "take it for an option")
     refused(lab.hosts("check", "nothing.json"), "nothing.json cannot be read")
-    assert lab.read("whole.json") == content
+    several = [entry(one) | {"ips": [one, "10.0.0.1"]}, entry(two) | {"ips": [two, "10.0.0.2"]}]
+    lab.write("several.json", several)
+    refused(lab.hosts("add", "several.json", nobody), "gives several addresses a host")
+    refused(lab.hosts("add", "whole.json/lab.json", one), "cannot be written")
+    done = lab.hosts("check", "whole.json")
+    assert done.returncode == 0 and lab.read("whole.json") == content, done
+    lab.write("gone.json", [*content, entry(nobody)])
+    done = lab.hosts("check", "gone.json")
+    assert done.returncode == 3 and f"reachable on {nobody} … [fail] ssh failed" in done.stdout, done
+    assert done.stdout.count("address on") == 2
+
+
+def test_a_file_of_one_machine_is_left_alone(lab: Lab) -> None:
+    content = json.loads((ROOT / "hostfiles/lab.json").read_text())
+    lab.write("local.json", content)
+    done = lab.hosts("check", "local.json", "--write")
+    assert (done.returncode, done.stdout.count("[ok]")) == (0, 1), done
+    assert lab.read("local.json")["hosts"] == content
+
+
+def test_a_file_keeps_its_mode_and_place(lab: Lab) -> None:
+    one, two, _ = lab.cluster.addresses
+    lab.write("secret.json", [entry(one), entry(two)])
+    (lab.disk(1) / "secret.json").chmod(0o600)
+    (lab.disk(1) / "link.json").symlink_to("secret.json")
+    assert lab.hosts("remove", "link.json", two).returncode == 0
+    assert (lab.disk(1) / "link.json").is_symlink() and lab.read("secret.json")["hosts"] == [entry(one)]
+    assert (lab.disk(1) / "secret.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_host_that_is_not_set_up_yet(lab: Lab) -> None:
@@ -217,7 +247,7 @@ def test_thunderbolt_is_left_to_mlx(lab: Lab) -> None:
 
 def test_a_lab_is_made_ready_by_one_command(lab: Lab) -> None:
     """From a checkout on host 1 alone: code and environment on two others, which then train."""
-    checkout = lab.disk(1) / "checkout"
+    checkout = lab.disk(1) / "check out"
     done = subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("mlx_ring", "conf", "pyproject.toml"):  # as they are now, committed or not
@@ -229,43 +259,74 @@ def test_a_lab_is_made_ready_by_one_command(lab: Lab) -> None:
     (checkout / "outputs/large").write_text("what git ignores stays")
     uv = Path(shutil.which("uv") or "uv").parent
     names = lab.cluster.addresses[1:]
-    path = f"PATH={lab.work}/checkout/.venv/bin:{uv}:{BIN}:/usr/bin:/bin"
-    lab.write("checkout/lab.json", {"envs": [path, "UV_OFFLINE=1"], "hosts": [entry(name) for name in names]})
-    done = lab.hosts("sync", "lab.json", folder="checkout")
+    path = f"PATH={lab.work}/check out/.venv/bin:{uv}:{BIN}:/usr/bin:/bin"
+    lab.write(
+        "check out/lab.json", {"envs": [path, "UV_OFFLINE=1"], "hosts": [entry(name) for name in names]}
+    )
+    done = lab.hosts("sync", "lab.json", folder="check out")
     assert done.returncode == 0, done
     assert done.stdout.count("copy on") == done.stdout.count("environment on") == 2, done.stdout
     for number in (2, 3):
-        there = lab.disk(number) / "checkout"
+        there = lab.disk(number) / "check out"
         assert (there / ".venv/bin/train.py").exists() and (there / "uv.lock").exists()
         assert not (there / "outputs").exists() and not (there / ".git").exists()
-    python = f"{lab.work}/checkout/.venv/bin/python"
+    python = f"{lab.work}/check out/.venv/bin/python"
     done = lab.type(
         str(BIN / "mlx-ring"), "run", "--hostfile", "lab.json", "--python", python, "--",
-        *SMALL, "run.dir=trained", folder="checkout",
+        *SMALL, "run.dir=trained", folder="check out",
     )  # fmt: skip
     assert done.returncode == 0, done
-    assert status(lab.disk(2) / "checkout", "trained")["world_size"] == 2
+    assert status(lab.disk(2) / "check out", "trained")["world_size"] == 2
     changes_come_too(lab, checkout)
 
 
 def changes_come_too(lab: Lab, checkout: Path) -> None:
-    """A module that is gone here goes there; what a host alone has stays."""
-    there = lab.disk(2) / "checkout"
+    """What is here, without what git ignores; of the package, without what is gone. What a host alone has
+    stays, and the very folder where this is typed is left alone."""
+    there = lab.disk(2) / "check out"
     (there / "mlx_ring/stale.py").write_text("")
     (there / "notes.txt").write_text("of this host")
-    (checkout / "my_parts.py").write_text("WIDTH = 3\n")
-    done = lab.hosts("sync", "lab.json", "--no-environment", "--json", folder="checkout")
-    assert [check["name"] for check in json.loads(done.stdout)["checks"]] == ["copy", "copy"], done
+    (checkout / "my_parts.py").write_text("WIDTH = 3\n")  # which git ignores
+    for path in ("data[1]", "conf"):
+        (checkout / path).mkdir(exist_ok=True)
+        (checkout / path / "secret.yaml").write_text("token: 1")
+    (checkout / ".git/info/exclude").write_text("secret.yaml\n/data[[]1]\n")
+    content = lab.read("check out/lab.json")
+    lab.write("check out/all.json", content | {"hosts": [entry(lab.cluster.addresses[0]), *content["hosts"]]})
+    command = [f"{lab.work}/check out/.venv/bin/mlx-ring", "hosts", "sync", "all.json"]
+    done = subprocess.run(["uv", "sync", "--offline", "-q"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = lab.type(*command, "--no-environment", "--json", folder="check out")
+    checks = json.loads(done.stdout)["checks"]
+    assert [check["name"] for check in checks] == ["copy"] * 3 and done.returncode == 0, done
+    assert checks[0]["detail"].endswith("is this very folder")
     assert not (there / "mlx_ring/stale.py").exists()
     assert (there / "notes.txt").exists() and (there / "my_parts.py").exists()
-    assert (there / "trained/status.json").exists()
-    done = lab.hosts("sync", "lab.json", "--", "--no-such-option", folder="checkout")
+    assert (there / "trained/status.json").exists() and (there / "conf/config.yaml").exists()
+    assert not (there / "data[1]").exists() and not (there / "conf/secret.yaml").exists()
+    assert list(there.glob(".mlx_ring_sync*")) == list(checkout.glob(".mlx_ring_sync*")) == []
+    done = lab.hosts("sync", "lab.json", "--", "--no-such-option", folder="check out")
     assert done.returncode == 3 and done.stdout.count("uv sync ended with status 2") == 2, done
+
+
+def test_nothing_is_removed_of_another_project(lab: Lab) -> None:
+    mine, there = (lab.disk(number) / "other" for number in (1, 2))
+    for folder in (mine, there):
+        (folder / "conf").mkdir(parents=True)
+        (folder / "pyproject.toml").write_text("")
+    (there / "conf/own.yaml").write_text("a: 1")
+    (mine / ".env").write_text("TOKEN=1")
+    (mine / "model.py").write_text("")
+    lab.write("other/lab.json", [entry(lab.cluster.addresses[1])])
+    done = lab.hosts("sync", "lab.json", "--no-environment", folder="other")
+    assert done.returncode == 0, done
+    assert (there / "conf/own.yaml").exists() and (there / "model.py").exists()
+    assert not (there / ".env").exists()
 
 
 def test_what_cannot_be_copied(lab: Lab) -> None:
     nobody = lab.cluster.addresses[0].rpartition(".")[0] + ".99"
-    (lab.disk(1) / "project").mkdir(exist_ok=True)
+    (lab.disk(1) / "project/.git").mkdir(parents=True)
     lab.write("project/lab.json", [entry(lab.cluster.addresses[1]), entry(nobody)])
     refused(lab.hosts("sync", "lab.json", folder="project"), "has no pyproject.toml")
     done = lab.hosts("sync", "lab.json", "--no-environment", folder="project")
