@@ -291,8 +291,8 @@ class Coordinator:
         """The first signal: finish the step and save, or leave where nothing was trained. In its thread."""
         if self._run is None:
             self._leave_at_once("interrupted before the first step")
-        else:
-            self._run.authority.stop_requested = True
+        log.info("asked to stop")
+        self._run.authority.stop_requested = True
 
     def _leave_at_once(self, message: str) -> NoReturn:
         RunStatus.mark_failed(self.directory.path, job=self.job, message=message)

@@ -122,6 +122,10 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
             children = psutil.Process(process.pid).children(recursive=True)
             if how == "killed":
                 process.kill()
+                log = tmp_path / "sweep/0/logs/rank_0.log"
+                while "asked to stop" not in log.read_text():
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
             else:
                 process.send_signal(signal.SIGHUP if how == "terminal closed" else signal.SIGINT)
                 read_to("[job 0] mlx-ring: asked to stop")
