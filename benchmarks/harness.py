@@ -10,16 +10,23 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
+import mlx.core as mx
+import page
+from page import Curves
 from rich.console import Console
 from rich.table import Table
 
+from mlx_ring.host_probe import chip
+
+Figures = dict[str, float]
 Goals = dict[str, tuple[str, float]]
 
 
 def run(
     name: str,
-    measure: Callable[[bool], dict[str, float]],
+    measure: Callable[[bool], Figures | tuple[Figures, list[Curves]]],
     goals: Goals,
     own_options: Sequence[argparse.ArgumentParser] = (),
 ) -> None:
@@ -27,7 +34,8 @@ def run(
 
     Args:
         name: of the benchmark.
-        measure: gives the figures by name, with units in the names; True asks for a quick run.
+        measure: gives the figures by name, with units in the names, and plots of them if there are any; True
+            asks for a quick run.
         goals: by a figure's name, "<=" or ">=" and the bound.
             A goal whose figure this machine or a quick run does not measure is left out.
         own_options: parsers, without a help of their own, of what else this benchmark is told.
@@ -36,11 +44,16 @@ def run(
     parser.add_argument("--quick", action="store_true", help="a minute at most, on two cores")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a goal is missed")
+    parser.add_argument("--page", type=Path, metavar="FOLDER", help="write a dated page with plots there")
     options = parser.parse_args()
-    figures = measure(options.quick)
+    measured = measure(options.quick)
+    figures, curves = measured if isinstance(measured, tuple) else (measured, [])
     goals = {figure: goal for figure, goal in goals.items() if figure in figures}
     missed = [figure for figure in goals if not _met(figures[figure], goals[figure])]
-    _print_table(name, figures, goals, missed)
+    rows = [_row(figure, value, goals, missed) for figure, value in figures.items()]
+    _print_table(name, rows)
+    if options.page:
+        print(f"written: {page.write(options.page, name, rows, curves, environment())}")
     if options.output:
         result = {"benchmark": name, "figures": figures, "goals": goals, "environment": environment()}
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -53,10 +66,11 @@ def environment() -> dict[str, str | int | None]:
     found: dict[str, str | int | None] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": platform.machine(),
+        "processor": f"{platform.machine()}, {chip()}",
         "cores": os.cpu_count(),
+        "device": str(mx.device_info(mx.default_device()).get("device_name", "")) or None,
     }
-    for package in ("mlx", "numpy"):
+    for package in ("mlx", "numpy", "mpi4py", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -71,7 +85,12 @@ def environment_of_ranks(**more: str) -> dict[str, str]:
 
 
 def start_ring(
-    command: list[str], world_size: int, hostfile: Path, *, silent: bool = False
+    command: list[str],
+    world_size: int,
+    hostfile: Path,
+    *,
+    silent: bool = False,
+    stdout: IO[str] | None = None,
 ) -> list[subprocess.Popen]:
     """Ranks of one ring on free ports of this machine, each running `command`."""
     sockets = [socket.socket() for _ in range(world_size)]
@@ -86,6 +105,7 @@ def start_ring(
             command,
             env=environment_of_ranks(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile)),
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.DEVNULL if silent else None,
         )
         for rank in range(world_size)
@@ -107,14 +127,16 @@ def _met(value: float, goal: tuple[str, float]) -> bool:
     return value <= bound if relation == "<=" else value >= bound
 
 
-def _print_table(name: str, figures: dict[str, float], goals: Goals, missed: list[str]) -> None:
+def _row(figure: str, value: float, goals: Goals, missed: list[str]) -> tuple[str, str, str, str]:
+    goal = " ".join(f"{part:,}" if isinstance(part, float | int) else part for part in goals.get(figure, ()))
+    verdict = "" if figure not in goals else "missed" if figure in missed else "met"
+    return figure, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", goal, verdict
+
+
+def _print_table(name: str, rows: list[tuple[str, str, str, str]]) -> None:
     table = Table("figure", "value", "goal", "", title=name)
     for column in table.columns[1:3]:
         column.justify = "right"
-    for figure, value in figures.items():
-        goal = " ".join(
-            f"{part:,}" if isinstance(part, float | int) else part for part in goals.get(figure, ())
-        )
-        verdict = "" if figure not in goals else "missed" if figure in missed else "met"
-        table.add_row(figure, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", goal, verdict)
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)

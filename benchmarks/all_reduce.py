@@ -1,0 +1,125 @@
+"""How long a sum over ranks takes, from 4 KiB to 256 MiB, and how far from the link's limit it is.
+
+In one run, taking turns on the same buffers: MLX's own collective, raw; the communicator with each codec (to
+the wire's form, over it, and back); `nn.average_gradients`; over MPI `mpi4py`'s Allreduce; and a pair of
+plain sockets that carry as many bytes both ways, which is the limit of the link. Bus bandwidth is
+2 (n − 1)/n · bytes/time (NCCL tests, PERFORMANCE.md).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import harness
+from all_reduce_ranks import FOUND
+from page import Curves
+
+KIB, MIB = 2**10, 2**20
+SIZES = {True: [4 * KIB, 256 * KIB, 4 * MIB, 16 * MIB], False: [4 * KIB * 4**power for power in range(9)]}
+LARGE = MIB  # from here on bandwidth counts, below it latency
+PROGRAM = str(Path(__file__).with_name("all_reduce_ranks.py"))
+Times = dict[int, dict[str, float]]  # seconds by size and way
+
+
+def over_ring(ranks: int, arguments: list[str]) -> Times:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "found"
+        with output.open("w") as stdout:
+            started = harness.start_ring(
+                [sys.executable, PROGRAM, *arguments], ranks, Path(folder) / "ring.json", stdout=stdout
+            )
+            harness.end(started)
+        return found_in(output.read_text())
+
+
+def over_mpi(ranks: int, arguments: list[str]) -> Times:
+    beside = Path(sys.executable).with_name("mpirun")
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), "--map-by", ":oversubscribe"]
+    done = subprocess.run(
+        [*command, *as_root, sys.executable, PROGRAM, *arguments],
+        env=harness.environment_of_ranks(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return found_in(done.stdout)
+
+
+def found_in(text: str) -> Times:
+    (line,) = [line for line in text.splitlines() if FOUND in line]
+    return {int(size): times for size, times in json.loads(line.partition(FOUND)[2]).items()}
+
+
+def ratio(times: Times, way: str, other: str) -> float:
+    """The median over large sizes of one way's time over another's."""
+    return statistics.median(each[way] / each[other] for size, each in times.items() if size >= LARGE)
+
+
+def figures_of(backend: str, times: Times, ranks: int) -> dict[str, float]:
+    smallest, largest = min(times), max(times)
+    bus = 2 * (ranks - 1) / ranks * largest
+    figures = {
+        f"{backend}_communicator_over_raw": ratio(times, "native", "raw"),
+        f"{backend}_exact_over_raw": ratio(times, "exact", "raw"),
+        f"{backend}_bf16_over_raw": ratio(times, "bf16", "raw"),
+        f"{backend}_average_gradients_over_raw": ratio(times, "average_gradients", "raw"),
+        f"{backend}_latency_seconds": times[smallest]["native"],
+        f"{backend}_raw_latency_seconds": times[smallest]["raw"],
+        f"{backend}_bus_bytes_per_second": bus / times[largest]["native"],
+    }
+    if backend == "mpi":
+        figures["mpi_bandwidth_over_mpi4py"] = ratio(times, "mpi4py", "native")
+    else:
+        figures["ring_bandwidth_over_sockets"] = ratio(times, "sockets", "native")
+    return figures
+
+
+def curves_of(backend: str, times: Times, ranks: int) -> Curves:
+    ways = list(next(iter(times.values())))
+    share = 2 * (ranks - 1) / ranks / 1e9
+    return Curves(
+        title=f"All-reduce of {ranks} ranks, {backend}",
+        x_label="buffer, bytes",
+        y_label="bus bandwidth, GB/s",
+        x=list(times),
+        series={way: [share * size / each[way] for size, each in times.items()] for way in ways},
+        logarithmic=True,
+    )
+
+
+def main() -> None:
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--ranks", type=int, default=2)
+    ranks = own.parse_known_args()[0].ranks
+
+    def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
+        arguments = [json.dumps(SIZES[quick]), "quick" if quick else "full"]
+        times = {"ring": over_ring(ranks, arguments)}
+        if importlib.util.find_spec("mpi4py") and (
+            shutil.which("mpirun") or Path(sys.executable).with_name("mpirun").exists()
+        ):
+            times["mpi"] = over_mpi(ranks, arguments)
+        figures: dict[str, float] = {}
+        for backend, each in times.items():
+            figures |= figures_of(backend, each, ranks)
+        return figures, [curves_of(backend, each, ranks) for backend, each in times.items()]
+
+    goals = {
+        "ring_communicator_over_raw": ("<=", 1.05),
+        "mpi_communicator_over_raw": ("<=", 1.05),
+        "mpi_bandwidth_over_mpi4py": (">=", 1.0),
+    }
+    harness.run("all_reduce", measure, goals, [own])
+
+
+if __name__ == "__main__":
+    main()

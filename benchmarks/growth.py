@@ -1,0 +1,187 @@
+"""What grows with what: a step's cost with the model's size, its number of tensors and the ranks; and what
+should not grow at all with a run's length, memory and the time of a step.
+
+    size     all-reduce of one tensor, over the raw collective
+    tensors  all-reduce of as many bytes in more and more tensors, over one
+    ranks    latency, and the payload's 2 (n − 1)/n, up to 16 ranks (more than cores: communication alone)
+    length   a run of 10⁵ steps: slopes of memory and step time with their 95 % intervals, sizes of files
+    counters wire_bytes against what the hosts' own interfaces counted, on emulated hosts (root, iproute2)
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+import numpy as np
+import psutil
+from page import Curves
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+from cluster import AVAILABLE, ENVIRONMENT_PATH, Cluster  # noqa: E402
+
+RANKS_PROGRAM = str(HERE / "growth_ranks.py")
+TRAIN = [sys.executable, str(HERE.parent / "train.py")]
+TINY = (
+    "model.hidden_sizes=[16]", "model.dropout=0", "trainer.global_batch_size=8", "trainer.micro_batch_size=4",
+    "evaluation.every_steps=null", "metrics.console=false", "schedule=constant",
+)  # fmt: skip
+SAMPLE_SECONDS = 0.5
+WARM_UP_SHARE = 0.2  # of a run's length, in which allocators and caches settle
+BLOCKS = 20  # means of so many pieces of a run, which are nearly independent of one another
+STUDENT_T = 2.101  # of 95 %, for BLOCKS − 2 degrees of freedom
+
+
+def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Of a least-squares line through the means of blocks, and half of its 95 % interval."""
+    kept = x >= x[0] + WARM_UP_SHARE * (x[-1] - x[0])
+    xs, ys = (np.array([part.mean() for part in np.array_split(each[kept], BLOCKS)]) for each in (x, y))
+    centred = xs - xs.mean()
+    found = (centred * ys).sum() / (centred**2).sum()
+    rest = ys - ys.mean() - found * centred
+    error = np.sqrt((rest**2).sum() / (BLOCKS - 2) / (centred**2).sum())
+    return float(found), float(STUDENT_T * error)
+
+
+def length(steps: int, folder: Path) -> dict[str, float]:
+    """Two ranks for so many steps, watched from outside."""
+    run = folder / "long"
+    every = max(1, steps // 2000)
+    values = (
+        f"trainer.steps={steps}",
+        f"metrics.log_every_steps={every}",
+        f"checkpoint.every_steps={steps // 4}",
+    )
+    ranks = harness.start_ring([*TRAIN, *TINY, *values, f"run.dir={run}"], 2, folder / "ring.json")
+    watched, memory, start = psutil.Process(ranks[0].pid), list[tuple[float, float]](), time.monotonic()
+    while ranks[0].poll() is None:
+        try:
+            memory.append((time.monotonic() - start, watched.memory_info().rss))
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(SAMPLE_SECONDS)
+    harness.end(ranks)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    trained = [(at, rss) for at, rss in memory if rss > 0.5 * memory[-2][1]]  # not while it was loading
+    at, rss = (np.array(column) for column in zip(*trained, strict=True))
+    step, seconds = (np.array([row[key] for row in train], float) for key in ("step", "step_seconds"))
+    done = float(step[-1]) / (at[-1] - at[0])  # steps a second
+    figures = {"length_steps": float(steps), "length_step_seconds": float(np.median(seconds))}
+    by_memory, by_time = slope(at * done, rss), slope(step, seconds)
+    for name, (found, half), scale in (
+        ("memory_bytes_per_1000_steps", by_memory, 1000.0),
+        ("step_time_share_per_100000_steps", by_time, 1e5 / float(np.median(seconds))),
+    ):
+        figures[f"length_{name}"] = found * scale
+        figures[f"length_{name}_interval"] = half * scale
+        figures[f"length_{name}_over_interval"] = abs(found) / half
+    figures["length_metrics_bytes_per_row"] = (run / "metrics.jsonl").stat().st_size / len(rows)
+    figures["length_log_bytes"] = float((run / "logs/rank_0.log").stat().st_size)
+    return figures
+
+
+def communication(ranks: int, what: str, folder: Path) -> dict[str, dict[str, float]]:
+    """What `growth_ranks.py` finds with so many ranks."""
+    output = folder / f"{what}_{ranks}"
+    with output.open("w") as stdout:
+        command = [sys.executable, RANKS_PROGRAM, what]
+        harness.end(harness.start_ring(command, ranks, folder / "ring.json", stdout=stdout))
+    (line,) = [line for line in output.read_text().splitlines() if "found: " in line]
+    return json.loads(line.partition("found: ")[2])
+
+
+def counters(folder: Path, steps: int = 30) -> dict[str, float]:
+    """wire_bytes of a rank over what its host's interface sent for each step: of two runs of unequal length,
+    so that start and end cancel."""
+    work = folder / "work"
+    work.mkdir()
+    sent: list[int] = []
+    wire = 0.0
+    with Cluster(folder / "cluster", 3) as cluster:
+        hosts = [{"ssh": address, "ips": [address]} for address in cluster.addresses]
+        file = work / "lab.json"
+        file.write_text(json.dumps({"envs": [f"PATH={ENVIRONMENT_PATH}"], "hosts": hosts}))
+        for number, total in enumerate((steps, 3 * steps)):
+            before = _tx_bytes(cluster)
+            run = work / f"run_{number}"
+            values = (
+                f"trainer.steps={total}", "model.hidden_sizes=[512,512]", "metrics.tensorboard=false",
+                "trainer.global_batch_size=12", "checkpoint.every_steps=null", "checkpoint.copies=rank_0",
+            )  # fmt: skip
+            command = [
+                sys.executable, "-m", "mlx_ring.cli", "run", "--hostfile", str(file), "--", *TINY, *values,
+                f"run.dir={run}",
+            ]  # fmt: skip
+            subprocess.run(
+                cluster.inside(1, command), cwd=work, env=harness.environment_of_ranks(), check=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            sent.append(_tx_bytes(cluster) - before)
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            wire = [row["wire_bytes"] for row in rows if row["kind"] == "train"][-1]
+    over = wire / ((sent[1] - sent[0]) / (2 * steps))
+    return {"counters_wire_bytes_over_interface": over, "counters_deviation": abs(1 - over)}
+
+
+def _tx_bytes(cluster: Cluster) -> int:
+    """Sent by host 2, which has no supervisor on it."""
+    command = cluster.inside(2, ["cat", "/sys/class/net/eth0/statistics/tx_bytes"])
+    inside = ["sh", "-c", "mount -t sysfs sysfs /sys && cat /sys/class/net/eth0/statistics/tx_bytes"]
+    done = subprocess.run(cluster.inside(2, inside), cwd="/", capture_output=True, text=True)
+    if done.returncode:
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
+    figures: dict[str, float] = {}
+    curves: list[Curves] = []
+    with tempfile.TemporaryDirectory(prefix="mlx_ring-growth-") as name:
+        folder = Path(name)
+        for what, label in (("size", "bytes"), ("tensors", "tensors")):
+            found = communication(2, what, folder)
+            figures[f"{what}_largest_over_raw"] = list(found.values())[-1]["over_raw"]
+            series = {key: [each[key] for each in found.values()] for key in ("seconds", "raw_seconds")}
+            places = [float(place) for place in found]
+            curves.append(
+                Curves(
+                    title=f"All-reduce by {what}", x_label=label, y_label="seconds", x=places, series=series,
+                    logarithmic=True,
+                )
+            )  # fmt: skip
+        worlds = [2, 4] if quick else [2, 3, 4, 8, 16]
+        latency: list[float] = []
+        for ranks in worlds:
+            found = communication(ranks, "ranks", folder)["1"]
+            latency.append(found["latency_seconds"])
+            figures[f"ranks_{ranks}_latency_seconds"] = found["latency_seconds"]
+            figures[f"ranks_{ranks}_payload_over_formula"] = found["payload_over_formula"]
+        curves.append(
+            Curves(
+                title="Latency by ranks",
+                x_label="ranks",
+                y_label="seconds",
+                x=worlds,
+                series={"4 bytes": latency},
+            )
+        )
+        figures |= length(3000 if quick else 100_000, folder)
+        if AVAILABLE:
+            figures |= counters(folder)
+    return figures, curves
+
+
+GOALS = {
+    "counters_deviation": ("<=", 0.03),
+    "length_memory_bytes_per_1000_steps_over_interval": ("<=", 1.0),
+    "length_step_time_share_per_100000_steps_over_interval": ("<=", 1.0),
+    "tensors_largest_over_raw": ("<=", 1.5),
+}
+
+if __name__ == "__main__":
+    harness.run("growth", measure, GOALS)

@@ -1,0 +1,79 @@
+"""The ranks of `growth.py`: communication alone, by size, by number of tensors, or by number of ranks."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.rank_environment import RankEnvironment
+
+REPEATS = 15
+BYTES = 16 * 2**20
+
+
+def timed(communicator: Communicator, *ways: Callable[[], Any]) -> list[float]:
+    """Median seconds of each, in turns. Collective: every rank must call."""
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(REPEATS):
+        for way, found in zip(ways, times, strict=True):
+            communicator.barrier()
+            start = time.perf_counter()
+            mx.eval(way())
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found[2:]) for found in times]
+
+
+def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[str, float]:
+    """An all-reduce of these arrays with one of as many bytes at once. Collective: every rank must call."""
+    mx.eval(arrays)
+    whole = mx.zeros((sum(array.size for array in arrays.values()),))
+    ours, raw = timed(
+        communicator, lambda: communicator.all_reduce(arrays), lambda: communicator.all_sum(whole)
+    )
+    return {"seconds": ours, "raw_seconds": raw, "over_raw": ours / raw}
+
+
+def by_size(communicator: Communicator) -> dict[int, dict[str, float]]:
+    """Collective: every rank must call."""
+    sizes = [2**power for power in range(16, 28, 2)]
+    return {size: compared(communicator, {"all": mx.ones((size // 4,))}) for size in sizes}
+
+
+def by_tensors(communicator: Communicator) -> dict[int, dict[str, float]]:
+    """Collective: every rank must call."""
+    found: dict[int, dict[str, float]] = {}
+    for count in (1, 4, 16, 64, 256, 1024):
+        arrays = {f"tensor_{number}": mx.ones((BYTES // 4 // count,)) for number in range(count)}
+        found[count] = compared(communicator, arrays)
+    return found
+
+
+def by_ranks(communicator: Communicator) -> dict[int, dict[str, float]]:
+    """Latency of four bytes; what a rank sends of a gradient over the formula. Collective: every rank must
+    call."""
+    one, gradient = mx.ones((1,)), mx.ones((BYTES // 4,))
+    (latency,) = timed(communicator, lambda: communicator.all_sum(one))
+    before, ranks = communicator.sent_bytes, communicator.world_size
+    communicator.all_reduce({"gradient": gradient})
+    formula = 2 * (ranks - 1) / ranks * BYTES
+    return {
+        1: {"latency_seconds": latency, "payload_over_formula": (communicator.sent_bytes - before) / formula}
+    }
+
+
+def main() -> None:
+    communicator = Communicator(RankEnvironment.read())
+    found = {"size": by_size, "tensors": by_tensors, "ranks": by_ranks}[sys.argv[1]](communicator)
+    if communicator.rank == 0:
+        print(f"found: {json.dumps(found)}", flush=True)
+    communicator.barrier()
+    communicator.close()
+
+
+if __name__ == "__main__":
+    main()

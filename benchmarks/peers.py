@@ -1,0 +1,166 @@
+"""The same model, data and batch under mlx_ring and under what people would use instead, in one run.
+
+Every peer is a group of processes of its own that takes its turn, a block of steps at a time, so that a slow
+moment of the machine meets all. All start from the same weights and see the same batches, and the first
+losses are compared: it is the same model. Figures are ratios of medians over rounds.
+
+    mlx_by_hand           a compiled MLX step with nn.average_gradients, waited for at every step
+    mlx_by_hand_unwaited  the same, which does not wait
+    torch_ddp[_compiled]  PyTorch DDP: gloo on a CPU, NCCL on a GPU; there also with torch.compile
+    torch_fsdp2           PyTorch's fully_shard
+
+What is not installed is left out, and said. What the peers lack: the loops by hand have no record, no checks,
+no resume, and weigh ranks alike whatever their targets; PyTorch's change their bits with the ranks.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import mlx.core as mx
+
+PROGRAM = str(Path(__file__).with_name("peers_ranks.py"))
+CPU = (
+    "model=transformer", "data=synthetic", "data.sequence_length=64", "trainer.global_batch_size=16",
+    "trainer.micro_batch_size=8",
+)  # fmt: skip
+GPU = (
+    "data=synthetic", "data.vocabulary_size=50304", "data.sequence_length=1024", "model=transformer",
+    "model.size=gpt2_124m", "model.tie_head=true", "trainer.global_batch_size=16",
+    "trainer.micro_batch_size=16", "trainer.compute_dtype=bfloat16",
+)  # fmt: skip
+SAME_LOSS = 0.02  # difference of the first losses, relative: rounding apart
+
+
+@dataclass
+class Peer:
+    """One peer's ranks, waiting for orders."""
+
+    name: str
+    ranks: list[subprocess.Popen]
+
+    def answers(self) -> list[str]:
+        found: list[str] = []
+        for rank in self.ranks:
+            assert rank.stdout is not None
+            line = next((line for line in rank.stdout if line.startswith("found: ")), None)
+            assert line is not None, f"{self.name} ended with status {rank.wait()}"
+            found.append(line.partition("found: ")[2])
+        return found
+
+    def steps(self, count: int) -> dict[str, float]:
+        """The slowest rank's seconds, rank 0's loss, the largest memory."""
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(f"{count}\n")
+            rank.stdin.flush()
+        told = [json.loads(line) for line in self.answers()]
+        return told[0] | {key: max(each[key] for each in told) for key in ("seconds", "peak_bytes")}
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+
+
+def start(name: str, ranks: int, overrides: tuple[str, ...], folder: Path) -> Peer:
+    """Ranks of one peer, on free ports; returns at once."""
+    ports: list[int] = []
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    hostfile = folder / f"{name}.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]) if ranks > 1 else "")
+    started: list[subprocess.Popen] = []
+    for rank in range(ranks):
+        own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} if ranks > 1 else {}
+        if name.startswith("torch"):
+            own = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(ports[0]),
+            }
+        started.append(
+            subprocess.Popen(
+                [sys.executable, PROGRAM, name, *overrides],
+                env=harness.environment_of_ranks(**own),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return Peer(name, started)
+
+
+def candidates(gpu: bool) -> list[str]:
+    names = ["mlx_ring", "mlx_by_hand", "mlx_by_hand_unwaited"]
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed: pip install torch", file=sys.stderr)
+        return names
+    return [*names, "torch_ddp", *(["torch_ddp_compiled"] if gpu else []), "torch_fsdp2"]
+
+
+def compare(
+    names: list[str], ranks: int, overrides: tuple[str, ...], rounds: int, steps: int
+) -> dict[str, float]:
+    """Seconds a step by peer, and how they compare."""
+    figures: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        peers: dict[str, Peer] = {}
+        try:
+            for name in names:  # one after the other: each reads and compiles
+                peers[name] = start(name, ranks, overrides, Path(folder))
+                peers[name].answers()
+            first = {name: peer.steps(1)["loss"] for name, peer in peers.items()}
+            for loss in first.values():
+                apart = abs(loss / first["mlx_by_hand"] - 1)
+                # mlx_ring tells the loss of the whole batch, the others that of rank 0's part.
+                assert apart < (SAME_LOSS if ranks == 1 else 0.2), first
+            for peer in peers.values():
+                peer.steps(3)
+            for turn in range(rounds):
+                for name in names if turn % 2 else reversed(names):
+                    seen = peers[name].steps(steps)
+                    times[name].append(seen["seconds"] / steps)
+                    figures[f"{name}_peak_bytes"] = seen["peak_bytes"]
+        finally:
+            for peer in peers.values():
+                peer.end()
+    for name in names:
+        figures[f"{name}_step_seconds"] = statistics.median(times[name])
+        if name != "mlx_ring":
+            ratios = [other / own for other, own in zip(times[name], times["mlx_ring"], strict=True)]
+            figures[f"speed_over_{name}"] = statistics.median(ratios)
+    return figures
+
+
+def main() -> None:
+    gpu = mx.default_device() == mx.gpu
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--ranks", type=int, default=1 if gpu else min(2, os.cpu_count() or 1))
+    own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
+    options, _ = own.parse_known_args()
+    overrides = tuple(options.override) or (GPU if gpu else CPU)
+
+    def measure(quick: bool) -> dict[str, float]:
+        rounds, steps = (6, 5) if quick else (20, 10)
+        return compare(candidates(gpu), options.ranks, overrides, rounds, steps)
+
+    least = 0.99 if gpu else 0.98
+    harness.run("peers", measure, {"speed_over_mlx_by_hand": (">=", least)}, [own])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""One rank of one peer of `peers.py`: trains the same model on the same batches, as many steps as it is told.
+
+A line on stdin is a number of steps; the answer is how many seconds they took and the last loss.
+"""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_ring.communicator import Communicator
+from mlx_ring.composition import compose_run
+from mlx_ring.config import RunConfig
+from mlx_ring.coordinator import Coordinator
+from mlx_ring.data.sampler import sample_order
+from mlx_ring.models import build_model
+from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.run_builder import open_data
+
+QUIET = (
+    "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
+    "checkpoint.every_seconds=null", "metrics.console=false", "schedule=constant", "communicator=native",
+    "optimizer.weight_decay=0",
+)  # fmt: skip
+BATCHES = 8  # that are gone through again and again by the loops written by hand
+Steps = Callable[[int], float]  # so many steps; the last loss
+
+
+def mlx_ring(config: RunConfig, folder: str) -> Steps:
+    coordinator = Coordinator(config, Communicator(RankEnvironment.read()), Path(folder))
+    run = coordinator.prepare()
+    assert run is not None
+    results = run.trainer.steps()
+
+    def steps(count: int) -> float:
+        loss = 0.0
+        for _ in range(count):
+            result = next(results)
+            coordinator.follow(run, result)
+            loss = result.loss
+        return loss
+
+    return steps
+
+
+def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The run's first global batches, this rank's part of each, drawn ahead."""
+    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    split, size = open_data(config, alone).dataset.train, config.trainer.global_batch_size
+    order = sample_order(config.seed, np.arange(BATCHES * size), len(split)).reshape(BATCHES, ranks, -1)
+    return cycle([split.batch(rows[rank]) for rows in order])
+
+
+def first_model(config: RunConfig) -> tuple[nn.Module, Any]:
+    """With the weights that the run draws."""
+    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    spec = open_data(config, alone).dataset.spec
+    mx.random.seed(config.seed)
+    return build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes), spec
+
+
+def by_hand(config: RunConfig, waits: bool) -> Steps:
+    """An MLX loop as its documents write one: a compiled step, `average_gradients` where there are ranks."""
+    environment = RankEnvironment.read()
+    rank, ranks = environment.rank, environment.world_size
+    group = mx.distributed.init(strict=ranks > 1, backend="any") if ranks > 1 else None
+    model, _ = first_model(config)
+    optimizer = optim.AdamW(config.optimizer.learning_rate, weight_decay=0.0, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    dtype = getattr(mx, config.trainer.compute_dtype.name)
+    state = [model.state, optimizer.state]
+
+    def loss_of(parameters: dict, inputs: mx.array, targets: mx.array) -> mx.array:
+        if dtype != mx.float32:
+            parameters = tree_map_with_path(
+                lambda path, weight: weight if "embedding" in path else weight.astype(dtype), parameters
+            )
+        model.update(parameters)
+        logits = model(inputs)
+        if mx.default_device() != mx.gpu:
+            logits = logits.astype(mx.float32)
+        return mx.fast.cross_entropy(logits, targets).mean()
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(inputs: mx.array, targets: mx.array) -> mx.array:
+        parameters = model.trainable_parameters()
+        loss, gradients = mx.value_and_grad(loss_of)(parameters, inputs, targets)
+        model.update(parameters)
+        gradients = nn.average_gradients(gradients, group)
+        gradients, _ = optim.clip_grad_norm(gradients, config.trainer.clip_gradient_norm)
+        optimizer.update(model, gradients)
+        return loss
+
+    batches = own_batches(config, rank, ranks)
+
+    def steps(count: int) -> float:
+        loss = mx.array(0.0)
+        for _ in range(count):
+            inputs, targets = next(batches)
+            loss = step(mx.array(inputs), mx.array(targets))
+            (mx.eval if waits else mx.async_eval)(state, loss)
+        mx.eval(state, loss)
+        return float(loss.item())
+
+    return steps
+
+
+def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
+    """PyTorch's DDP or FSDP2, with float32 weights and autocast where the run computes in bfloat16."""
+    import torch
+    import torch.distributed as distributed
+    from peers_torch import Transformer
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # as MLX computes
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    torch.set_float32_matmul_precision("high")
+    weights, spec = first_model(config)
+    model: Any = Transformer(config.model, spec.num_classes)
+    model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
+    model.to(device)
+    if shard:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif ranks > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
+
+    def loss_of(inputs: Any, targets: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    forward = torch.compile(loss_of) if compiled else loss_of  # with the loss, so that no logits are kept
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, fused=gpu
+    )
+    low = config.trainer.compute_dtype.name == "bfloat16"
+    batches = own_batches(config, rank, ranks)
+
+    def steps(count: int) -> float:
+        loss = torch.zeros(())
+        for _ in range(count):
+            inputs, targets = (
+                torch.from_numpy(each.astype(np.int64)).to(device, non_blocking=True)
+                for each in next(batches)
+            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
+                loss = forward(inputs, targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.clip_gradient_norm)
+            optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
+        return loss.item()
+
+    return steps
+
+
+def peak_bytes(name: str) -> int:
+    """Of the device's memory; of the process's on a CPU."""
+    if name.startswith("torch"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    elif mx.default_device() == mx.gpu:
+        return mx.get_peak_memory()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    name, overrides = sys.argv[1], sys.argv[2:]
+    with tempfile.TemporaryDirectory() as folder:
+        config = compose_run(*QUIET, *overrides, f"run.dir={folder}/run")
+        match name:
+            case "mlx_ring":
+                steps = mlx_ring(config, f"{folder}/run")
+            case "mlx_by_hand" | "mlx_by_hand_unwaited":
+                steps = by_hand(config, waits=name == "mlx_by_hand")
+            case "torch_ddp" | "torch_ddp_compiled":
+                steps = by_torch(config, shard=False, compiled=name.endswith("compiled"))
+            case "torch_fsdp2":
+                steps = by_torch(config, shard=True, compiled=False)
+            case _:
+                raise SystemExit(f"unknown peer {name}")
+        print("found: ready", flush=True)
+        for line in sys.stdin:
+            start = time.perf_counter()
+            loss = steps(int(line))
+            seconds = time.perf_counter() - start
+            found = {"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(name)}
+            print(f"found: {json.dumps(found)}", flush=True)
+    os._exit(0)  # threads of loaders and of process groups
+
+
+if __name__ == "__main__":
+    main()

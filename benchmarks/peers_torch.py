@@ -1,0 +1,92 @@
+"""The transformer of `mlx_ring/models/transformer.py` in PyTorch, with the same weights, for `peers.py`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+
+def rotate(x: torch.Tensor, base: float) -> torch.Tensor:
+    """Rotary positions, (B, heads, T, width), halves paired as `mlx.nn.RoPE` does."""
+    width, length = x.shape[-1], x.shape[-2]
+    frequencies = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angles = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequencies
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dimensions: int, heads: int, kv_heads: int, base: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.width, self.base = heads, kv_heads, dimensions // heads, base
+        self.query = nn.Linear(dimensions, dimensions, bias=False)
+        self.key = nn.Linear(dimensions, kv_heads * self.width, bias=False)
+        self.value = nn.Linear(dimensions, kv_heads * self.width, bias=False)
+        self.output = nn.Linear(dimensions, dimensions, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+
+        def split(projected: torch.Tensor, heads: int) -> torch.Tensor:
+            return projected.view(batch, length, heads, self.width).transpose(1, 2)
+
+        query = rotate(split(self.query(x), self.heads), self.base)
+        key = rotate(split(self.key(x), self.kv_heads), self.base)
+        value = split(self.value(x), self.kv_heads)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dimensions: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dimensions, hidden, bias=False)
+        self.up = nn.Linear(dimensions, hidden, bias=False)
+        self.down = nn.Linear(hidden, dimensions, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.attention = Attention(config.dimensions, config.heads, config.kv_heads, config.rope_base)
+        self.feed_forward_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.feed_forward = SwiGLU(config.dimensions, config.hidden_dimensions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Transformer(nn.Module):
+    """`config`: a TransformerModel with its sizes filled in."""
+
+    def __init__(self, config: Any, vocabulary_size: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, config.dimensions)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.head = nn.Linear(config.dimensions, vocabulary_size, bias=False)
+        if config.tie_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+    def take(self, weights: dict[str, np.ndarray]) -> None:
+        """The weights of the other one, by their common names."""
+        missing, unexpected = self.load_state_dict(
+            {name: torch.from_numpy(array) for name, array in weights.items()}, strict=False
+        )
+        assert not unexpected and set(missing) <= {"head.weight"}, (missing, unexpected)
