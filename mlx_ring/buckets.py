@@ -23,7 +23,15 @@ def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> l
     return buckets
 
 
+def join(arrays: list[mx.array]) -> mx.array:
+    """A bucket's content, flat. A single array is not copied: on a fast wire that would show."""
+    flat = [array.reshape(-1) for array in arrays]
+    return mx.concatenate(flat) if len(flat) > 1 else flat[0]
+
+
 def cut(bucket: mx.array, sizes: list[int]) -> list[mx.array]:
     """The successive pieces of a flat array, of these numbers of elements."""
+    if len(sizes) == 1:
+        return [bucket]
     pieces: Any = mx.split(bucket, list(accumulate(sizes))[:-1])  # MLX's stubs call this list an array
     return pieces

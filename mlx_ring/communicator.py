@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ring import errors
-from mlx_ring.buckets import cut, plan_buckets
+from mlx_ring.buckets import cut, join, plan_buckets
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
 from mlx_ring.process_lock import ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
@@ -126,7 +126,7 @@ class Communicator:
             return arrays
         sizes = [(name, str(array.dtype), array.nbytes) for name, array in arrays.items()]
         buckets = plan_buckets(sizes, self.bucket_bytes)
-        flat = [mx.concatenate([arrays[name].reshape(-1) for name in names]) for names in buckets]
+        flat = [join([arrays[name] for name in names]) for names in buckets]
         if self.overlap:
             # The first buckets, of the last layers, are ready while others are still computed.
             mx.async_eval(flat)
