@@ -29,6 +29,7 @@ def run(
     measure: Callable[[bool], Figures | tuple[Figures, list[Curves]]],
     goals: Goals,
     own_options: Sequence[argparse.ArgumentParser] = (),
+    quick_goals: Goals | None = None,
 ) -> None:
     """Measure, print a table, write JSON; exit with status 1 where `--check` finds a goal missed.
 
@@ -38,6 +39,7 @@ def run(
             asks for a quick run.
         goals: by a figure's name, "<=" or ">=" and the bound.
             A goal whose figure this machine or a quick run does not measure is left out.
+        quick_goals: of a quick run, where they are others: looser ones, for a short look on a busy machine.
         own_options: parsers, without a help of their own, of what else this benchmark is told.
     """
     parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own_options)
@@ -47,6 +49,7 @@ def run(
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write a dated page with plots there")
     options = parser.parse_args()
     measured = measure(options.quick)
+    goals = quick_goals if options.quick and quick_goals is not None else goals
     figures, curves = measured if isinstance(measured, tuple) else (measured, [])
     goals = {figure: goal for figure, goal in goals.items() if figure in figures}
     missed = [figure for figure in goals if not _met(figures[figure], goals[figure])]

@@ -3,6 +3,7 @@
 A line on stdin is a number of steps; the answer is how many seconds they took and the last loss.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -35,11 +36,13 @@ QUIET = (
     "checkpoint.every_seconds=null", "metrics.console=false", "schedule=constant", "communicator=native",
     "optimizer.weight_decay=0",
 )  # fmt: skip
+STARTED: list[float] = []  # when the last order came
 BATCHES = 8  # that are gone through again and again by the loops written by hand
 Steps = Callable[[int], float]  # so many steps; the last loss
 
 
 def mlx_ring(config: RunConfig, folder: str) -> Steps:
+    Path(folder).mkdir()
     coordinator = Coordinator(config, Communicator(RankEnvironment.read()), Path(folder))
     run = coordinator.prepare()
     assert run is not None
@@ -176,6 +179,39 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     return steps
 
 
+def by_mlx_lm(config: RunConfig) -> None:
+    """mlx-lm's own trainer, which asks for batches until this process ends. On a GPU all is bfloat16, for it
+    keeps no float32 weights beside those it computes with."""
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    environment = RankEnvironment.read()
+    model, _ = first_model(config)
+    if config.trainer.compute_dtype.name == "bfloat16":
+        model.set_dtype(mx.bfloat16)
+    optimizer = optim.AdamW(config.optimizer.learning_rate, weight_decay=0.0, bias_correction=True)
+    own = own_batches(config, environment.rank, environment.world_size)
+    last = [0.0]
+
+    def loss_of(model: nn.Module, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.fast.cross_entropy(model(inputs).astype(mx.float32), targets).mean(), mx.array(targets.size)
+
+    def batches(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        """It has done with a batch when it asks for the next."""
+        for count in orders():
+            for _ in range(count):
+                inputs, targets = map(mx.array, next(own))
+                if not last[0]:
+                    last[0] = float(loss_of(model, inputs, targets)[0].item())
+                yield inputs, targets
+            answer("mlx_lm", last[0])  # it tells its losses to a terminal only
+
+    arguments = TrainingArgs(
+        batch_size=config.trainer.global_batch_size, iters=10**9, steps_per_report=10**9, steps_per_save=10**9
+    )
+    with contextlib.redirect_stdout(sys.stderr):
+        train(model, optimizer, [], None, arguments, loss=loss_of, iterate_batches=batches)
+
+
 def peak_bytes(name: str) -> int:
     """Of the device's memory; of the process's on a CPU."""
     if name.startswith("torch"):
@@ -188,6 +224,23 @@ def peak_bytes(name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def orders() -> Iterator[int]:
+    """Numbers of steps. The first word says that this rank is ready; the time counts from each order."""
+    tell("ready")
+    for line in sys.stdin:
+        STARTED[:] = [time.perf_counter()]
+        yield int(line)
+
+
+def answer(name: str, loss: float) -> None:
+    seconds = time.perf_counter() - STARTED[0]
+    tell(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(name)}))
+
+
+def tell(words: str) -> None:
+    print(f"found: {words}", file=sys.__stdout__, flush=True)
+
+
 def main() -> None:
     name, overrides = sys.argv[1], sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
@@ -197,19 +250,16 @@ def main() -> None:
                 steps = mlx_ring(config, f"{folder}/run")
             case "mlx_by_hand" | "mlx_by_hand_unwaited":
                 steps = by_hand(config, waits=name == "mlx_by_hand")
+            case "mlx_lm":
+                return by_mlx_lm(config)
             case "torch_ddp" | "torch_ddp_compiled":
                 steps = by_torch(config, shard=False, compiled=name.endswith("compiled"))
             case "torch_fsdp2":
                 steps = by_torch(config, shard=True, compiled=False)
             case _:
                 raise SystemExit(f"unknown peer {name}")
-        print("found: ready", flush=True)
-        for line in sys.stdin:
-            start = time.perf_counter()
-            loss = steps(int(line))
-            seconds = time.perf_counter() - start
-            found = {"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(name)}
-            print(f"found: {json.dumps(found)}", flush=True)
+        for count in orders():
+            answer(name, steps(count))
     os._exit(0)  # threads of loaders and of process groups
 
 

@@ -12,6 +12,7 @@ Any experiment by its overrides; on the hosts of a host file, or on this machine
 """
 
 import argparse
+import asyncio
 import json
 import os
 import statistics
@@ -24,6 +25,9 @@ from pathlib import Path
 
 import harness
 from page import Curves
+
+from mlx_ring.host_file import read_hostfile
+from mlx_ring.job_record import bring_record
 
 RUN = [sys.executable, "-m", "mlx_ring.cli", "run"]
 # A transformer whose step on one core takes a few tenths of a second.
@@ -78,6 +82,8 @@ class Bench:
 
         def wait() -> Seen:
             assert process.wait() == 0, f"{command} ended with status {process.returncode}"
+            if self.hostfile is not None:  # the record is on the host of rank 0
+                asyncio.run(bring_record(read_hostfile(name.with_suffix(".json")), name))
             return self._seen(name)
 
         return wait
@@ -171,7 +177,11 @@ def main() -> None:
 
     cores = os.cpu_count() or 1
     fitting = [ranks for ranks in worlds if 1 < ranks <= cores]
-    harness.run("scaling", scale, {f"weak_efficiency_{ranks}_ranks": (">=", 0.9) for ranks in fitting}, [own])
+
+    def goals(least: float) -> harness.Goals:
+        return {f"weak_efficiency_{ranks}_ranks": (">=", least) for ranks in fitting}
+
+    harness.run("scaling", scale, goals(0.9), [own], goals(0.8))
 
 
 if __name__ == "__main__":

@@ -127,14 +127,12 @@ class Communicator:
         sizes = [(name, str(array.dtype), array.nbytes) for name, array in arrays.items()]
         buckets = plan_buckets(sizes, self.bucket_bytes)
         flat = [join([arrays[name] for name in names]) for names in buckets]
-        if self.overlap:
-            # The first buckets, of the last layers, are ready while others are still computed.
-            mx.async_eval(flat)
-        else:
-            mx.eval(flat)
+        # The first buckets, of the last layers, are ready while others are still computed.
+        (mx.async_eval if self.overlap else mx.eval)(flat)
         sums: list[mx.array] = []
         for bucket in flat:
-            mx.eval(bucket)
+            if self.overlap:
+                mx.eval(bucket)
             start = time.perf_counter()
             sums.append(self.all_sum(bucket))
             self.wait_seconds += time.perf_counter() - start
