@@ -164,13 +164,15 @@ def main() -> None:
     gpu = mx.default_device() == mx.gpu
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", type=int, default=1 if gpu else min(2, os.cpu_count() or 1))
+    own.add_argument("--peers", default="", help="only these, such as mlx_ring,mlx_by_hand,mlx_lm")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
     options, _ = own.parse_known_args()
     overrides = tuple(options.override) or (GPU if gpu else CPU)
 
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
         rounds, steps = (6, 5) if quick else (20, 10)
-        return compare(candidates(gpu), options.ranks, overrides, rounds, steps)
+        names = options.peers.split(",") if options.peers else candidates(gpu)
+        return compare(names, options.ranks, overrides, rounds, steps)
 
     least = 0.99 if gpu else 0.98
     figure = "speed_over_mlx_by_hand"

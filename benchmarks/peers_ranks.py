@@ -157,15 +157,16 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
         model.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, fused=gpu
     )
     low = config.trainer.compute_dtype.name == "bfloat16"
-    batches = own_batches(config, rank, ranks)
+    drawn = own_batches(config, rank, ranks)
+    tensors = [tuple(torch.from_numpy(each.astype(np.int64)) for each in next(drawn)) for _ in range(BATCHES)]
+    if gpu:  # pinned, or every copy would wait for the step before
+        tensors = [tuple(each.pin_memory() for each in pair) for pair in tensors]
+    batches = cycle(tensors)
 
     def steps(count: int) -> float:
         loss = torch.zeros(())
         for _ in range(count):
-            inputs, targets = (
-                torch.from_numpy(each.astype(np.int64)).to(device, non_blocking=True)
-                for each in next(batches)
-            )
+            inputs, targets = (each.to(device, non_blocking=True) for each in next(batches))
             with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 loss = forward(inputs, targets)
             optimizer.zero_grad(set_to_none=True)
