@@ -40,9 +40,8 @@ def over_ring(ranks: int, arguments: list[str]) -> Times:
 
 
 def over_mpi(ranks: int, arguments: list[str]) -> Times:
-    beside = Path(sys.executable).with_name("mpirun")
     as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), "--map-by", ":oversubscribe"]
+    command = [harness.installed("mpirun"), "-n", str(ranks), "--map-by", ":oversubscribe"]
     done = subprocess.run(
         [*command, *as_root, sys.executable, PROGRAM, *arguments],
         env=harness.environment_of_ranks(),
@@ -104,9 +103,7 @@ def main() -> None:
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
         arguments = [json.dumps(SIZES[quick]), "quick" if quick else "full"]
         times = {"ring": over_ring(ranks, arguments)}
-        if importlib.util.find_spec("mpi4py") and (
-            shutil.which("mpirun") or Path(sys.executable).with_name("mpirun").exists()
-        ):
+        if importlib.util.find_spec("mpi4py") and shutil.which(harness.installed("mpirun")):
             times["mpi"] = over_mpi(ranks, arguments)
         figures: dict[str, float] = {}
         for backend, each in times.items():

@@ -1,15 +1,19 @@
-"""A training step of the 124M GPT on one GPU: tokens a second, MFU, memory, and where the time goes.
+"""A training step of the 124M GPT on a GPU: tokens a second, MFU, memory, and where the time goes.
 
 MFU is the model's floating-point operations over those that the GPU can do: 6 · N_matmul + 12 · L · D · T a
 token (torchtitan's formula: forward and backward, attention counted whole, no discount for the causal mask),
 N_matmul without the embedding but with the tied head, over the peak that a large bf16 matrix product reaches
-in this run. The parts are timed by themselves, forward and backward together, at the shapes of the step.
+in this run. Each part is timed by itself at the shapes of the step, forward, and forward with backward; with
+several ranks (`mlx.launch --backend nccl -n 2 -- python benchmarks/gpt2_124m.py`) also the gradient's
+all-reduce.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +22,24 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
-from page import Curves
+from page import Bars
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
 from mlx_ring.coordinator import Coordinator
+from mlx_ring.models import build_model
 from mlx_ring.models.transformer import Attention, SwiGLU
 from mlx_ring.rank_environment import RankEnvironment
 
-BATCH, LENGTH, VOCABULARY = 16, 1024, 50304
-LAYERS, DIMENSIONS, HEADS = 12, 768, 12
+BATCH, LENGTH, VOCABULARY = 16, 1024, 50304  # of a rank
+LAYERS, DIMENSIONS, HEADS, HIDDEN = 12, 768, 12, 2048
 IN_A_ROW = 8
 RUN = (
-    "data=synthetic", f"data.vocabulary_size={VOCABULARY}", f"data.sequence_length={LENGTH}",
-    "model=transformer", "model.size=gpt2_124m", "model.tie_head=true", f"trainer.global_batch_size={BATCH}",
-    f"trainer.micro_batch_size={BATCH}", "trainer.compute_dtype=bfloat16", "trainer.steps=1000000",
+    *harness.GPT2_124M, f"trainer.micro_batch_size={BATCH}", "trainer.steps=1000000",
     "evaluation.every_steps=null", "checkpoint.every_steps=null", "checkpoint.every_seconds=null",
     "metrics.console=false", "schedule=constant", "communicator=native",
 )  # fmt: skip
+Arrays = dict[str, mx.array]
 
 
 def median_seconds(compute: Callable[[], Any], repeats: int) -> float:
@@ -52,12 +56,14 @@ def median_seconds(compute: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def whole_step(repeats: int) -> dict[str, float]:
-    """The coordinator's own loop, in blocks."""
+def whole_step(communicator: Communicator, repeats: int) -> tuple[dict[str, float], Arrays]:
+    """The coordinator's own loop, in blocks; and the weights. Collective: every rank must call."""
     with tempfile.TemporaryDirectory() as folder:
-        config = compose_run(*RUN, f"run.dir={folder}")
-        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
-        coordinator = Coordinator(config, communicator, Path(folder))
+        batch = BATCH * communicator.world_size
+        config = compose_run(*RUN, f"trainer.global_batch_size={batch}", f"run.dir={folder}/run")
+        directory = Path(communicator.broadcast_object(f"{folder}/run"))
+        directory.mkdir(exist_ok=True)
+        coordinator = Coordinator(config, communicator, directory)
         run = coordinator.prepare()
         assert run is not None
         weights = dict(tree_flatten(run.model.parameters()))
@@ -73,74 +79,80 @@ def whole_step(repeats: int) -> dict[str, float]:
         peak = mx.get_peak_memory()
         run.trainer.close()
         coordinator.fail("the benchmark ended")
+        communicator.barrier()
     return {
         "step_seconds": statistics.median(times),
-        "tokens_per_second": BATCH * LENGTH / statistics.median(times),
+        "tokens_per_second": batch * LENGTH / statistics.median(times),
         "peak_memory_bytes": peak,
         "parameters": float(sum(array.size for array in weights.values())),
         "matmul_parameters": float(sum(array.size for array in weights.values() if array.ndim == 2)),
-    }
+    }, weights
 
 
-def both_ways(module: nn.Module, *inputs: mx.array) -> Callable[[], Any]:
-    """Forward and backward of a module, with gradients of its weights and of its first input, compiled."""
-    module.set_dtype(mx.bfloat16)
-    mx.eval(module.parameters())
+def both_ways(scalar: Callable[..., mx.array], inputs: tuple[Any, ...], repeats: int) -> tuple[float, float]:
+    """Seconds of a function to a scalar: forward, and backward to all inputs, which is what both take, less
+    the forward."""
+    forward = mx.compile(scalar)
+    both = mx.compile(mx.value_and_grad(scalar, argnums=tuple(range(len(inputs)))))
+    first = median_seconds(lambda: forward(*inputs), repeats)
+    return first, median_seconds(lambda: both(*inputs), repeats) - first
 
-    def scalar(weights: Any, first: mx.array) -> mx.array:
+
+def module_both_ways(module: nn.Module, x: mx.array, repeats: int) -> tuple[float, float]:
+    """Of a module whose weights are cast to the input's dtype."""
+    module.set_dtype(x.dtype)
+
+    def scalar(weights: Any, x: mx.array) -> mx.array:
         module.update(weights)
-        return module(first, *inputs[1:]).astype(mx.float32).sum()
+        return module(x).astype(mx.float32).sum()
 
-    compiled = mx.compile(mx.value_and_grad(scalar, argnums=(0, 1)))
     weights = module.trainable_parameters()
-    return lambda: compiled(weights, inputs[0])
+    mx.eval(weights)
+    return both_ways(scalar, (weights, x), repeats)
 
 
-def parts(repeats: int) -> dict[str, float]:
-    """Seconds of each part, for all layers of a step."""
-    x = mx.random.normal((BATCH, LENGTH, DIMENSIONS)).astype(mx.bfloat16)
+def parts(repeats: int) -> dict[str, tuple[float, float]]:
+    """Forward and backward seconds of each part, for all layers of a step."""
     tokens = mx.random.randint(0, VOCABULARY, (BATCH, LENGTH))
+    x = mx.random.normal((BATCH, LENGTH, DIMENSIONS)).astype(mx.bfloat16)
     table = mx.random.normal((VOCABULARY, DIMENSIONS)) * 0.02
-    mx.eval(x, tokens, table)
-    hidden = 2048  # of gpt2_124m's SwiGLU
+    query = mx.random.normal((BATCH, HEADS, LENGTH, DIMENSIONS // HEADS)).astype(mx.bfloat16)
+    logits = mx.random.normal((BATCH, LENGTH, VOCABULARY)).astype(mx.bfloat16)
+    mx.eval(tokens, x, table, query, logits)
 
-    def rows(weight: mx.array) -> mx.array:
+    def fused_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask="causal")
+        return mixed.astype(mx.float32).sum()
+
+    def embedding(weight: mx.array) -> mx.array:
         return weight[tokens].astype(mx.bfloat16).astype(mx.float32).sum()
 
-    def logits_and_loss(weight: mx.array, last: mx.array) -> mx.array:
-        return mx.fast.cross_entropy(last @ weight.astype(mx.bfloat16).T, tokens).mean()
+    def head(weight: mx.array, last: mx.array) -> mx.array:
+        return (last @ weight.astype(mx.bfloat16).T).astype(mx.float32).sum()
 
-    attention = Attention(DIMENSIONS, HEADS, HEADS, 10000.0)
-    query = mx.random.normal((BATCH, HEADS, LENGTH, DIMENSIONS // HEADS)).astype(mx.bfloat16)
-    fused = mx.compile(
-        mx.value_and_grad(
-            lambda q, k, v: (
-                mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125, mask="causal")
-                .astype(mx.float32)
-                .sum()
-            ),
-            argnums=(0, 1, 2),
-        )
-    )
-    embedding = mx.compile(mx.value_and_grad(rows))
-    loss = mx.compile(mx.value_and_grad(logits_and_loss, argnums=(0, 1)))
-    seconds = {
-        "attention": LAYERS * median_seconds(both_ways(attention, x), repeats),
-        "attention_kernel_alone": LAYERS * median_seconds(lambda: fused(query, query, query), repeats),
-        "feed_forward": LAYERS * median_seconds(both_ways(SwiGLU(DIMENSIONS, hidden), x), repeats),
-        "norms": (2 * LAYERS + 1) * median_seconds(both_ways(nn.RMSNorm(DIMENSIONS), x), repeats),
-        "embedding": median_seconds(lambda: embedding(table), repeats),
-        "head_and_loss": median_seconds(lambda: loss(table, x), repeats),
+    def loss(logits: mx.array) -> mx.array:
+        return mx.fast.cross_entropy(logits, tokens).mean()
+
+    of_module = partial(module_both_ways, x=x, repeats=repeats)
+    kernel = both_ways(fused_attention, (query, query, query), repeats)
+    attention = of_module(Attention(DIMENSIONS, HEADS, HEADS, 10000.0))
+    per_layer = {
+        "attention_kernel": kernel,
+        "attention_projections": (attention[0] - kernel[0], attention[1] - kernel[1]),
+        "feed_forward": of_module(SwiGLU(DIMENSIONS, HIDDEN)),
+        "norms": tuple((2 + 1 / LAYERS) * seconds for seconds in of_module(nn.RMSNorm(DIMENSIONS))),
     }
-    return {f"part_{name}_seconds": value for name, value in seconds.items()}
+    return {
+        "embedding": both_ways(embedding, (table,), repeats),
+        **{name: (LAYERS * forward, LAYERS * backward) for name, (forward, backward) in per_layer.items()},
+        "head": both_ways(head, (table, x), repeats),
+        "loss": both_ways(loss, (logits,), repeats),
+    }
 
 
-def optimizer_seconds(repeats: int) -> float:
-    """AdamW over the model's weights, in float32, with clipping by the norm."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = compose_run(*RUN, f"run.dir={folder}")
-    from mlx_ring.models import build_model
-
+def optimizer_seconds(weights: Arrays, repeats: int) -> float:
+    """AdamW over weights of these shapes, in float32, with clipping by the norm."""
+    config = compose_run(*RUN, "run.dir=unused")
     model = build_model(config.model, input_shape=(LENGTH,), num_classes=VOCABULARY)
     optimizer = optim.AdamW(1e-4, weight_decay=0.1, bias_correction=True)
     optimizer.init(model.trainable_parameters())
@@ -164,21 +176,44 @@ def peak_flops(repeats: int) -> float:
     return 2 * size**3 / median_seconds(lambda: a @ b, repeats)
 
 
-def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
-    if mx.default_device() != mx.gpu:
-        raise SystemExit("gpt2_124m.py needs a GPU: a step would take minutes here")
+def measure(communicator: Communicator, quick: bool) -> tuple[dict[str, float], list[Bars]]:
+    """Collective: every rank must call."""
     repeats = 5 if quick else 20
-    figures = whole_step(repeats)
+    figures, weights = whole_step(communicator, repeats)
     mx.clear_cache()
-    figures["peak_flops_per_second"] = peak_flops(repeats)
+    figures["peak_flops_per_second"] = communicator.world_size * peak_flops(repeats)
     per_token = 6 * figures["matmul_parameters"] + 12 * LAYERS * DIMENSIONS * LENGTH
     figures["mfu"] = figures["tokens_per_second"] * per_token / figures["peak_flops_per_second"]
-    figures |= parts(repeats)
-    figures["part_optimizer_seconds"] = optimizer_seconds(repeats)
-    counted = ("attention", "feed_forward", "norms", "embedding", "head_and_loss", "optimizer")
-    figures["parts_together_seconds"] = sum(figures[f"part_{name}_seconds"] for name in counted)
-    return figures, []
+    found = parts(repeats)
+    for name, (forward, backward) in found.items():
+        figures[f"{name}_forward_seconds"], figures[f"{name}_backward_seconds"] = forward, backward
+    found["optimizer"] = (optimizer_seconds(weights, repeats), 0.0)
+    figures["optimizer_seconds"] = found["optimizer"][0]
+    figures["parts_together_seconds"] = sum(sum(seconds) for seconds in found.values())
+    if communicator.world_size > 1:  # beside the backward pass, if all goes well
+        gradient = {name: mx.ones_like(array) for name, array in weights.items()}
+        mx.eval(gradient)
+        seconds = median_seconds(lambda: communicator.all_reduce(gradient), repeats)
+        found["all-reduce"] = (seconds, 0.0)
+        figures["all_reduce_seconds"] = seconds
+    series = {
+        way: [1000 * seconds[number] for seconds in found.values()]
+        for number, way in enumerate(("forward, or alone", "backward"))
+    }
+    title = "Where a step's time goes: each part by itself"
+    return figures, [Bars(title=title, y_label="milliseconds", places=list(found), series=series)]
+
+
+def main() -> None:
+    if mx.default_device() != mx.gpu:
+        raise SystemExit("gpt2_124m.py needs a GPU: a step would take minutes here")
+    communicator = Communicator(RankEnvironment.read())
+    if communicator.rank:
+        measure(communicator, "--quick" in sys.argv)
+    else:
+        harness.run("gpt2_124m", partial(measure, communicator), {})
+    communicator.close()
 
 
 if __name__ == "__main__":
-    harness.run("gpt2_124m", measure, {})
+    main()

@@ -170,6 +170,7 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
                 y_label="seconds",
                 x=worlds,
                 series={"4 bytes": latency},
+                logarithmic=False,
             )
         )
         figures |= length(3000 if quick else 100_000, folder)

@@ -1,9 +1,11 @@
 """What the benchmarks share: command line, table, JSON and the check of goals; ranks of one ring."""
 
 import argparse
+import datetime
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,19 +16,24 @@ from typing import IO
 
 import mlx.core as mx
 import page
-from page import Curves
+from page import Goal, Plot, Result
 from rich.console import Console
 from rich.table import Table
 
 from mlx_ring.host_probe import chip
 
+# A GPT of 124M parameters on synthetic tokens, in bfloat16, for a GPU.
+GPT2_124M = (
+    "data=synthetic", "data.vocabulary_size=50304", "data.sequence_length=1024", "model=transformer",
+    "model.size=gpt2_124m", "model.tie_head=true", "trainer.compute_dtype=bfloat16",
+)  # fmt: skip
 Figures = dict[str, float]
-Goals = dict[str, tuple[str, float]]
+Goals = dict[str, Goal]
 
 
 def run(
     name: str,
-    measure: Callable[[bool], Figures | tuple[Figures, list[Curves]]],
+    measure: Callable[[bool], Figures | tuple[Figures, Sequence[Plot]]],
     goals: Goals,
     own_options: Sequence[argparse.ArgumentParser] = (),
     quick_goals: Goals | None = None,
@@ -50,17 +57,22 @@ def run(
     options = parser.parse_args()
     measured = measure(options.quick)
     goals = quick_goals if options.quick and quick_goals is not None else goals
-    figures, curves = measured if isinstance(measured, tuple) else (measured, [])
-    goals = {figure: goal for figure, goal in goals.items() if figure in figures}
-    missed = [figure for figure in goals if not _met(figures[figure], goals[figure])]
-    rows = [_row(figure, value, goals, missed) for figure, value in figures.items()]
-    _print_table(name, rows)
+    figures, plots = measured if isinstance(measured, tuple) else (measured, [])
+    result: Result = {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "command": _command(),
+        "figures": figures,
+        "goals": {figure: goal for figure, goal in goals.items() if figure in figures},
+        "environment": environment(),
+        "plots": list(plots),
+    }
+    _print_table(result)
     if options.page:
-        print(f"written: {page.write(options.page, name, rows, curves, environment())}")
+        print(f"written: {page.write(options.page, result)}")
     if options.output:
-        result = {"benchmark": name, "figures": figures, "goals": goals, "environment": environment()}
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if options.check and missed:
+    if options.check and not all(page.met(figures[name], goal) for name, goal in result["goals"].items()):
         sys.exit(1)
 
 
@@ -79,6 +91,12 @@ def environment() -> dict[str, str | int | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def installed(command: str) -> str:
+    """A command of this environment, or else of this machine."""
+    beside = Path(sys.executable).with_name(command)
+    return str(beside) if beside.exists() else command
 
 
 def environment_of_ranks(**more: str) -> dict[str, str]:
@@ -125,21 +143,22 @@ def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:
             rank.wait()
 
 
-def _met(value: float, goal: tuple[str, float]) -> bool:
-    relation, bound = goal
-    return value <= bound if relation == "<=" else value >= bound
+def _command() -> str:
+    """This one's, but for where its results go."""
+    words = [f"benchmarks/{Path(sys.argv[0]).name}"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--page", "--output"):
+            next(arguments)
+        else:
+            words.append(word)
+    return shlex.join(["python", *words])
 
 
-def _row(figure: str, value: float, goals: Goals, missed: list[str]) -> tuple[str, str, str, str]:
-    goal = " ".join(f"{part:,}" if isinstance(part, float | int) else part for part in goals.get(figure, ()))
-    verdict = "" if figure not in goals else "missed" if figure in missed else "met"
-    return figure, f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}", goal, verdict
-
-
-def _print_table(name: str, rows: list[tuple[str, str, str, str]]) -> None:
-    table = Table("figure", "value", "goal", "", title=name)
+def _print_table(result: Result) -> None:
+    table = Table("figure", "value", "goal", "", title=result["benchmark"])
     for column in table.columns[1:3]:
         column.justify = "right"
-    for row in rows:
+    for row in page.rows(result):
         table.add_row(*row)
     Console().print(table)

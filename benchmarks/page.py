@@ -1,15 +1,19 @@
-"""A benchmark's dated page: figures and goals, plots, and what they were taken on."""
+"""A benchmark's result, and the dated page made of it: figures and goals, plots, and what they were taken on.
 
-import datetime
-import shlex
+`python benchmarks/page.py RESULT.json … FOLDER` makes pages of results that were taken on another machine
+(`--output`), such as one without matplotlib.
+"""
+
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
+
+Goal = tuple[str, float]  # "<=" or ">=", and the bound
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curves:
+class Curves(TypedDict):
     """One plot: lines over common places on the x axis; None where a line has no value."""
 
     title: str
@@ -17,45 +21,73 @@ class Curves:
     y_label: str
     x: Sequence[float]
     series: Mapping[str, Sequence[float | None]]
-    logarithmic: bool = False
+    logarithmic: bool
 
 
-def write(
-    folder: Path,
-    name: str,
-    table: Sequence[tuple[str, str, str, str]],
-    curves: Sequence[Curves],
-    environment: Mapping[str, object],
-) -> Path:
-    """Write FOLDER/NAME.md, and beside it a picture a plot. `table`: figure, value, goal, verdict.
+class Bars(TypedDict):
+    """One plot: a bar at each named place, of the series' values on top of one another."""
+
+    title: str
+    y_label: str
+    places: Sequence[str]
+    series: Mapping[str, Sequence[float]]
+
+
+Plot = Curves | Bars
+
+
+class Result(TypedDict):
+    """What a benchmark writes as JSON."""
+
+    benchmark: str
+    date: str
+    command: str
+    figures: dict[str, float]
+    goals: dict[str, Goal]
+    environment: dict[str, str | int | None]
+    plots: list[Plot]
+
+
+def rows(result: Result) -> list[tuple[str, str, str, str]]:
+    """Figure, value, goal, and whether it was met."""
+    return [_row(figure, value, result["goals"].get(figure)) for figure, value in result["figures"].items()]
+
+
+def met(value: float, goal: Goal) -> bool:
+    relation, bound = goal
+    return value <= bound if relation == "<=" else value >= bound
+
+
+def write(folder: Path, result: Result) -> Path:
+    """Write FOLDER/NAME.md, and beside it a picture a plot.
 
     Returns: the page. Raises: ModuleNotFoundError where there is something to plot and no matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_page(sys.argv[1:])])
-    lines = [f"# {name}, {datetime.date.today().isoformat()}", "", f"`{command}`", ""]
-    lines += [f"- {key}: {value}" for key, value in environment.items() if value is not None]
-    for number, each in enumerate(curves, start=1):
+    name = result["benchmark"]
+    lines = [f"# {name}, {result['date']}", "", f"`{result['command']}`", ""]
+    lines += [f"- {key}: {value}" for key, value in result["environment"].items() if value is not None]
+    for number, plot in enumerate(result["plots"], start=1):
         picture = folder / f"{name}_{number}.svg"
-        draw(each, picture)
-        lines += ["", f"![{each.title}]({picture.name})"]
+        draw(plot, picture)
+        lines += ["", f"![{plot['title']}]({picture.name})"]
     lines += ["", "| figure | value | goal | |", "|---|---|---|---|"]
-    lines += [f"| `{figure}` | {value} | {goal} | {verdict} |" for figure, value, goal, verdict in table]
+    lines += [
+        f"| `{figure}` | {value} | {goal} | {verdict} |" for figure, value, goal, verdict in rows(result)
+    ]
     page = folder / f"{name}.md"
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return page
 
 
-def _without_page(arguments: list[str]) -> list[str]:
-    kept, skip = list[str](), False
-    for word in arguments:
-        if not skip and word not in ("--page", "--output"):
-            kept.append(word)
-        skip = word in ("--page", "--output")
-    return kept
+def _row(figure: str, value: float, goal: Goal | None) -> tuple[str, str, str, str]:
+    shown = f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if goal is None:
+        return figure, shown, "", ""
+    return figure, shown, f"{goal[0]} {goal[1]:,}", "met" if met(value, goal) else "missed"
 
 
-def draw(curves: Curves, picture: Path) -> None:
+def draw(plot: Plot, picture: Path) -> None:
     """An SVG without a date in it: equal figures give equal files."""
     import matplotlib
 
@@ -64,14 +96,28 @@ def draw(curves: Curves, picture: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for label, values in curves.series.items():
-        points = [(x, y) for x, y in zip(curves.x, values, strict=True) if y is not None]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    if curves.logarithmic:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-    axes.set(title=curves.title, xlabel=curves.x_label, ylabel=curves.y_label)
+    if "places" in plot:
+        below = [0.0] * len(plot["places"])
+        for label, values in plot["series"].items():
+            axes.bar(plot["places"], values, bottom=below, label=label)
+            below = [low + value for low, value in zip(below, values, strict=True)]
+        axes.tick_params(axis="x", rotation=30)
+    else:
+        for label, values in plot["series"].items():
+            points = [(x, y) for x, y in zip(plot["x"], values, strict=True) if y is not None]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+        axes.set_xlabel(plot["x_label"])
+        if plot["logarithmic"]:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+    axes.set(title=plot["title"], ylabel=plot["y_label"])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, metadata={"Date": None})
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    *results, folder = map(Path, sys.argv[1:])
+    for each in results:
+        print(write(folder, json.loads(each.read_text(encoding="utf-8"))))

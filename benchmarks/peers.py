@@ -36,11 +36,7 @@ CPU = (
     "model=transformer", "data=synthetic", "data.sequence_length=64", "trainer.global_batch_size=16",
     "trainer.micro_batch_size=8",
 )  # fmt: skip
-GPU = (
-    "data=synthetic", "data.vocabulary_size=50304", "data.sequence_length=1024", "model=transformer",
-    "model.size=gpt2_124m", "model.tie_head=true", "trainer.global_batch_size=16",
-    "trainer.micro_batch_size=16", "trainer.compute_dtype=bfloat16",
-)  # fmt: skip
+GPU = (*harness.GPT2_124M, "trainer.global_batch_size=16", "trainer.micro_batch_size=16")
 SAME_LOSS = 0.02  # difference of the first losses, relative: rounding apart
 
 
@@ -154,8 +150,9 @@ def compare(
         title=f"A step of each peer, {ranks} rank(s)",
         x_label="round",
         y_label="seconds",
-        x=range(rounds),
+        x=list(range(rounds)),
         series=times,
+        logarithmic=False,
     )
     return figures, [curves]
 

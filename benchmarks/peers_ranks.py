@@ -137,7 +137,7 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     distributed.init_process_group("nccl" if gpu else "gloo")
     torch.set_float32_matmul_precision("high")
     weights, spec = first_model(config)
-    model: Any = Transformer(config.model, spec.num_classes)
+    model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
     model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
     model.to(device)
     if shard:

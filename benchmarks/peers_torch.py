@@ -8,33 +8,37 @@ import torch.nn.functional as functional
 from torch import nn
 
 
-def rotate(x: torch.Tensor, base: float) -> torch.Tensor:
+def rotation(length: int, width: int, base: float) -> torch.Tensor:
+    """Cosines and sines of the rotary angles, (2, T, width / 2)."""
+    frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Rotary positions, (B, heads, T, width), halves paired as `mlx.nn.RoPE` does."""
-    width, length = x.shape[-1], x.shape[-2]
-    frequencies = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angles = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequencies
-    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cosine, sine = rotation.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, dimensions: int, heads: int, kv_heads: int, base: float) -> None:
+    def __init__(self, dimensions: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width, self.base = heads, kv_heads, dimensions // heads, base
+        self.heads, self.kv_heads, self.width = heads, kv_heads, dimensions // heads
         self.query = nn.Linear(dimensions, dimensions, bias=False)
         self.key = nn.Linear(dimensions, kv_heads * self.width, bias=False)
         self.value = nn.Linear(dimensions, kv_heads * self.width, bias=False)
         self.output = nn.Linear(dimensions, dimensions, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
 
         def split(projected: torch.Tensor, heads: int) -> torch.Tensor:
             return projected.view(batch, length, heads, self.width).transpose(1, 2)
 
-        query = rotate(split(self.query(x), self.heads), self.base)
-        key = rotate(split(self.key(x), self.kv_heads), self.base)
+        query = rotate(split(self.query(x), self.heads), rotation)
+        key = rotate(split(self.key(x), self.kv_heads), rotation)
         value = split(self.value(x), self.kv_heads)
         mixed = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
@@ -57,20 +61,24 @@ class Block(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
-        self.attention = Attention(config.dimensions, config.heads, config.kv_heads, config.rope_base)
+        self.attention = Attention(config.dimensions, config.heads, config.kv_heads)
         self.feed_forward_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
         self.feed_forward = SwiGLU(config.dimensions, config.hidden_dimensions)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Transformer(nn.Module):
     """`config`: a TransformerModel with its sizes filled in."""
 
-    def __init__(self, config: Any, vocabulary_size: int) -> None:
+    rotation: torch.Tensor
+
+    def __init__(self, config: Any, vocabulary_size: int, length: int) -> None:
         super().__init__()
+        width = config.dimensions // config.heads
+        self.register_buffer("rotation", rotation(length, width, config.rope_base), persistent=False)
         self.embedding = nn.Embedding(vocabulary_size, config.dimensions)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dimensions, eps=1e-5)
@@ -80,8 +88,10 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # as the other one's: all between the layers is bfloat16
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, self.rotation)
         return self.head(self.norm(x))
 
     def take(self, weights: dict[str, np.ndarray]) -> None:

@@ -8,7 +8,8 @@ machines never over n times one of them. Alone means at the same time on the oth
 machine: its memory and clock are shared then as well. Ranks without a core of their own are marked
 oversubscribed. Repeated, in turns: the figures are medians, with the lowest and the highest.
 
-Any experiment by its overrides; on the hosts of a host file, or on this machine.
+Any experiment by its overrides; on the hosts of a host file, or on this machine: ranks of a ring or of MPI on
+its cores, or of NCCL on its GPUs.
 """
 
 import argparse
@@ -19,16 +20,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import harness
+import mlx.core as mx
 from page import Curves
 
 from mlx_ring.host_file import read_hostfile
 from mlx_ring.job_record import bring_record
 
+TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 RUN = [sys.executable, "-m", "mlx_ring.cli", "run"]
 # A transformer whose step on one core takes a few tenths of a second.
 USUAL = ("model=transformer", "data=text", "data.path=docs", "data.pattern=*.md", "data.sequence_length=64")
@@ -39,18 +42,36 @@ COMMON = (
 WARM_UP_STEPS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One run: samples a second and shares of its steps' time, as medians; bytes; seconds to the target."""
+    """One run; what belongs to a step is the median over its steps."""
 
     samples_per_second: float
-    exposed_share: float
-    wire_bytes: float
+    exposed_communication: float  # share of a step in which rank 0's host waits on the wire
+    wire_bytes: float  # that rank 0 sent for a step
     peak_memory_bytes: float
     seconds_to_target: float | None
 
+    @classmethod
+    def of(cls, run: Path, target_loss: float | None) -> "Seen":
+        """Read from the run's record."""
+        assert json.loads((run / "status.json").read_text())["state"] == "completed", run
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [row for row in rows if row["kind"] == "train"]
+        batch, measured = steps[0]["samples"], steps[WARM_UP_STEPS:]
+        began = steps[0]["wall_time"] - steps[0]["step_seconds"]
+        reached = [row["wall_time"] for row in steps if target_loss and row["loss"] <= target_loss]
+        shares = [row["communication_seconds"] / row["step_seconds"] for row in measured]
+        return cls(
+            samples_per_second=batch / statistics.median(row["step_seconds"] for row in measured),
+            exposed_communication=statistics.median(shares),
+            wire_bytes=statistics.median(row["wire_bytes"] for row in measured),
+            peak_memory_bytes=steps[-1]["peak_memory_bytes"],
+            seconds_to_target=min(reached) - began if reached else None,
+        )
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Bench:
     """What runs are started with. `hostfile`: its first hosts are used."""
 
@@ -58,130 +79,157 @@ class Bench:
     batch: int  # samples of one rank
     steps: int
     target_loss: float | None
+    backend: str
     hostfile: Path | None
     folder: Path
     runs: int = 0
 
-    def start(self, ranks: int, batch: int, hosts: list[int] | None = None) -> Callable[[], Seen]:
-        """Start a run; what is returned waits for it. `hosts`: by number, of the host file."""
+    def start(self, ranks: int, batch: int, place: int = 0) -> Callable[[], Seen]:
+        """Start a run; what is returned waits for it. `place`: of the first rank, in the host file or among
+        the GPUs."""
         self.runs += 1
-        name = self.folder / f"run_{self.runs}"
-        where = ["-n", str(ranks)]
-        if self.hostfile is not None:
-            content = json.loads(self.hostfile.read_text())
-            content = content if isinstance(content, dict) else {"hosts": content}
-            chosen = [content["hosts"][number] for number in hosts or range(ranks)]
-            part = name.with_suffix(".json")
-            part.write_text(json.dumps(content | {"hosts": chosen}))
-            where = ["--hostfile", str(part)]
-        values = (f"run.dir={name}", f"trainer.steps={self.steps}", f"trainer.global_batch_size={batch}")
-        command = [*RUN, *where, "--", *COMMON, *self.overrides, *values]
+        run = self.folder / f"run_{self.runs}"
+        launcher, variables = self._launcher(ranks, place, run.with_suffix(".json"))
+        values = (f"run.dir={run}", f"trainer.steps={self.steps}", f"trainer.global_batch_size={batch}")
         process = subprocess.Popen(
-            command, env=harness.environment_of_ranks(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [*launcher, *COMMON, *self.overrides, *values],
+            env=harness.environment_of_ranks(**variables),
+            stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch never rests
+            stdout=subprocess.DEVNULL,
         )
 
         def wait() -> Seen:
-            assert process.wait() == 0, f"{command} ended with status {process.returncode}"
+            assert process.wait() == 0, f"{process.args} ended with status {process.returncode}"
             if self.hostfile is not None:  # the record is on the host of rank 0
-                asyncio.run(bring_record(read_hostfile(name.with_suffix(".json")), name))
-            return self._seen(name)
+                asyncio.run(bring_record(read_hostfile(run.with_suffix(".json")), run))
+            return Seen.of(run, self.target_loss)
 
         return wait
 
-    def _seen(self, run: Path) -> Seen:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [row for row in rows if row["kind"] == "train"]
-        measured = steps[WARM_UP_STEPS:]
-        reached = [row["wall_time"] for row in steps if self.target_loss and row["loss"] <= self.target_loss]
-        batch = steps[0]["samples"]
-        return Seen(
-            samples_per_second=batch / statistics.median(row["step_seconds"] for row in measured),
-            exposed_share=statistics.median(
-                row["communication_seconds"] / row["step_seconds"] for row in measured
-            ),
-            wire_bytes=steps[-1]["wire_bytes"],
-            peak_memory_bytes=steps[-1]["peak_memory_bytes"],
-            seconds_to_target=min(reached) - (steps[0]["wall_time"] - steps[0]["step_seconds"])
-            if reached
-            else None,
-        )
+    def _launcher(self, ranks: int, place: int, part: Path) -> tuple[list[str], dict[str, str]]:
+        """The command before the overrides, and variables for it."""
+        if self.hostfile is not None:
+            content = json.loads(self.hostfile.read_text())
+            content = content if isinstance(content, dict) else {"hosts": content}
+            part.write_text(json.dumps(content | {"hosts": content["hosts"][place : place + ranks]}))
+            return [*RUN, "--hostfile", str(part), "--"], {}
+        match self.backend:
+            case "nccl" if ranks == 1:
+                return TRAIN, {"CUDA_VISIBLE_DEVICES": str(place)}
+            case "nccl":
+                launch = harness.installed("mlx.launch")
+                return [launch, "--backend", "nccl", "-n", str(ranks), "--", *TRAIN], {}
+            case "mpi":
+                return [*RUN, "--launcher", "mpirun", "-n", str(ranks), "--"], {}
+        return [*RUN, "-n", str(ranks), "--"], {}
 
     def alone(self, ranks: int) -> float:
         """Samples a second of so many independent runs of one rank, at the same time, added up."""
-        waiting = [self.start(1, self.batch, [number]) for number in range(ranks)]
+        waiting = [self.start(1, self.batch, place) for place in range(ranks)]
         return sum(wait().samples_per_second for wait in waiting)
+
+    def oversubscribes(self, ranks: int) -> bool:
+        """Whether not every rank of this machine has a core, or a GPU, of its own."""
+        if self.hostfile is not None:
+            return False
+        return ranks > (mx.device_count(mx.gpu) if self.backend == "nccl" else os.cpu_count() or 1)
+
+
+@dataclass
+class Turns:
+    """What one world size showed, a value a repeat."""
+
+    weak: list[float] = field(default_factory=list)
+    strong: list[float] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)  # of the weak runs
+
+    def figures(self) -> Iterator[tuple[str, float]]:
+        """Medians; of what is a speed also the lowest and the highest."""
+        for name, values in (("weak_efficiency", self.weak), ("strong_efficiency", self.strong)):
+            yield from spread(name, values)
+        for each in fields(Seen):
+            values = [value for seen in self.seen if (value := getattr(seen, each.name)) is not None]
+            if each.name in ("samples_per_second", "seconds_to_target") and values:
+                yield from spread(each.name, values)
+            elif values:
+                yield each.name, statistics.median(values)
+
+
+def spread(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
+    yield name, statistics.median(values)
+    yield f"{name}_lowest", min(values)
+    yield f"{name}_highest", max(values)
 
 
 def measure(bench: Bench, worlds: list[int], repeats: int) -> tuple[dict[str, float], list[Curves]]:
-    """Alternates independent, weak and strong runs of each world size."""
-    weak: dict[int, list[float]] = {ranks: [] for ranks in worlds}
-    strong: dict[int, list[float]] = {ranks: [] for ranks in worlds}
-    seen: dict[int, Seen] = {}
+    """Independent, weak and strong runs of each world size, taking turns."""
+    turns = {ranks: Turns() for ranks in worlds}
     largest = max(worlds)
     for _ in range(repeats):
         whole = bench.start(1, bench.batch * largest)().samples_per_second
-        fastest_alone = bench.start(1, bench.batch)().samples_per_second
-        for ranks in worlds:
+        first_alone = bench.start(1, bench.batch)().samples_per_second
+        for ranks, found in turns.items():
             together = bench.alone(ranks)
-            seen[ranks] = bench.start(ranks, bench.batch * ranks)()
-            weak[ranks].append(seen[ranks].samples_per_second / together)
+            found.seen.append(bench.start(ranks, bench.batch * ranks)())
+            found.weak.append(found.seen[-1].samples_per_second / together)
             shared = bench.start(ranks, bench.batch * largest)()
             # As fast as the ranks' speeds added up would make one rank's work on this very batch.
-            strong[ranks].append(shared.samples_per_second / (whole * together / fastest_alone))
+            found.strong.append(shared.samples_per_second / (whole * together / first_alone))
     figures: dict[str, float] = {}
-    for ranks in worlds:
-        for name, values in (("weak", weak[ranks]), ("strong", strong[ranks])):
-            figures[f"{name}_efficiency_{ranks}_ranks"] = statistics.median(values)
-            figures[f"{name}_efficiency_{ranks}_ranks_lowest"] = min(values)
-            figures[f"{name}_efficiency_{ranks}_ranks_highest"] = max(values)
-        figures[f"exposed_communication_{ranks}_ranks"] = seen[ranks].exposed_share
-        figures[f"wire_bytes_{ranks}_ranks"] = seen[ranks].wire_bytes
-        figures[f"peak_memory_bytes_{ranks}_ranks"] = seen[ranks].peak_memory_bytes
-        figures[f"samples_per_second_{ranks}_ranks"] = seen[ranks].samples_per_second
-        if seen[ranks].seconds_to_target is not None:
-            figures[f"seconds_to_target_{ranks}_ranks"] = seen[ranks].seconds_to_target or 0.0
-        if bench.hostfile is None and ranks > (os.cpu_count() or 1):
+    for ranks, found in turns.items():
+        figures |= {f"{name}_{ranks}_ranks": value for name, value in found.figures()}
+        if bench.oversubscribes(ranks):
             figures[f"oversubscribed_{ranks}_ranks"] = 1.0
     series = {
-        name: [statistics.median(values[ranks]) for ranks in worlds]
-        for name, values in (("weak", weak), ("strong", strong))
+        name: [figures[f"{name}_efficiency_{ranks}_ranks"] for ranks in worlds] for name in ("weak", "strong")
     }
-    curves = Curves(title="Scaling", x_label="ranks", y_label="efficiency", x=worlds, series=series)
+    curves = Curves(
+        title="Scaling", x_label="ranks", y_label="efficiency", x=worlds, series=series, logarithmic=False
+    )
     return figures, [curves]
 
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", default="1,2", help="world sizes, such as 1,2,4,8")
+    own.add_argument("--backend", choices=("ring", "mpi", "nccl"), default="ring")
     own.add_argument("--hostfile", type=Path, help="its first hosts, over ssh")
-    own.add_argument("--batch", type=int, default=8, help="samples of one rank")
+    own.add_argument("--batch", type=int, default=0, help="samples of one rank")
     own.add_argument("--steps", type=int, default=0, help="of each run")
     own.add_argument("--repeats", type=int, default=0)
     own.add_argument("--target-loss", type=float, help="time until a step's loss is as low")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
     options, _ = own.parse_known_args()
     worlds = [int(ranks) for ranks in options.ranks.split(",")]
-    overrides = (*(options.override or USUAL), f"trainer.micro_batch_size={options.batch}")
+    gpu = options.backend == "nccl"
+    usual, batch = (harness.GPT2_124M, 16) if gpu else (USUAL, 8)
+    batch = options.batch or batch
+    overrides = (*(options.override or usual), f"trainer.micro_batch_size={batch}")
 
     def scale(quick: bool) -> tuple[dict[str, float], list[Curves]]:
         with tempfile.TemporaryDirectory(prefix="mlx_ring-scaling-", dir=Path.cwd()) as folder:
             bench = Bench(
                 overrides=overrides,
-                batch=options.batch,
+                batch=batch,
                 steps=options.steps or (12 if quick else 40),
                 target_loss=options.target_loss,
+                backend=options.backend,
                 hostfile=options.hostfile,
                 folder=Path(folder),
             )
             return measure(bench, worlds, options.repeats or (1 if quick else 5))
 
-    cores = os.cpu_count() or 1
-    fitting = [ranks for ranks in worlds if 1 < ranks <= cores]
+    places = mx.device_count(mx.gpu) if gpu else os.cpu_count() or 1
+    fitting = [ranks for ranks in worlds if 1 < ranks <= places]
 
-    def goals(least: float) -> harness.Goals:
-        return {f"weak_efficiency_{ranks}_ranks": (">=", least) for ranks in fitting}
+    def goals(weak: float, strong: float | None) -> harness.Goals:
+        found: harness.Goals = {f"weak_efficiency_{ranks}_ranks": (">=", weak) for ranks in fitting}
+        if strong:
+            found |= {f"strong_efficiency_{ranks}_ranks": (">=", strong) for ranks in fitting}
+        return found
 
-    harness.run("scaling", scale, goals(0.9), [own], goals(0.8))
+    usual_goals = goals(0.99, 0.95) if gpu else goals(0.9, None)
+    harness.run("scaling", scale, usual_goals, [own], usual_goals if gpu else goals(0.8, None))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Communicator:
 
     `sent_bytes` counts what this rank sent, `wait_seconds` how long it waited on the wire. Gradients travel
     in buckets of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are
-    still computed.
+    still computed. `host_waits`: a collective has ended when its call returns; over NCCL it is only issued.
     """
 
     def __init__(self, environment: RankEnvironment) -> None:
@@ -61,6 +61,7 @@ class Communicator:
         self.backend = environment.backend
         self.sent_bytes, self.wait_seconds = 0, 0.0
         self.bucket_bytes, self.overlap = 16 * 2**20, False
+        self.host_waits = self.world_size > 1 and self.backend != "nccl"
         self._thread, self._failed = threading.get_ident(), False
         self.calls, self.call = 0, ""  # collectives entered so far; the one that this rank is in
         self._locks: list[ProcessLock] = []
@@ -107,7 +108,8 @@ class Communicator:
         assert mx.issubdtype(array.dtype, mx.integer), array.dtype
         if self.world_size == 1:
             return array
-        mx.eval(array)
+        if self.host_waits:
+            mx.eval(array)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
         start = time.perf_counter()
         largest = self._call(
@@ -119,19 +121,19 @@ class Communicator:
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
 
-        Computes `arrays` first, so that waiting for the own gradients does not count as communication, and so
-        that no GPU work ever waits for the network (Metal kills what waits for five seconds).
+        Where the host waits, computes `arrays` first, so that waiting for the own gradients does not count as
+        communication, and no GPU work waits for the network (Metal kills what waits for five seconds).
         """
         if self.world_size == 1:
             return arrays
         sizes = [(name, str(array.dtype), array.nbytes) for name, array in arrays.items()]
         buckets = plan_buckets(sizes, self.bucket_bytes)
         flat = [join([arrays[name] for name in names]) for names in buckets]
-        # The first buckets, of the last layers, are ready while others are still computed.
-        (mx.async_eval if self.overlap else mx.eval)(flat)
+        if self.host_waits:  # the first buckets, of the last layers, are ready while others are computed
+            (mx.async_eval if self.overlap else mx.eval)(flat)
         sums: list[mx.array] = []
         for bucket in flat:
-            if self.overlap:
+            if self.host_waits and self.overlap:
                 mx.eval(bucket)
             start = time.perf_counter()
             sums.append(self.all_sum(bucket))
@@ -219,14 +221,14 @@ class Communicator:
     # The rules of the wire
 
     def _call(self, name: str, build: Callable[[], Any]) -> Any:
-        """Run one collective to its end, and never another one after a failure."""
+        """Run one collective, where the host waits to its end, and never another one after a failure."""
         assert threading.get_ident() == self._thread, "collectives belong to one thread"
         if self._failed:
             raise ClusterError(f"rank {self.rank}: no collective is possible after a peer was lost")
         self.calls, self.call = self.calls + 1, name
         try:
             result = build()
-            mx.eval(result)
+            (mx.eval if self.host_waits else mx.async_eval)(result)
         except RuntimeError as error:
             self._failed = True
             raise ClusterError(

@@ -381,7 +381,7 @@ class MemorySection(Section):
     cache_limit_bytes: int | None  # freed buffers kept for reuse
     wired_limit_bytes: int | None  # kept resident (macOS)
     activation_checkpointing: bool  # recompute each block in the backward pass
-    issue_ahead: bool  # one rank: issue a step before the last one has ended; faster, more memory at once
+    issue_ahead: bool  # one rank, NCCL: issue a step before the last has ended; faster, more memory
 
     def __post_init__(self) -> None:
         self.at_least(0, "limit_bytes", "cache_limit_bytes", "wired_limit_bytes", unit=" bytes", or_null=True)

@@ -77,7 +77,6 @@ class Issued:
     reduced: Reduced  # without the gradients, which would be kept in memory
     held: list[Any] | None  # the state before it, where the host has not seen yet whether there is an update
     learning_rate: mx.array
-    wishes: list[float]  # this rank's own flags
     start: float
     data_seconds: float
     communication_seconds: float
@@ -122,7 +121,7 @@ class Trainer:
         self.gradient, self._work_split = gradient, work_split
         self._total_steps, self._global_batch_size = total_steps, global_batch_size
         self._max_skipped_batches, self._counts_tokens = max_skipped_batches, counts_tokens
-        self._ahead = issue_ahead and communicator.world_size == 1
+        self._ahead = issue_ahead and not communicator.host_waits and not work_split.measures
         self._skipped_in_a_row, self._last_read = 0, 0.0
         self._micro_batch_seconds = 0.0  # what one took this rank in the last step; 0: not known yet
         self._just_dealt = False
@@ -130,9 +129,11 @@ class Trainer:
     def steps(self) -> Iterator[StepResult]:
         """Train up to the total number of steps.
 
-        Where no peer forces the host to wait, the next step is issued before the last one's outcome is read,
-        so that the device never waits for Python; not past a step after which something is due: what is
-        evaluated or saved is the state of the step just yielded.
+        Where the wire does not force the host to wait (one rank, NCCL), the next step is issued before the
+        last one's outcome is read, so that the device never waits for Python; not past a step after which
+        something is due. Where the outcome shows that there was no update, or that a rank asks for something,
+        what was issued after it is void, and issued again: what is evaluated or saved is the state of the
+        step just yielded. All ranks read the same outcomes, so all do so alike.
 
         Collective: every rank must call. Raises: TrainingError after too many non-finite batches in a row, on
         every rank at the same step; ClusterError when a peer was lost.
@@ -143,15 +144,17 @@ class Trainer:
         while self.progress.step < self._total_steps:
             if not issued:
                 issued.append(self._issue(*self._next_batch()))
-            if self._may_issue_ahead(issued[-1], self.progress.step + len(issued)):
+            # The step's number alone may ask for something, unless a batch before it is skipped.
+            if self._ahead and not self._authority.may_be_due(self.progress.step + len(issued)):
                 issued.append(self._issue(*self._next_batch()))
             if not issued[0].reduced.fits.item():
                 self._refit(issued[0])
-                issued = deque(self._issue(each.batch, 0.0, before=each) for each in issued)
+                issued = self._issue_again(issued)
                 continue
             result = self._read(issued.popleft())
-            if result.skipped:  # what was issued after it started from a state that is no more
-                issued = deque(self._issue(each.batch, 0.0, before=each) for each in issued)
+            rewinds = result.skipped or any(result.flags)
+            if rewinds and not result.skipped and issued:  # a skipped batch's own state was put back
+                self._put_back(issued[0])
             yield result
             if self._skipped_in_a_row >= self._max_skipped_batches:
                 message = (
@@ -160,6 +163,8 @@ class Trainer:
                     "optimizer.learning_rate, or look at the data"
                 )
                 raise agreed(TrainingError(message))
+            if rewinds:
+                issued = self._issue_again(issued)
 
     @property
     def busy_seconds(self) -> float:
@@ -169,10 +174,6 @@ class Trainer:
     def close(self) -> None:
         """End the loader's thread."""
         self._loader.close()
-
-    def _may_issue_ahead(self, last: Issued, its_step: int) -> bool:
-        """Whether nothing can be due after `last`: `its_step`, unless a batch before it is skipped."""
-        return self._ahead and not any(last.wishes) and not self._authority.may_be_due(its_step)
 
     def _next_batch(self) -> tuple[GlobalBatch, float]:
         """This rank's share of the next global batch, and the seconds it was waited for."""
@@ -188,10 +189,8 @@ class Trainer:
         """
         start = time.perf_counter()
         waited, sent = self._communicator.wait_seconds, self._communicator.sent_bytes
-        # An attempt keeps its wishes: what was issued after it counts on nothing being due.
-        wishes = self._authority.flags() if before is None else before.wishes
         held = self._state.held() if self._ahead else None
-        reduced = self._strategy.reduce(self._own_share(batch, wishes))
+        reduced = self._strategy.reduce(self._own_share(batch))
         waited = self._communicator.wait_seconds - waited
         seconds = (time.perf_counter() - start - waited) / len(batch.micro_batches)
         self._micro_batch_seconds = 0.0 if self._just_dealt else seconds  # which may have had to compile
@@ -205,7 +204,6 @@ class Trainer:
             reduced=reduced,
             held=held,
             learning_rate=current_learning_rate(self._optimizer),
-            wishes=wishes,
             start=start - data_seconds,
             data_seconds=data_seconds,
             communication_seconds=waited,
@@ -213,10 +211,18 @@ class Trainer:
         )
         return issued if before is None else issued.after(before)
 
-    def _refit(self, issued: Issued) -> None:
-        """The strategy's state was of no use for this batch: suit it, and forget what came of it."""
+    def _issue_again(self, issued: deque[Issued]) -> deque[Issued]:
+        """What was issued from a state that is no more, from the one that is."""
+        return deque(self._issue(each.batch, 0.0, before=each) for each in issued)
+
+    def _put_back(self, issued: Issued) -> None:
+        """Go back to the state before a step, where it was issued ahead: else it has changed nothing."""
         if issued.held is not None:
             self._state.put_back(issued.held)
+
+    def _refit(self, issued: Issued) -> None:
+        """The strategy's state was of no use for this batch: suit it, and forget what came of it."""
+        self._put_back(issued)
         self._strategy.refit(issued.reduced)
 
     def _read(self, issued: Issued) -> StepResult:
@@ -230,15 +236,14 @@ class Trainer:
         if skipped:
             progress.skipped += 1
             self._skipped_in_a_row += 1
-            if issued.held is not None:
-                self._state.put_back(issued.held)
+            self._put_back(issued)
         else:
             progress.step += 1
             self._skipped_in_a_row = 0
         targets = int(_number(reduced.targets))
         if self._counts_tokens:
             progress.tokens += targets
-        *wishes, seconds = zip(*cast("list[list[float]]", reduced.flags.tolist()), strict=True)
+        *flags, seconds = zip(*cast("list[list[float]]", reduced.flags.tolist()), strict=True)
         return StepResult(
             step=progress.step,
             skipped=skipped,
@@ -253,7 +258,7 @@ class Trainer:
             communication_seconds=issued.communication_seconds,
             data_seconds=issued.data_seconds,
             wire_bytes=issued.wire_bytes,
-            flags=[sum(ranks) for ranks in wishes],
+            flags=[sum(ranks) for ranks in flags],
             new_split=self._deal_anew(list(seconds)),
         )
 
@@ -266,7 +271,7 @@ class Trainer:
         self._just_dealt = True
         return NewSplit(micro_batches=self._work_split.counts, seconds_per_micro_batch=typical)
 
-    def _own_share(self, batch: GlobalBatch, wishes: list[float]) -> Share:
+    def _own_share(self, batch: GlobalBatch) -> Share:
         """This rank's gradients, losses and numbers of targets."""
         number = batch.first_sample // self._global_batch_size
         total: Total | None = None
@@ -278,12 +283,14 @@ class Trainer:
             losses.append(loss)
             targets.append(count)
         assert total is not None
+        if self._work_split.measures and not self._communicator.host_waits:
+            mx.eval(total)  # a speed is measured to the end
         return Share(
             total=total,
             losses=losses,
             targets=targets,
             first_micro_batch=batch.micro_batches[0][0],
-            flags=[*wishes, self._micro_batch_seconds],
+            flags=[*self._authority.flags(), self._micro_batch_seconds],
         )
 
 

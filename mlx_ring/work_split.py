@@ -68,7 +68,7 @@ class WorkSplit:
     def __init__(self, num_micro_batches: int, world_size: int, *, measured: bool) -> None:
         assert 1 <= world_size <= num_micro_batches, (world_size, num_micro_batches)
         self.counts = deal_evenly(num_micro_batches, world_size)
-        self._num_micro_batches, self._measures = num_micro_batches, measured and world_size > 1
+        self._num_micro_batches, self.measures = num_micro_batches, measured and world_size > 1
         self._window: list[list[float]] = []
 
     def share(self, rank: int) -> range:
@@ -81,7 +81,7 @@ class WorkSplit:
 
         Returns: where the ranks' micro-batches are dealt anew from now on, the seconds that tell why.
         """
-        if not self._measures or min(seconds) <= 0:
+        if not self.measures or min(seconds) <= 0:
             return None
         self._window.append(seconds)
         if len(self._window) < WINDOW:

@@ -105,6 +105,14 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"PATH": path, "NO_COLOR": "1"} | more
 
 
+def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:
+    """Until a rank has made this file, while rank 0 runs."""
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists():
+        assert time.monotonic() < deadline and ranks.members[0].process.poll() is None, ranks.report()
+        time.sleep(0.01)
+
+
 def start(
     command: Sequence[str], folder: Path, *, world_size: int = 1, program: Sequence[str] = TRAIN,
     hostfile: Path | None = None, variables: Sequence[dict[str, str]] | None = None,

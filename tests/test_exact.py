@@ -128,28 +128,6 @@ def test_a_gradient_that_is_not_finite_is_told_beside_a_finite_loss(tmp_path: Pa
     assert "non-finite loss 1." in ranks.errors[0]
 
 
-def test_what_is_made_again_takes_no_new_wish(tmp_path: Path) -> None:
-    """A stop that is asked for while the first step is made again: the step after it is already under way."""
-
-    def stopped(name: str, issue_ahead: bool) -> tuple[int, str | None]:
-        config = compose_run(
-            f"run.dir={tmp_path}/{name}", "communicator=exact", f"memory.issue_ahead={issue_ahead}",
-            "evaluation.every_steps=null", "checkpoint.every_steps=null", "trainer.steps=9",
-        )  # fmt: skip
-        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
-        built = build(config, communicator, None)
-        asked = [[0.0, 0.0]] * 2  # by steps 1 and 2
-        built.authority.flags = lambda: asked.pop() if asked else [1.0, 0.0]
-        for result in built.trainer.steps():
-            if result.flags[0]:
-                break
-        built.trainer.close()
-        return result.step, built.verify_replicas()
-
-    ahead, waits = stopped("ahead", True), stopped("waits", False)
-    assert ahead == waits and ahead[0] == 3
-
-
 # Who computes what
 
 

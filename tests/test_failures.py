@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, SMALL, TRAIN, Rank, Ranks, mpirun, rows, start, status
+from ranks import ROOT, SMALL, TRAIN, Rank, Ranks, mpirun, rows, start, status, wait_for
 from refusals import CONFIGURATION, assert_refused
 
 FAULTY = [
@@ -208,13 +207,6 @@ def test_a_killed_peer_with_several_buckets(tmp_path: Path, overlap: str) -> Non
     ranks = start([*FAULTY, given, *options], tmp_path, world_size=3).wait(60)
     assert ranks.statuses == [3, -signal.SIGKILL, 3], ranks.report()
     assert "Traceback" not in ranks.report() and status(tmp_path)["state"] == "failed"
-
-
-def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not path.exists():
-        assert time.monotonic() < deadline and ranks.members[0].process.poll() is None, ranks.report()
-        time.sleep(0.01)
 
 
 def test_a_full_disk_costs_no_run_at_once(tmp_path: Path) -> None:

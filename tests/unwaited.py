@@ -1,0 +1,18 @@
+"""train.py whose collectives are issued and not waited for, as over NCCL, whatever the backend."""
+
+from mlx_ring import communicator
+from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.train import main
+
+
+class Unwaited(communicator.Communicator):
+    """One rank does not wait anyway."""
+
+    def __init__(self, environment: RankEnvironment) -> None:
+        super().__init__(environment)
+        self.host_waits = False
+
+
+if __name__ == "__main__":
+    communicator.Communicator = Unwaited
+    main()
