@@ -47,7 +47,7 @@ class Seen:
     """One run; what belongs to a step is the median over its steps."""
 
     samples_per_second: float
-    exposed_communication: float  # share of a step in which rank 0's host waits on the wire
+    exposed_communication: float | None  # share of a step in which rank 0's host waits on the wire
     wire_bytes: float  # that rank 0 sent for a step
     peak_memory_bytes: float
     seconds_to_target: float | None
@@ -55,7 +55,8 @@ class Seen:
     @classmethod
     def of(cls, run: Path, target_loss: float | None) -> "Seen":
         """Read from the run's record."""
-        assert json.loads((run / "status.json").read_text())["state"] == "completed", run
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == "completed", status
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
         batch, measured = steps[0]["samples"], steps[WARM_UP_STEPS:]
@@ -64,7 +65,8 @@ class Seen:
         shares = [row["communication_seconds"] / row["step_seconds"] for row in measured]
         return cls(
             samples_per_second=batch / statistics.median(row["step_seconds"] for row in measured),
-            exposed_communication=statistics.median(shares),
+            # Over NCCL it is the GPU that waits: only the efficiency tells.
+            exposed_communication=None if status["backend"] == "nccl" else statistics.median(shares),
             wire_bytes=statistics.median(row["wire_bytes"] for row in measured),
             peak_memory_bytes=steps[-1]["peak_memory_bytes"],
             seconds_to_target=min(reached) - began if reached else None,
