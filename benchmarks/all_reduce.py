@@ -25,7 +25,7 @@ KIB, MIB = 2**10, 2**20
 SIZES = {True: [4 * KIB, 256 * KIB, 4 * MIB, 16 * MIB], False: [4 * KIB * 4**power for power in range(9)]}
 LARGE = MIB  # from here on bandwidth counts, below it latency
 PROGRAM = str(Path(__file__).with_name("all_reduce_ranks.py"))
-Times = dict[int, dict[str, float]]  # seconds by size and way
+Times = dict[int, dict[str, list[float]]]  # seconds by size and way, a turn after another
 
 
 def over_ring(ranks: int, arguments: list[str]) -> Times:
@@ -59,8 +59,13 @@ def found_in(text: str) -> Times:
 
 
 def ratio(times: Times, way: str, other: str) -> float:
-    """The median over large sizes of one way's time over another's."""
-    return statistics.median(each[way] / each[other] for size, each in times.items() if size >= LARGE)
+    """One way's time over another's: the median over turns, and then over large sizes."""
+    by_size = [
+        statistics.median(a / b for a, b in zip(each[way], each[other], strict=True))
+        for size, each in times.items()
+        if size >= LARGE
+    ]
+    return statistics.median(by_size)
 
 
 def figures_of(backend: str, times: Times, ranks: int) -> dict[str, float]:
@@ -71,12 +76,13 @@ def figures_of(backend: str, times: Times, ranks: int) -> dict[str, float]:
         f"{backend}_exact_over_raw": ratio(times, "exact", "raw"),
         f"{backend}_bf16_over_raw": ratio(times, "bf16", "raw"),
         f"{backend}_average_gradients_over_raw": ratio(times, "average_gradients", "raw"),
-        f"{backend}_latency_seconds": times[smallest]["native"],
-        f"{backend}_raw_latency_seconds": times[smallest]["raw"],
-        f"{backend}_bus_bytes_per_second": bus / times[largest]["native"],
+        f"{backend}_latency_seconds": statistics.median(times[smallest]["native"]),
+        f"{backend}_raw_latency_seconds": statistics.median(times[smallest]["raw"]),
+        f"{backend}_bus_bytes_per_second": bus / statistics.median(times[largest]["native"]),
     }
     if backend == "mpi":
         figures["mpi_bandwidth_over_mpi4py"] = ratio(times, "mpi4py", "native")
+        figures["mpi_bandwidth_over_mpi4py_in_fresh_memory"] = ratio(times, "mpi4py_fresh", "native")
     else:
         figures["ring_bandwidth_over_sockets"] = ratio(times, "sockets", "native")
     return figures
@@ -90,7 +96,9 @@ def curves_of(backend: str, times: Times, ranks: int) -> Curves:
         x_label="buffer, bytes",
         y_label="bus bandwidth, GB/s",
         x=list(times),
-        series={way: [share * size / each[way] for size, each in times.items()] for way in ways},
+        series={
+            way: [share * size / statistics.median(each[way]) for size, each in times.items()] for way in ways
+        },
         logarithmic=True,
     )
 

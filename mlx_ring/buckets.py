@@ -1,18 +1,20 @@
 """Buckets: which arrays travel together in one message, and how a message is cut apart again."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 
 
-def plan_buckets(arrays: Sequence[tuple[str, str, int]], bucket_bytes: int) -> list[list[str]]:
-    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
+@lru_cache(maxsize=8)  # every step sends the same arrays
+def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: int) -> list[list[str]]:
+    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets. Not to be changed.
 
     Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
     """
-    open_buckets: dict[str, tuple[list[str], int]] = {}
+    open_buckets: dict[Hashable, tuple[list[str], int]] = {}
     buckets: list[list[str]] = []
     for name, dtype, size in reversed(arrays):
         names, total = open_buckets.get(dtype, ([], 0))

@@ -126,7 +126,7 @@ class Communicator:
         """
         if self.world_size == 1:
             return arrays
-        sizes = [(name, str(array.dtype), array.nbytes) for name, array in arrays.items()]
+        sizes = tuple((name, array.dtype, array.nbytes) for name, array in arrays.items())
         buckets = plan_buckets(sizes, self.bucket_bytes)
         flat = [join([arrays[name] for name in names]) for names in buckets]
         if self.host_waits:  # the first buckets, of the last layers, are ready while others are computed
@@ -153,7 +153,7 @@ class Communicator:
             return arrays
         received: dict[str, mx.array] = {}
         for names in plan_buckets(
-            [(name, "", array.nbytes) for name, array in arrays.items()], BROADCAST_BYTES
+            tuple((name, "", array.nbytes) for name, array in arrays.items()), BROADCAST_BYTES
         ):
             parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
             content = mx.concatenate(parts)
