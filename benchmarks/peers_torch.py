@@ -57,12 +57,19 @@ class SwiGLU(nn.Module):
         return self.down(functional.silu(self.gate(x)) * self.up(x))
 
 
+class RMSNorm(nn.RMSNorm):
+    """Its weight takes the input's dtype, as the other one's: PyTorch fuses no mixed ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.attention_norm = RMSNorm(config.dimensions, eps=1e-5)
         self.attention = Attention(config.dimensions, config.heads, config.kv_heads)
-        self.feed_forward_norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.feed_forward_norm = RMSNorm(config.dimensions, eps=1e-5)
         self.feed_forward = SwiGLU(config.dimensions, config.hidden_dimensions)
 
     def forward(self, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
@@ -81,7 +88,7 @@ class Transformer(nn.Module):
         self.register_buffer("rotation", rotation(length, width, config.rope_base), persistent=False)
         self.embedding = nn.Embedding(vocabulary_size, config.dimensions)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.dimensions, eps=1e-5)
+        self.norm = RMSNorm(config.dimensions, eps=1e-5)
         self.head = nn.Linear(config.dimensions, vocabulary_size, bias=False)
         if config.tie_head:
             self.head.weight = self.embedding.weight
