@@ -31,7 +31,7 @@ TINY = (
     "evaluation.every_steps=null", "metrics.console=false", "schedule=constant",
 )  # fmt: skip
 SAMPLE_SECONDS = 0.1
-WARM_UP_SHARE = 0.2  # of a run's length, in which allocators and caches settle
+WARM_UP_SHARE = 0.5  # of a run's length, in which allocators and caches settle
 BLOCKS = 20  # means of so many pieces of a run, which are nearly independent of one another
 ENOUGH_STEPS = 50_000  # for the intervals to say something
 STUDENT_T = 2.101  # of 95 %, for BLOCKS − 2 degrees of freedom
@@ -55,7 +55,7 @@ def length(steps: int, folder: Path) -> dict[str, float]:
     values = (
         f"trainer.steps={steps}",
         f"metrics.log_every_steps={every}",
-        f"checkpoint.every_steps={steps // 4}",
+        f"checkpoint.every_steps={steps // 10}",
     )
     ranks = harness.start_ring([*TRAIN, *TINY, *values, f"run.dir={run}"], 2, folder / "ring.json")
     watched, memory, start = psutil.Process(ranks[0].pid), list[tuple[float, float]](), time.monotonic()
@@ -72,7 +72,11 @@ def length(steps: int, folder: Path) -> dict[str, float]:
     at, rss = (np.array(column) for column in zip(*trained, strict=True))
     step, seconds = (np.array([row[key] for row in train], float) for key in ("step", "step_seconds"))
     done = float(step[-1]) / (at[-1] - at[0])  # steps a second
-    figures = {"length_steps": float(steps), "length_step_seconds": float(np.median(seconds))}
+    figures = {
+        "length_steps": float(steps),
+        "length_step_seconds": float(np.median(seconds)),
+        "length_memory_bytes": float(np.median(rss)),
+    }
     by_memory, by_time = slope(at * done, rss), slope(step, seconds)
     for name, (found, half), scale in (
         ("memory_bytes_per_1000_steps", by_memory, 1000.0),

@@ -80,7 +80,7 @@ def environment() -> dict[str, str | int | None]:
     """What the figures depend on: the machine and the versions."""
     found: dict[str, str | int | None] = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "system": " ".join([platform.system(), platform.release().partition("-")[0], *platform.libc_ver()]),
         "processor": f"{platform.machine()}, {chip()}",
         "cores": os.cpu_count(),
         "device": str(mx.device_info(mx.default_device()).get("device_name", "")) or None,
