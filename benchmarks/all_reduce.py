@@ -48,8 +48,9 @@ def over_mpi(ranks: int, arguments: list[str]) -> Times:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if done.returncode:
+        raise harness.Failed(f"mpirun ended with status {done.returncode}")
     return found_in(done.stdout)
 
 
@@ -105,7 +106,7 @@ def curves_of(backend: str, times: Times, ranks: int) -> Curves:
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--ranks", type=int, default=2)
+    own.add_argument("--ranks", type=harness.at_least(2), default=2)
     ranks = own.parse_known_args()[0].ranks
 
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
@@ -113,6 +114,8 @@ def main() -> None:
         times = {"ring": over_ring(ranks, arguments)}
         if importlib.util.find_spec("mpi4py") and shutil.which(harness.installed("mpirun")):
             times["mpi"] = over_mpi(ranks, arguments)
+        else:
+            print("MPI is left out: it needs mpi4py and Open MPI's mpirun", file=sys.stderr)
         figures: dict[str, float] = {}
         for backend, each in times.items():
             figures |= figures_of(backend, each, ranks)

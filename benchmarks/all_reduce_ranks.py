@@ -39,8 +39,10 @@ def ways(communicator: Communicator, size: int) -> dict[str, Way]:
 
         def with_codec(codec: Any = codec, add: Any = add) -> None:
             """What a step does with a gradient: to the wire's form, over it, and back."""
-            sums, _ = add(None, {"gradient": array})
-            mx.eval(codec.decode(communicator.all_reduce(codec.encode(sums))))
+            sums, largest = add(None, {"gradient": array})
+            reduced = communicator.all_reduce(codec.encode(sums))
+            maxima = [communicator.all_max(bits) for bits in codec.maxima(largest).values()]
+            mx.eval(codec.decode(reduced), maxima)
 
         found[name] = with_codec
     if communicator.backend == "mpi":

@@ -54,16 +54,10 @@ def by_tensors(communicator: Communicator) -> dict[int, dict[str, float]]:
 
 
 def by_ranks(communicator: Communicator) -> dict[int, dict[str, float]]:
-    """Latency of four bytes; what a rank sends of a gradient over the formula. Collective: every rank must
-    call."""
-    one, gradient = mx.ones((1,)), mx.ones((BYTES // 4,))
+    """Latency of four bytes. Collective: every rank must call."""
+    one = mx.ones((1,))
     (latency,) = timed(communicator, lambda: communicator.all_sum(one))
-    before, ranks = communicator.sent_bytes, communicator.world_size
-    communicator.all_reduce({"gradient": gradient})
-    formula = 2 * (ranks - 1) / ranks * BYTES
-    return {
-        1: {"latency_seconds": latency, "payload_over_formula": (communicator.sent_bytes - before) / formula}
-    }
+    return {1: {"latency_seconds": latency}}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from page import Goal, Plot, Result
 from rich.console import Console
 from rich.table import Table
 
+from mlx_ring.errors import MlxRingError
 from mlx_ring.host_probe import chip
 
 # A GPT of 124M parameters on synthetic tokens, in bfloat16, for a GPU.
@@ -31,12 +33,40 @@ Figures = dict[str, float]
 Goals = dict[str, Goal]
 
 
+class Failed(Exception):
+    """What was to be measured did not run; told in one line."""
+
+
+def numbers(least: int) -> Callable[[str], list[int]]:
+    """The type of an option such as `--ranks 1,2,4`: different numbers, `least` or more."""
+
+    def ranks(text: str) -> list[int]:
+        found = [int(word) for word in text.split(",")]
+        if min(found) < least or len(set(found)) < len(found):
+            raise ValueError
+        return found
+
+    return ranks
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a number."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return number
+
+
 def run(
     name: str,
     measure: Callable[[bool], Figures | tuple[Figures, Sequence[Plot]]],
     goals: Goals,
     own_options: Sequence[argparse.ArgumentParser] = (),
     quick_goals: Goals | None = None,
+    leads: bool = True,
 ) -> None:
     """Measure, print a table, write JSON; exit with status 1 where `--check` finds a goal missed.
 
@@ -48,6 +78,7 @@ def run(
             A goal whose figure this machine or a quick run does not measure is left out.
         quick_goals: of a quick run, where they are others: looser ones, for a short look on a busy machine.
         own_options: parsers, without a help of their own, of what else this benchmark is told.
+        leads: whether this process tells; the other ranks of a benchmark that is launched only measure.
     """
     parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own_options)
     parser.add_argument("--quick", action="store_true", help="a minute at most, on two cores")
@@ -55,7 +86,19 @@ def run(
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a goal is missed")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write a dated page with plots there")
     options = parser.parse_args()
-    measured = measure(options.quick)
+    if options.page and importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            "--page needs matplotlib: uv run --group bench python …; or --output, and page.py elsewhere"
+        )
+    for place in (options.page, options.output):
+        if place and not place.parent.is_dir():
+            parser.error(f"{place.parent} is no folder")
+    try:
+        measured = measure(options.quick)
+    except (MlxRingError, Failed) as error:
+        sys.exit(f"error: {error}")
+    if not leads:
+        return
     goals = quick_goals if options.quick and quick_goals is not None else goals
     figures, plots = measured if isinstance(measured, tuple) else (measured, [])
     result: Result = {
@@ -68,10 +111,10 @@ def run(
         "plots": list(plots),
     }
     _print_table(result)
-    if options.page:
-        print(f"written: {page.write(options.page, result)}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.page:
+        print(f"written: {page.write(options.page, result)}")
     if options.check and not all(page.met(figures[name], goal) for name, goal in result["goals"].items()):
         sys.exit(1)
 
@@ -85,7 +128,7 @@ def environment() -> dict[str, str | int | None]:
         "cores": os.cpu_count(),
         "device": str(mx.device_info(mx.default_device()).get("device_name", "")) or None,
     }
-    for package in ("mlx", "numpy", "mpi4py", "torch"):
+    for package in ("mlx_ring", "mlx", "numpy", "mpi4py", "mlx-lm", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -136,7 +179,9 @@ def start_ring(
 def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:
     """Wait until all have ended well."""
     try:
-        assert [rank.wait(timeout_seconds) for rank in ranks] == [0] * len(ranks)
+        statuses = [rank.wait(timeout_seconds) for rank in ranks]
+        if any(statuses):
+            raise Failed(f"ranks ended with statuses {statuses}")
     finally:
         for rank in ranks:
             rank.kill()

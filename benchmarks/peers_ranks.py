@@ -54,6 +54,7 @@ def mlx_ring(config: RunConfig, folder: str) -> Steps:
             result = next(results)
             coordinator.follow(run, result)
             loss = result.loss
+        mx.synchronize()  # the step issued ahead, in the place of the one that the last block issued
         return loss
 
     return steps
@@ -79,7 +80,7 @@ def by_hand(config: RunConfig, waits: bool) -> Steps:
     """An MLX loop as its documents write one: a compiled step, `average_gradients` where there are ranks."""
     environment = RankEnvironment.read()
     rank, ranks = environment.rank, environment.world_size
-    group = mx.distributed.init(strict=ranks > 1, backend="any") if ranks > 1 else None
+    group = mx.distributed.init(strict=True, backend=environment.backend) if ranks > 1 else None
     model, _ = first_model(config)
     optimizer = optim.AdamW(config.optimizer.learning_rate, weight_decay=0.0, bias_correction=True)
     optimizer.init(model.trainable_parameters())
@@ -133,19 +134,20 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # as MLX computes
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     distributed.init_process_group("nccl" if gpu else "gloo")
     torch.set_float32_matmul_precision("high")
     weights, spec = first_model(config)
+    low = config.trainer.compute_dtype.name == "bfloat16"
     model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
     model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
     model.to(device)
     if shard:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
+        for layer in (*model.layers, model):
+            fully_shard(layer, mp_policy=policy)
     elif ranks > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
 
@@ -156,7 +158,6 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, fused=gpu
     )
-    low = config.trainer.compute_dtype.name == "bfloat16"
     drawn = own_batches(config, rank, ranks)
     tensors = [tuple(torch.from_numpy(each.astype(np.int64)) for each in next(drawn)) for _ in range(BATCHES)]
     if gpu:  # pinned, or every copy would wait for the step before

@@ -15,6 +15,7 @@ its cores, or of NCCL on its GPUs.
 import argparse
 import asyncio
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ import harness
 import mlx.core as mx
 from page import Curves
 
+from mlx_ring.errors import ConfigError
 from mlx_ring.host_file import read_hostfile
 from mlx_ring.job_record import bring_record
 
@@ -40,6 +42,7 @@ COMMON = (
     "metrics.log_every_steps=1", "schedule=constant",
 )  # fmt: skip
 WARM_UP_STEPS = 3
+SMOOTHED = 5  # steps whose mean loss must be as low as the target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,17 @@ class Seen:
     def of(cls, run: Path, target_loss: float | None) -> "Seen":
         """Read from the run's record."""
         status = json.loads((run / "status.json").read_text())
-        assert status["state"] == "completed", status
+        if status["state"] != "completed":
+            raise harness.Failed(f"{run} is {status['state']}: {status['message']}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
         batch, measured = steps[0]["samples"], steps[WARM_UP_STEPS:]
         began = steps[0]["wall_time"] - steps[0]["step_seconds"]
-        reached = [row["wall_time"] for row in steps if target_loss and row["loss"] <= target_loss]
+        reached = [
+            row["wall_time"]
+            for number, row in enumerate(steps, start=1)
+            if target_loss and _mean_loss(steps[:number]) <= target_loss
+        ]
         shares = [row["communication_seconds"] / row["step_seconds"] for row in measured]
         return cls(
             samples_per_second=batch / statistics.median(row["step_seconds"] for row in measured),
@@ -71,6 +79,10 @@ class Seen:
             peak_memory_bytes=steps[-1]["peak_memory_bytes"],
             seconds_to_target=min(reached) - began if reached else None,
         )
+
+
+def _mean_loss(steps: list[dict[str, float]]) -> float:
+    return statistics.mean(step["loss"] for step in steps[-SMOOTHED:])
 
 
 @dataclass(kw_only=True)
@@ -84,13 +96,12 @@ class Bench:
     backend: str
     hostfile: Path | None
     folder: Path
-    runs: int = 0
+    started: list[subprocess.Popen] = field(default_factory=list)
 
     def start(self, ranks: int, batch: int, place: int = 0) -> Callable[[], Seen]:
         """Start a run; what is returned waits for it. `place`: of the first rank, in the host file or among
         the GPUs."""
-        self.runs += 1
-        run = self.folder / f"run_{self.runs}"
+        run = self.folder / f"run_{len(self.started)}"
         launcher, variables = self._launcher(ranks, place, run.with_suffix(".json"))
         values = (f"run.dir={run}", f"trainer.steps={self.steps}", f"trainer.global_batch_size={batch}")
         process = subprocess.Popen(
@@ -99,9 +110,11 @@ class Bench:
             stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch never rests
             stdout=subprocess.DEVNULL,
         )
+        self.started.append(process)
 
         def wait() -> Seen:
-            assert process.wait() == 0, f"{process.args} ended with status {process.returncode}"
+            if process.wait():
+                raise harness.Failed(f"a run ended with status {process.returncode}; its errors are above")
             if self.hostfile is not None:  # the record is on the host of rank 0
                 asyncio.run(bring_record(read_hostfile(run.with_suffix(".json")), run))
             return Seen.of(run, self.target_loss)
@@ -125,15 +138,22 @@ class Bench:
                 return [*RUN, "--launcher", "mpirun", "-n", str(ranks), "--"], {}
         return [*RUN, "-n", str(ranks), "--"], {}
 
+    def end(self) -> None:
+        """What a failure has left running."""
+        for process in self.started:
+            process.terminate()
+            process.wait()
+
     def alone(self, ranks: int) -> float:
         """Samples a second of so many independent runs of one rank, at the same time, added up."""
         waiting = [self.start(1, self.batch, place) for place in range(ranks)]
         return sum(wait().samples_per_second for wait in waiting)
 
     def oversubscribes(self, ranks: int) -> bool:
-        """Whether not every rank of this machine has a core, or a GPU, of its own."""
+        """Whether ranks share a core, a GPU, or a host of the host file."""
         if self.hostfile is not None:
-            return False
+            names = [host.ssh for host in read_hostfile(self.hostfile).hosts[:ranks]]
+            return len(set(names)) < len(names)
         return ranks > (mx.device_count(mx.gpu) if self.backend == "nccl" else os.cpu_count() or 1)
 
 
@@ -151,7 +171,12 @@ class Turns:
             yield from spread(name, values)
         for each in fields(Seen):
             values = [value for seen in self.seen if (value := getattr(seen, each.name)) is not None]
-            if each.name in ("samples_per_second", "seconds_to_target") and values:
+            if each.name == "seconds_to_target" and 0 < len(values) < len(self.seen):
+                yield (
+                    "target_reached_share",
+                    len(values) / len(self.seen),
+                )  # a median of these alone would flatter
+            elif each.name in ("samples_per_second", "seconds_to_target") and values:
                 yield from spread(each.name, values)
             elif values:
                 yield each.name, statistics.median(values)
@@ -166,15 +191,15 @@ def spread(name: str, values: list[float]) -> Iterator[tuple[str, float]]:
 def measure(bench: Bench, worlds: list[int], repeats: int) -> tuple[dict[str, float], list[Curves]]:
     """Independent, weak and strong runs of each world size, taking turns."""
     turns = {ranks: Turns() for ranks in worlds}
-    largest = max(worlds)
+    shared_batch = bench.batch * math.lcm(*worlds)  # which every world size can share evenly
     for _ in range(repeats):
-        whole = bench.start(1, bench.batch * largest)().samples_per_second
+        whole = bench.start(1, shared_batch)().samples_per_second
         first_alone = bench.start(1, bench.batch)().samples_per_second
         for ranks, found in turns.items():
             together = bench.alone(ranks)
             found.seen.append(bench.start(ranks, bench.batch * ranks)())
             found.weak.append(found.seen[-1].samples_per_second / together)
-            shared = bench.start(ranks, bench.batch * largest)()
+            shared = bench.start(ranks, shared_batch)()
             # As fast as the ranks' speeds added up would make one rank's work on this very batch.
             found.strong.append(shared.samples_per_second / (whole * together / first_alone))
     figures: dict[str, float] = {}
@@ -193,22 +218,27 @@ def measure(bench: Bench, worlds: list[int], repeats: int) -> tuple[dict[str, fl
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--ranks", default="1,2", help="world sizes, such as 1,2,4,8")
+    own.add_argument("--ranks", type=harness.numbers(1), default=[1, 2], help="world sizes, such as 1,2,4,8")
     own.add_argument("--backend", choices=("ring", "mpi", "nccl"), default="ring")
     own.add_argument("--hostfile", type=Path, help="its first hosts, over ssh")
-    own.add_argument("--batch", type=int, default=0, help="samples of one rank")
-    own.add_argument("--steps", type=int, default=0, help="of each run")
-    own.add_argument("--repeats", type=int, default=0)
-    own.add_argument("--target-loss", type=float, help="time until a step's loss is as low")
+    own.add_argument("--batch", type=harness.at_least(1), help="samples of one rank")
+    own.add_argument("--steps", type=harness.at_least(WARM_UP_STEPS + 1), help="of each run")
+    own.add_argument("--repeats", type=harness.at_least(1))
+    own.add_argument("--target-loss", type=float, help="time until the mean loss of five steps is as low")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
     options, _ = own.parse_known_args()
-    worlds = [int(ranks) for ranks in options.ranks.split(",")]
+    worlds: list[int] = options.ranks
     gpu = options.backend == "nccl"
     usual, batch = (harness.GPT2_124M, 16) if gpu else (USUAL, 8)
     batch = options.batch or batch
+    places = max(worlds) if options.hostfile else mx.device_count(mx.gpu) if gpu else os.cpu_count() or 1
     overrides = (*(options.override or usual), f"trainer.micro_batch_size={batch}")
 
     def scale(quick: bool) -> tuple[dict[str, float], list[Curves]]:
+        if options.hostfile and max(worlds) > (hosts := len(read_hostfile(options.hostfile).hosts)):
+            raise ConfigError(
+                f"{options.hostfile} has {hosts} hosts, for --ranks {max(worlds)}; lower --ranks"
+            )
         with tempfile.TemporaryDirectory(prefix="mlx_ring-scaling-", dir=Path.cwd()) as folder:
             bench = Bench(
                 overrides=overrides,
@@ -219,9 +249,11 @@ def main() -> None:
                 hostfile=options.hostfile,
                 folder=Path(folder),
             )
-            return measure(bench, worlds, options.repeats or (1 if quick else 5))
+            try:
+                return measure(bench, worlds, options.repeats or (1 if quick else 5))
+            finally:
+                bench.end()
 
-    places = mx.device_count(mx.gpu) if gpu else os.cpu_count() or 1
     fitting = [ranks for ranks in worlds if 1 < ranks <= places]
 
     def goals(weak: float, strong: float | None) -> harness.Goals:

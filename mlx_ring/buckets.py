@@ -7,10 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
+Buckets = tuple[tuple[str, ...], ...]  # names, by bucket
+
 
 @lru_cache(maxsize=8)  # every step sends the same arrays
-def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: int) -> list[list[str]]:
-    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets. Not to be changed.
+def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: int) -> Buckets:
+    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
 
     Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
     """
@@ -22,7 +24,7 @@ def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: in
             buckets.append(names)
         names.append(name)
         open_buckets[dtype] = (names, total + size) if total + size < bucket_bytes else ([], 0)
-    return buckets
+    return tuple(map(tuple, buckets))
 
 
 def join(arrays: list[mx.array]) -> mx.array:

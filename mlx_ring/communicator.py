@@ -12,7 +12,7 @@ What each backend does by itself, and what is built here from smaller collective
 
 One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams
 give wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave
-queued ones waiting for ever; for the same reason the first failure is the last collective.
+queued ones waiting for ever, so the first failure is the last one (over NCCL MLX ends the process).
 """
 
 import hashlib
@@ -201,7 +201,7 @@ class Communicator:
 
     def barrier(self) -> None:
         """Return once every rank has come here. Collective: every rank must call."""
-        self.all_sum(mx.array([1], dtype=mx.int32))
+        mx.eval(self.all_sum(mx.array([1], dtype=mx.int32)))
 
     def _gather_bytes(self, content: bytes) -> list[bytes]:
         if self.world_size == 1:

@@ -144,8 +144,8 @@ class Trainer:
         while self.progress.step < self._total_steps:
             if not issued:
                 issued.append(self._issue(*self._next_batch()))
-            # The step's number alone may ask for something, unless a batch before it is skipped.
-            if self._ahead and not self._authority.may_be_due(self.progress.step + len(issued)):
+            one = self._ahead and len(issued) == 1
+            if one and not self._authority.may_be_due(self.progress.step + 1):  # unless it is skipped
                 issued.append(self._issue(*self._next_batch()))
             if not issued[0].reduced.fits.item():
                 self._refit(issued[0])
@@ -164,11 +164,12 @@ class Trainer:
                 )
                 raise agreed(TrainingError(message))
             if rewinds:
+                self._last_read = time.perf_counter()  # what was done meanwhile is no part of a step
                 issued = self._issue_again(issued)
 
     @property
     def busy_seconds(self) -> float:
-        """What this rank computed in the last step; 0 where it is not known yet."""
+        """What this rank computed in the last step; 0 where the host does not know."""
         return self._micro_batch_seconds * self._work_split.counts[self._communicator.rank]
 
     def close(self) -> None:
@@ -193,7 +194,8 @@ class Trainer:
         reduced = self._strategy.reduce(self._own_share(batch))
         waited = self._communicator.wait_seconds - waited
         seconds = (time.perf_counter() - start - waited) / len(batch.micro_batches)
-        self._micro_batch_seconds = 0.0 if self._just_dealt else seconds  # which may have had to compile
+        # Not known: the first after a deal, which may have to compile, and what is only issued.
+        self._micro_batch_seconds = 0.0 if self._just_dealt or self._ahead else seconds
         self._just_dealt = False
         if self._ahead or bool((reduced.fits & reduced.finite).item()):
             self._strategy.update(reduced)

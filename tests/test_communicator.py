@@ -41,4 +41,4 @@ def test_mpi(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -
 def test_plan_buckets(
     arrays: list[tuple[str, str, int]], bucket_bytes: int, expected: list[list[str]]
 ) -> None:
-    assert plan_buckets(tuple(arrays), bucket_bytes) == expected
+    assert plan_buckets(tuple(arrays), bucket_bytes) == tuple(map(tuple, expected))

@@ -9,6 +9,7 @@ from ranks import ROOT, SMALL, TRAIN, rows, start, status, wait_for
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
+from mlx_ring.data.loader import GlobalBatch
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import build
 
@@ -102,3 +103,22 @@ def test_what_is_yielded_with_a_wish_is_the_state_of_that_step(tmp_path: Path, c
     for calls in range(1, 5):
         step, digest = stopped("ahead", True, calls)
         assert waits[step] == digest, (calls, step)
+
+
+def test_one_step_is_issued_ahead_and_no_more(tmp_path: Path) -> None:
+    """Also after the first one was made again; none past the last, nor past one that is evaluated."""
+    config = compose_run(
+        f"run.dir={tmp_path}", "communicator=exact", "evaluation.every_steps=5",
+        "checkpoint.every_steps=null", "trainer.steps=9",
+    )  # fmt: skip
+    built = build(config, Communicator(RankEnvironment(rank=0, world_size=1, backend="single")), None)
+    drawn, next_batch = [0], built.trainer._next_batch  # pyright: ignore[reportPrivateUsage]
+
+    def counted() -> tuple[GlobalBatch, float]:
+        drawn[0] += 1
+        return next_batch()
+
+    built.trainer._next_batch = counted  # pyright: ignore[reportPrivateUsage]
+    ahead = [drawn[0] - result.step for result in built.trainer.steps()]
+    built.trainer.close()
+    assert ahead == [1, 1, 1, 1, 0, 1, 1, 1, 0]

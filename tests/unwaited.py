@@ -6,7 +6,7 @@ from mlx_ring.train import main
 
 
 class Unwaited(communicator.Communicator):
-    """One rank does not wait anyway."""
+    """Its sums are there when they are read."""
 
     def __init__(self, environment: RankEnvironment) -> None:
         super().__init__(environment)
