@@ -2,7 +2,8 @@
 
 In one run, taking turns on the same buffers: MLX's own collective, raw; the communicator with each codec (to
 the wire's form, over it, and back); `nn.average_gradients`; over MPI `mpi4py`'s Allreduce; and a pair of
-plain sockets that carry as many bytes both ways, which is the limit of the link. Bus bandwidth is
+plain sockets that carry as many bytes both ways, which is the limit of the link (over NCCL, on a GPU a rank,
+there is no such thing here). Bus bandwidth is
 2 (n − 1)/n · bytes/time (NCCL tests, PERFORMANCE.md).
 """
 
@@ -18,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import harness
+import mlx.core as mx
 from all_reduce_ranks import FOUND
 from page import Curves
 
@@ -30,13 +32,18 @@ Times = dict[int, dict[str, list[float]]]  # seconds by size and way, a turn aft
 
 def over_ring(ranks: int, arguments: list[str]) -> Times:
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found"
-        with output.open("w") as stdout:
-            started = harness.start_ring(
-                [sys.executable, PROGRAM, *arguments], ranks, Path(folder) / "ring.json", stdout=stdout
-            )
-            harness.end(started)
-        return found_in(output.read_text())
+        return by_ranks(harness.ring_variables(ranks, Path(folder) / "ring.json"), arguments)
+
+
+def over_nccl(ranks: int, arguments: list[str]) -> Times:
+    return by_ranks(harness.nccl_variables(ranks), arguments)
+
+
+def by_ranks(variables: list[dict[str, str]], arguments: list[str]) -> Times:
+    with tempfile.TemporaryFile("w+") as stdout:
+        harness.end(harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout))
+        stdout.seek(0)
+        return found_in(stdout.read())
 
 
 def over_mpi(ranks: int, arguments: list[str]) -> Times:
@@ -52,6 +59,9 @@ def over_mpi(ranks: int, arguments: list[str]) -> Times:
     if done.returncode:
         raise harness.Failed(f"mpirun ended with status {done.returncode}")
     return found_in(done.stdout)
+
+
+OVER = {"ring": over_ring, "mpi": over_mpi, "nccl": over_nccl}
 
 
 def found_in(text: str) -> Times:
@@ -84,7 +94,7 @@ def figures_of(backend: str, times: Times, ranks: int) -> dict[str, float]:
     if backend == "mpi":
         figures["mpi_bandwidth_over_mpi4py"] = ratio(times, "mpi4py", "native")
         figures["mpi_bandwidth_over_mpi4py_in_fresh_memory"] = ratio(times, "mpi4py_fresh", "native")
-    else:
+    elif backend == "ring":
         figures["ring_bandwidth_over_sockets"] = ratio(times, "sockets", "native")
     return figures
 
@@ -104,34 +114,41 @@ def curves_of(backend: str, times: Times, ranks: int) -> Curves:
     )
 
 
+def available(ranks: int) -> list[str]:
+    """The backends that this machine has for so many ranks."""
+    found = ["ring"]
+    if importlib.util.find_spec("mpi4py") and shutil.which(harness.installed("mpirun")):
+        found.append("mpi")
+    else:
+        print("MPI is left out: it needs mpi4py and Open MPI's mpirun", file=sys.stderr)
+    if mx.distributed.is_available("nccl") and mx.device_count(mx.gpu) >= ranks:
+        found.append("nccl")
+    return found
+
+
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", type=harness.at_least(2), default=2)
-    ranks = own.parse_known_args()[0].ranks
+    own.add_argument("--backend", choices=list(OVER), help="only this one, and not all that are here")
+    options = harness.parse("all_reduce", own)
+    ranks: int = options.ranks
+    backends = [options.backend] if options.backend else available(ranks)
 
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
         arguments = [json.dumps(SIZES[quick]), "quick" if quick else "full"]
-        times = {"ring": over_ring(ranks, arguments)}
-        if importlib.util.find_spec("mpi4py") and shutil.which(harness.installed("mpirun")):
-            times["mpi"] = over_mpi(ranks, arguments)
-        else:
-            print("MPI is left out: it needs mpi4py and Open MPI's mpirun", file=sys.stderr)
+        times = {backend: OVER[backend](ranks, arguments) for backend in backends}
         figures: dict[str, float] = {}
         for backend, each in times.items():
             figures |= figures_of(backend, each, ranks)
         return figures, [curves_of(backend, each, ranks) for backend, each in times.items()]
 
-    goals = {
-        "ring_communicator_over_raw": ("<=", 1.05),
-        "mpi_communicator_over_raw": ("<=", 1.05),
+    goals = {f"{backend}_communicator_over_raw": ("<=", 1.05) for backend in OVER} | {
         "mpi_bandwidth_over_mpi4py": (">=", 1.0),
     }
-    quick = {
-        "ring_communicator_over_raw": ("<=", 1.4),
-        "mpi_communicator_over_raw": ("<=", 1.4),
+    quick = {f"{backend}_communicator_over_raw": ("<=", 1.4) for backend in OVER} | {
         "mpi_bandwidth_over_mpi4py": (">=", 0.7),
     }
-    harness.run("all_reduce", measure, goals, [own], quick)
+    harness.run(options, measure, goals, quick)
 
 
 if __name__ == "__main__":

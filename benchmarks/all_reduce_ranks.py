@@ -47,7 +47,7 @@ def ways(communicator: Communicator, size: int) -> dict[str, Way]:
         found[name] = with_codec
     if communicator.backend == "mpi":
         found |= by_mpi4py(own)
-    else:
+    elif communicator.backend == "ring":
         found["sockets"] = Link(communicator, size).both_ways
     return found
 

@@ -84,4 +84,4 @@ def measure(quick: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     goals = {f"{size}_stall_over_write": ("<=", 0.10) for size in ("100_mb", "1_gb")}
-    harness.run("checkpoint", measure, goals)
+    harness.run(harness.parse("checkpoint"), measure, goals)

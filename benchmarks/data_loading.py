@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from harness import run
+from harness import parse, run
 
 from mlx_ring.config import TokensData
 from mlx_ring.data.dataset import Dataset
@@ -110,4 +110,4 @@ def measure(quick: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run("data_loading", measure, GOALS)
+    run(parse("data_loading"), measure, GOALS)

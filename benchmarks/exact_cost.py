@@ -25,7 +25,7 @@ from pathlib import Path
 import harness
 import mlx.core as mx
 from step_overhead import GPU_CASES as GPT
-from step_overhead import QUIET, by_mlx_ring
+from step_overhead import by_mlx_ring
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
@@ -56,7 +56,7 @@ class Stepper:
     def __init__(self, way: str, case: tuple[str, ...], communicator: Communicator, folder: Path) -> None:
         """Collective: every rank must call."""
         codec = "exact" if way == "exact" else "native"
-        config = compose_run(*QUIET, *case, f"communicator={codec}", f"run.dir={folder}")
+        config = compose_run(*harness.QUIET, *case, f"communicator={codec}", f"run.dir={folder}")
         self.coordinator = Coordinator(config, communicator, folder)
         run = self.coordinator.prepare()
         assert run is not None
@@ -155,4 +155,4 @@ if __name__ == "__main__":
         if RankEnvironment.read().rank == 0:
             (home / "figures.json").write_text(json.dumps(found))
     else:
-        harness.run("exact_cost", measure, GOALS)
+        harness.run(harness.parse("exact_cost"), measure, GOALS)

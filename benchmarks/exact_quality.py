@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import harness
@@ -166,8 +167,7 @@ def precision(overrides: tuple[str, ...], weights: Path) -> dict[str, float]:
     return figures
 
 
-def measure(quick: bool) -> dict[str, float]:
-    options, _ = OPTIONS.parse_known_args()
+def measure(options: argparse.Namespace, quick: bool) -> dict[str, float]:
     small = quick or not GPU
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -183,4 +183,5 @@ def measure(quick: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     goals: harness.Goals = {"difference_over_spread": ("<=", 1.0)}
-    harness.run("exact_quality", measure, goals, [OPTIONS])
+    options = harness.parse("exact_quality", OPTIONS)
+    harness.run(options, partial(measure, options), goals)

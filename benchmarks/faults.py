@@ -150,5 +150,5 @@ if __name__ == "__main__":
     own.add_argument("--trials", type=int, default=3, help="of each fault (3)")
     own.add_argument("--soak-minutes", type=float, default=0, help="the long runs, instead of the faults")
     own.add_argument("--everything", action="store_true", help="the faults and the long runs")
-    OPTIONS, _ = own.parse_known_args()
-    harness.run("faults", measure, GOALS, [own])
+    OPTIONS = harness.parse("faults", own)
+    harness.run(OPTIONS, measure, GOALS)

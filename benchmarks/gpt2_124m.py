@@ -34,9 +34,7 @@ BATCH, LENGTH, VOCABULARY = 16, 1024, 50304  # of a rank
 LAYERS, DIMENSIONS, HEADS, HIDDEN = 12, 768, 12, 2048
 IN_A_ROW = 8
 RUN = (
-    *harness.GPT2_124M, f"trainer.micro_batch_size={BATCH}", "trainer.steps=1000000",
-    "evaluation.every_steps=null", "checkpoint.every_steps=null", "checkpoint.every_seconds=null",
-    "metrics.console=false", "schedule=constant", "communicator=native",
+    *harness.QUIET, *harness.GPT2_124M, f"trainer.micro_batch_size={BATCH}", "communicator=native",
 )  # fmt: skip
 DATA_SHEET_FLOPS = {"H100": 989e12, "H200": 989e12}  # bf16 matrix products a second, dense, SXM
 Arrays = dict[str, mx.array]
@@ -213,4 +211,4 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
 
 
 if __name__ == "__main__":
-    harness.run("gpt2_124m", measure, {}, leads=RankEnvironment.read().rank == 0)
+    harness.run(harness.parse("gpt2_124m"), measure, {}, leads=RankEnvironment.read().rank == 0)

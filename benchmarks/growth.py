@@ -203,7 +203,7 @@ GOALS: harness.Goals = {
 if __name__ == "__main__":
     quick = {figure: goal for figure, goal in GOALS.items() if not figure.startswith("length_")}
     harness.run(
-        "growth",
+        harness.parse("growth"),
         measure,
         GOALS,
         quick_goals=quick | {"length_memory_share_per_100000_steps_at_most": ("<=", 1.0)},

@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO
@@ -28,6 +30,11 @@ from mlx_ring.host_probe import chip
 GPT2_124M = (
     "data=synthetic", "data.vocabulary_size=50304", "data.sequence_length=1024", "model=transformer",
     "model.size=gpt2_124m", "model.tie_head=true", "trainer.compute_dtype=bfloat16",
+)  # fmt: skip
+# A run without end, which does nothing but train.
+QUIET = (
+    "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
+    "checkpoint.every_seconds=null", "metrics.console=false", "schedule=constant",
 )  # fmt: skip
 Figures = dict[str, float]
 Goals = dict[str, Goal]
@@ -60,27 +67,10 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def run(
-    name: str,
-    measure: Callable[[bool], Figures | tuple[Figures, Sequence[Plot]]],
-    goals: Goals,
-    own_options: Sequence[argparse.ArgumentParser] = (),
-    quick_goals: Goals | None = None,
-    leads: bool = True,
-) -> None:
-    """Measure, print a table, write JSON; exit with status 1 where `--check` finds a goal missed.
-
-    Args:
-        name: of the benchmark.
-        measure: gives the figures by name, with units in the names, and plots of them if there are any; True
-            asks for a quick run.
-        goals: by a figure's name, "<=" or ">=" and the bound.
-            A goal whose figure this machine or a quick run does not measure is left out.
-        quick_goals: of a quick run, where they are others: looser ones, for a short look on a busy machine.
-        own_options: parsers, without a help of their own, of what else this benchmark is told.
-        leads: whether this process tells; the other ranks of a benchmark that is launched only measure.
-    """
-    parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own_options)
+def parse(name: str, *own: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a benchmark of this name: the common ones, and its own, of parsers without a help."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own)
+    parser.set_defaults(benchmark=name)
     parser.add_argument("--quick", action="store_true", help="a minute at most, on two cores")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a goal is missed")
@@ -93,6 +83,27 @@ def run(
     for place in (options.page, options.output):
         if place and not place.parent.is_dir():
             parser.error(f"{place.parent} is no folder")
+    return options
+
+
+def run(
+    options: argparse.Namespace,
+    measure: Callable[[bool], Figures | tuple[Figures, Sequence[Plot]]],
+    goals: Goals,
+    quick_goals: Goals | None = None,
+    leads: bool = True,
+) -> None:
+    """Measure, print a table, write JSON; exit with status 1 where `--check` finds a goal missed.
+
+    Args:
+        options: see `parse`.
+        measure: gives the figures by name, with units in the names, and plots of them if there are any; True
+            asks for a quick run.
+        goals: by a figure's name, "<=" or ">=" and the bound.
+            A goal whose figure this machine or a quick run does not measure is left out.
+        quick_goals: of a quick run, where they are others: looser ones, for a short look on a busy machine.
+        leads: whether this process tells; the other ranks of a benchmark that is launched only measure.
+    """
     try:
         measured = measure(options.quick)
     except (MlxRingError, Failed) as error:
@@ -102,7 +113,7 @@ def run(
     goals = quick_goals if options.quick and quick_goals is not None else goals
     figures, plots = measured if isinstance(measured, tuple) else (measured, [])
     result: Result = {
-        "benchmark": name,
+        "benchmark": options.benchmark,
         "date": datetime.date.today().isoformat(),
         "command": _command(),
         "figures": figures,
@@ -127,13 +138,22 @@ def environment() -> dict[str, str | int | None]:
         "processor": f"{platform.machine()}, {chip()}",
         "cores": os.cpu_count(),
         "device": str(mx.device_info(mx.default_device()).get("device_name", "")) or None,
+        "driver": _driver(),
     }
-    for package in ("mlx_ring", "mlx", "numpy", "mpi4py", "mlx-lm", "torch"):
+    for package in ("mlx_ring", "mlx", "mlx-cuda-12", "mlx-cuda-13", "numpy", "mpi4py", "mlx-lm", "torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _driver() -> str | None:
+    """Of NVIDIA's GPUs, where there are any."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or None
 
 
 def installed(command: str) -> str:
@@ -148,6 +168,49 @@ def environment_of_ranks(**more: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith(launched)} | more
 
 
+def free_ports(count: int) -> list[int]:
+    """Of this machine."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def ring_variables(world_size: int, hostfile: Path) -> list[dict[str, str]]:
+    """Of each rank of a ring on this machine, as mlx.launch sets them; writes the addresses to `hostfile`."""
+    addresses = [[f"127.0.0.1:{port}"] for port in free_ports(world_size)]
+    hostfile.write_text(json.dumps(addresses) if world_size > 1 else "")  # empty: one rank
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(world_size)]
+
+
+def nccl_variables(world_size: int) -> list[dict[str, str]]:
+    """Of each rank on a GPU of its own, as mlx.launch sets them."""
+    (port,) = free_ports(1)
+    common = {"MLX_WORLD_SIZE": str(world_size), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(port)}
+    return [common | {"MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)} for rank in range(world_size)]
+
+
+def start_ranks(
+    command: list[str],
+    variables: list[dict[str, str]],
+    *,
+    silent: bool = False,
+    stdin: int = subprocess.DEVNULL,
+    stdout: IO[str] | int | None = None,
+) -> list[subprocess.Popen]:
+    """A process of `command` for each rank's variables."""
+    return [
+        subprocess.Popen(
+            command,
+            env=environment_of_ranks(**own),
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL if silent else None,
+            text=True,
+        )
+        for own in variables
+    ]
+
+
 def start_ring(
     command: list[str],
     world_size: int,
@@ -157,23 +220,7 @@ def start_ring(
     stdout: IO[str] | None = None,
 ) -> list[subprocess.Popen]:
     """Ranks of one ring on free ports of this machine, each running `command`."""
-    sockets = [socket.socket() for _ in range(world_size)]
-    for listener in sockets:
-        listener.bind(("127.0.0.1", 0))
-    addresses = [[f"127.0.0.1:{listener.getsockname()[1]}"] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    hostfile.write_text(json.dumps(addresses) if world_size > 1 else "")  # empty: one rank
-    return [
-        subprocess.Popen(
-            command,
-            env=environment_of_ranks(MLX_RANK=str(rank), MLX_HOSTFILE=str(hostfile)),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.DEVNULL if silent else None,
-        )
-        for rank in range(world_size)
-    ]
+    return start_ranks(command, ring_variables(world_size, hostfile), silent=silent, stdout=stdout)
 
 
 def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:

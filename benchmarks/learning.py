@@ -103,4 +103,4 @@ def measure(quick: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    harness.run("learning", measure, GOALS)
+    harness.run(harness.parse("learning"), measure, GOALS)

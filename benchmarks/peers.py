@@ -21,7 +21,6 @@ import argparse
 import importlib.util
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -77,43 +76,17 @@ class Peer:
 
 def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: Path) -> Peer:
     """Ranks of one peer, on free ports and each on a GPU of its own; returns at once."""
-    ports: list[int] = []
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    hostfile = folder / f"{name}.json"
-    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]) if ranks > 1 else "")
-    started: list[subprocess.Popen] = []
-    for rank in range(ranks):
-        own: dict[str, str] = {}
-        if ranks > 1:
-            own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
-        if ranks > 1 and gpu:  # as mlx.launch --backend nccl sets them
-            own = {
-                "MLX_RANK": str(rank),
-                "MLX_WORLD_SIZE": str(ranks),
-                "NCCL_HOST_IP": "127.0.0.1",
-                "NCCL_PORT": str(ports[0]),
-                "CUDA_VISIBLE_DEVICES": str(rank),
-            }
-        if name.startswith("torch"):
-            own = {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(ports[0]),
-            }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, PROGRAM, name, *overrides],
-                env=harness.environment_of_ranks(**own),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return Peer(name, started)
+    variables: list[dict[str, str]] = [{}]
+    if name.startswith("torch"):
+        (port,) = harness.free_ports(1)
+        common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = [common | {"RANK": str(rank)} for rank in range(ranks)]
+    elif ranks > 1 and gpu:
+        variables = harness.nccl_variables(ranks)
+    elif ranks > 1:
+        variables = harness.ring_variables(ranks, folder / f"{name}.json")
+    command = [sys.executable, PROGRAM, name, *overrides]
+    return Peer(name, harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
 
 def candidates(gpu: bool) -> list[str]:
@@ -176,7 +149,7 @@ def main() -> None:
     own.add_argument("--ranks", type=harness.at_least(1), default=1 if gpu else min(2, os.cpu_count() or 1))
     own.add_argument("--peers", default="", help="only these beside mlx_ring, such as mlx_by_hand,mlx_lm")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
-    options, _ = own.parse_known_args()
+    options = harness.parse("peers", own)
     batch = f"trainer.global_batch_size={BATCH[gpu] * options.ranks}"
     overrides = (*(GPU if gpu else CPU), batch, *options.override)
 
@@ -194,7 +167,7 @@ def main() -> None:
 
     least = 0.99 if gpu else 0.98
     figure = "speed_over_mlx_by_hand"
-    harness.run("peers", measure, {figure: (">=", least)}, [own], {figure: (">=", 0.9)})
+    harness.run(options, measure, {figure: (">=", least)}, {figure: (">=", 0.9)})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import harness
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -31,11 +32,7 @@ from mlx_ring.models import build_model
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import open_data
 
-QUIET = (
-    "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
-    "checkpoint.every_seconds=null", "metrics.console=false", "schedule=constant", "communicator=native",
-    "optimizer.weight_decay=0",
-)  # fmt: skip
+PLAIN = (*harness.QUIET, "communicator=native", "optimizer.weight_decay=0")
 STARTED: list[float] = []  # when the last order came
 BATCHES = 8  # that are gone through again and again by the loops written by hand
 Steps = Callable[[int], float]  # so many steps; the last loss
@@ -246,7 +243,7 @@ def tell(words: str) -> None:
 def main() -> None:
     name, overrides = sys.argv[1], sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
-        config = compose_run(*QUIET, *overrides, f"run.dir={folder}/run")
+        config = compose_run(*PLAIN, *overrides, f"run.dir={folder}/run")
         match name:
             case "mlx_ring":
                 steps = mlx_ring(config, f"{folder}/run")

@@ -171,4 +171,4 @@ for each in (f"{model}_{optimizer}" for model in MODELS for optimizer in OPTIMIZ
     GOALS[f"{each}_hashes"] = GOALS[f"{each}_loss_columns"] = ("<=", 1)
 
 if __name__ == "__main__":
-    harness.run("same_bits", measure, GOALS)
+    harness.run(harness.parse("same_bits"), measure, GOALS)

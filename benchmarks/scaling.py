@@ -226,7 +226,7 @@ def main() -> None:
     own.add_argument("--repeats", type=harness.at_least(1))
     own.add_argument("--target-loss", type=float, help="time until the mean loss of five steps is as low")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
-    options, _ = own.parse_known_args()
+    options = harness.parse("scaling", own)
     worlds: list[int] = options.ranks
     gpu = options.backend == "nccl"
     usual, batch = (harness.GPT2_124M, 16) if gpu else (USUAL, 8)
@@ -263,7 +263,7 @@ def main() -> None:
         return found
 
     usual_goals = goals(0.99, 0.95) if gpu else goals(0.9, None)
-    harness.run("scaling", scale, usual_goals, [own], usual_goals if gpu else goals(0.8, None))
+    harness.run(options, scale, usual_goals, usual_goals if gpu else goals(0.8, None))
 
 
 if __name__ == "__main__":

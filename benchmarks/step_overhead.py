@@ -38,16 +38,7 @@ CPU_CASES = {
         "trainer.global_batch_size=2",
     ),
 }  # fmt: skip
-GPU_CASES = {
-    "gpt2_124m": (
-        "data=synthetic", "data.vocabulary_size=50304", "model=transformer", "model.size=gpt2_124m",
-        "model.tie_head=true", "trainer.global_batch_size=16", "trainer.compute_dtype=bfloat16",
-    ),
-}  # fmt: skip
-QUIET = (
-    "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
-    "metrics.console=false", "schedule=constant",
-)  # fmt: skip
+GPU_CASES = {"gpt2_124m": (*harness.GPT2_124M, "trainer.global_batch_size=16")}
 
 
 def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
@@ -112,7 +103,7 @@ def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -
     with tempfile.TemporaryDirectory() as folder:
         batch = next(item.partition("=")[2] for item in overrides if "global_batch_size" in item)
         config = compose_run(
-            *QUIET,
+            *harness.QUIET,
             "communicator=native",
             f"run.dir={folder}",
             *overrides,
@@ -156,4 +147,4 @@ def measure(quick: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     cases = GPU_CASES if mx.default_device() == mx.gpu else CPU_CASES
-    harness.run("step_overhead", measure, {f"{name}_ratio": ("<=", 1.02) for name in cases})
+    harness.run(harness.parse("step_overhead"), measure, {f"{name}_ratio": ("<=", 1.02) for name in cases})

@@ -29,7 +29,7 @@ def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: in
 
 def join(arrays: list[mx.array]) -> mx.array:
     """A bucket's content, flat. A single array is not copied: on a fast wire that would show."""
-    flat = [array.reshape(-1) for array in arrays]
+    flat = [array.flatten() for array in arrays]
     return mx.concatenate(flat) if len(flat) > 1 else flat[0]
 
 
