@@ -1,10 +1,10 @@
 """How long a sum over ranks takes, from 4 KiB to 256 MiB, and how far from the link's limit it is.
 
-In one run, taking turns on the same buffers: MLX's own collective, raw; the communicator with each codec (to
-the wire's form, over it, and back); `nn.average_gradients`; over MPI `mpi4py`'s Allreduce; and a pair of
+In one run, taking turns on the same buffers, each made anew as a step makes its gradient: MLX's own
+collective, raw; the communicator with each codec (to the wire's form, over it, and back);
+`nn.average_gradients`; over MPI `mpi4py`'s Allreduce, into memory that stays and in place; and a pair of
 plain sockets that carry as many bytes both ways, which is the limit of the link (over NCCL, on a GPU a rank,
-there is no such thing here). Bus bandwidth is
-2 (n − 1)/n · bytes/time (NCCL tests, PERFORMANCE.md).
+there is no such thing here). Bus bandwidth is 2 (n − 1)/n · bytes/time (NCCL tests, PERFORMANCE.md).
 """
 
 import argparse
@@ -93,7 +93,7 @@ def figures_of(backend: str, times: Times, ranks: int) -> dict[str, float]:
     }
     if backend == "mpi":
         figures["mpi_bandwidth_over_mpi4py"] = ratio(times, "mpi4py", "native")
-        figures["mpi_bandwidth_over_mpi4py_in_fresh_memory"] = ratio(times, "mpi4py_fresh", "native")
+        figures["mpi_bandwidth_over_mpi4py_in_place"] = ratio(times, "mpi4py_in_place", "native")
     elif backend == "ring":
         figures["ring_bandwidth_over_sockets"] = ratio(times, "sockets", "native")
     return figures

@@ -1,6 +1,7 @@
 """The ranks of `all_reduce.py`: every way to sum a buffer takes its turn; rank 0 prints the times."""
 
 import json
+import random
 import socket
 import sys
 import threading
@@ -16,54 +17,59 @@ from mlx_ring.communicator import Communicator
 from mlx_ring.compression import build_codec
 from mlx_ring.rank_environment import RankEnvironment
 
-FOUND = "found: "
+FOUND, NAME = "found: ", "gradient"
 SECONDS_PER_SIZE = {True: 0.4, False: 2.0}  # of each way; quick, full
 MOST_REPEATS, FEWEST_REPEATS = 200, 5
-Way = Callable[[], Any]
+Arrays = dict[str, mx.array]
+Way = Callable[[Arrays], Any]  # of a gradient that nobody else holds: the sum, once it is there
 
 
-def ways(communicator: Communicator, size: int) -> dict[str, Way]:
-    """Each sums `size` bytes of float32 over the ranks, and returns once the sum is there."""
+def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
+    """Each sums a gradient over the ranks."""
     group, stream = communicator._group, communicator._stream
-    own = np.random.default_rng(communicator.rank).normal(size=size // 4).astype(np.float32)
-    array = mx.array(own)
     found: dict[str, Way] = {
-        "raw": lambda: mx.eval(mx.distributed.all_sum(array, group=group, stream=stream)),
-        "native": lambda: mx.eval(communicator.all_reduce({"gradient": array})),
-        "average_gradients": lambda: mx.eval(nn.average_gradients({"gradient": array}, group)),
+        "raw": lambda made: there(mx.distributed.all_sum(made.pop(NAME), group=group, stream=stream)),
+        "native": lambda made: there(communicator.all_reduce(made)),
+        "average_gradients": lambda made: there(nn.average_gradients(made, group)),
     }
     for name in ("bf16", "exact"):
         codec = build_codec(name, num_tensors=1, num_micro_batches=communicator.world_size)
         add = mx.compile(codec.add, inputs=[codec.state])
-        codec.state.update(codec.next_state(codec.maxima(add(None, {"gradient": array})[1])))
+        codec.state.update(codec.next_state(codec.maxima(add(None, gradient)[1])))
 
-        def with_codec(codec: Any = codec, add: Any = add) -> None:
+        def with_codec(made: Arrays, codec: Any = codec, add: Any = add) -> Any:
             """What a step does with a gradient: to the wire's form, over it, and back."""
-            sums, largest = add(None, {"gradient": array})
+            sums, largest = add(None, made)
             reduced = communicator.all_reduce(codec.encode(sums))
             maxima = [communicator.all_max(bits) for bits in codec.maxima(largest).values()]
-            mx.eval(codec.decode(reduced), maxima)
+            return there([codec.decode(reduced), maxima])
 
         found[name] = with_codec
+    size = gradient[NAME].nbytes
     if communicator.backend == "mpi":
-        found |= by_mpi4py(own)
+        found |= by_mpi4py(size)
     elif communicator.backend == "ring":
         found["sockets"] = Link(communicator, size).both_ways
     return found
 
 
-def by_mpi4py(own: np.ndarray) -> dict[str, Way]:
-    """Into the same memory each time, and into fresh memory, as MLX. It has initialised MPI already, and
+def there(arrays: Any) -> Any:
+    mx.eval(arrays)
+    return arrays
+
+
+def by_mpi4py(size: int) -> dict[str, Way]:
+    """From MLX's memory, into other memory that stays, and in place. MLX has initialised MPI already, and
     finalizes it."""
     import mpi4py
 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    total = np.empty_like(own)
+    total, ranks = np.zeros(size // 4, np.float32), MPI.COMM_WORLD
     return {
-        "mpi4py": lambda: MPI.COMM_WORLD.Allreduce(own, total),
-        "mpi4py_fresh": lambda: MPI.COMM_WORLD.Allreduce(own, np.empty_like(own)),
+        "mpi4py": lambda made: ranks.Allreduce(np.asarray(made[NAME]), total),
+        "mpi4py_in_place": lambda made: ranks.Allreduce(MPI.IN_PLACE, np.asarray(made[NAME])),
     }
 
 
@@ -80,7 +86,7 @@ class Link:
             self._before, _ = server.accept()
         self._content, self._room = bytes(self._bytes), bytearray(self._bytes)
 
-    def both_ways(self) -> None:
+    def both_ways(self, made: Arrays) -> None:
         sending = threading.Thread(target=self._next.sendall, args=(self._content,))
         sending.start()
         view, received = memoryview(self._room), 0
@@ -91,22 +97,30 @@ class Link:
 
 def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, list[float]]:
     """Seconds of each way, taken in turns. Collective: every rank must call."""
-    candidates = ways(communicator, size)
+    own = np.random.default_rng(communicator.rank).normal(size=size // 4).astype(np.float32)
+
+    def make() -> Arrays:
+        """As a step does, anew: what is summed is of no other use, and its memory can be the sum's."""
+        return there({NAME: mx.array(own)})
+
+    candidates = ways(communicator, make())
     for way in candidates.values():
-        way()
+        way(make())
         communicator.barrier()
-    start = time.perf_counter()
-    candidates["raw"]()
+    made, start = make(), time.perf_counter()
+    candidates["raw"](made)
     seconds = max(communicator.gather_floats([time.perf_counter() - start]))
     repeats = int(min(MOST_REPEATS, max(FEWEST_REPEATS, SECONDS_PER_SIZE[quick] / seconds)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats):
-        names = list(candidates)
-        for name in names if repeat % 2 else reversed(names):
+        # Shuffled, alike on every rank: the memory that one leaves behind must not always meet the same next.
+        for name in random.Random(repeat).sample(list(candidates), len(candidates)):
+            made = make()
             communicator.barrier()
             start = time.perf_counter()
-            candidates[name]()
+            total = candidates[name](made)
             times[name].append(time.perf_counter() - start)
+            del total  # to give memory back is no part of it
     return times
 
 

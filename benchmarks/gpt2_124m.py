@@ -198,7 +198,7 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
     if communicator.world_size > 1:  # beside the backward pass, if all goes well
         gradient = {name: mx.ones_like(array) for name, array in weights.items()}
         mx.eval(gradient)
-        seconds = median_seconds(lambda: communicator.all_reduce(gradient), repeats)
+        seconds = median_seconds(lambda: communicator.all_reduce(dict(gradient)), repeats)
         found["all-reduce"] = (seconds, 0.0)
         figures["all_reduce_seconds"] = seconds
     series = {

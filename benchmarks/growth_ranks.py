@@ -33,7 +33,7 @@ def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[st
     mx.eval(arrays)
     whole = mx.zeros((sum(array.size for array in arrays.values()),))
     ours, raw = timed(
-        communicator, lambda: communicator.all_reduce(arrays), lambda: communicator.all_sum(whole)
+        communicator, lambda: communicator.all_reduce(dict(arrays)), lambda: communicator.all_sum(whole)
     )
     return {"seconds": ours, "raw_seconds": raw, "over_raw": ours / raw}
 

@@ -17,6 +17,7 @@ queued ones waiting for ever, so the first failure is the last one (over NCCL ML
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,7 +25,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 
 import mlx.core as mx
@@ -96,9 +97,9 @@ class Communicator:
             sums = [self.all_sum(flat[start : start + size]) for start in range(0, flat.size, size)]
             return mx.concatenate(sums).reshape(array.shape)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
-        return self._call(
-            "all_sum", lambda: mx.distributed.all_sum(array, group=self._group, stream=self._stream)
-        )
+        total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
+        del array  # where nobody else holds it, the sum takes its memory
+        return self._call("all_sum", total)
 
     def all_max(self, array: mx.array) -> mx.array:
         """The largest over ranks of each integer, of the same shape; computes it first, see `all_reduce`.
@@ -112,38 +113,37 @@ class Communicator:
             mx.eval(array)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
         start = time.perf_counter()
-        largest = self._call(
-            "all_max", lambda: mx.distributed.all_max(array, group=self._group, stream=self._stream)
-        )
+        largest = mx.distributed.all_max(array, group=self._group, stream=self._stream)
+        self._call("all_max", largest)
         self.wait_seconds += time.perf_counter() - start
         return largest
 
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
 
-        Where the host waits, computes `arrays` first, so that waiting for the own gradients does not count as
+        Takes the arrays out of `arrays`: what only this dictionary held is summed in its own memory. Where
+        the host waits, computes them first, so that waiting for the own gradients does not count as
         communication, and no GPU work waits for the network (Metal kills what waits for five seconds).
         """
         if self.world_size == 1:
             return arrays
-        sizes = tuple((name, array.dtype, array.nbytes) for name, array in arrays.items())
+        sizes = tuple([(name, array.dtype, array.nbytes) for name, array in arrays.items()])
         buckets = plan_buckets(sizes, self.bucket_bytes)
-        flat = [join([arrays[name] for name in names]) for names in buckets]
+        shapes = {name: array.shape for name, array in arrays.items()}
+        flat = deque([join([arrays.pop(name) for name in names]) for names in buckets])
         if self.host_waits:  # the first buckets, of the last layers, are ready while others are computed
-            (mx.async_eval if self.overlap else mx.eval)(flat)
-        sums: list[mx.array] = []
-        for bucket in flat:
-            if self.host_waits and self.overlap:
-                mx.eval(bucket)
-            start = time.perf_counter()
-            sums.append(self.all_sum(bucket))
-            self.wait_seconds += time.perf_counter() - start
+            (mx.async_eval if self.overlap else mx.eval)(*flat)
         reduced: dict[str, mx.array] = {}
-        for names, total in zip(buckets, sums, strict=True):
-            pieces = cut(total, [arrays[name].size for name in names])
+        for names in buckets:
+            if self.host_waits and self.overlap:
+                mx.eval(flat[0])
+            start = time.perf_counter()
+            total = self.all_sum(flat.popleft())
+            self.wait_seconds += time.perf_counter() - start
+            pieces = cut(total, [math.prod(shapes[name]) for name in names])
             for name, piece in zip(names, pieces, strict=True):
-                reduced[name] = piece.reshape(arrays[name].shape)
-        return {name: reduced[name] for name in arrays}
+                reduced[name] = piece.reshape(shapes[name])
+        return {name: reduced[name] for name in shapes}
 
     # Rank 0's values, everybody's values
 
@@ -214,20 +214,18 @@ class Communicator:
 
     def _all_gather(self, array: mx.array) -> mx.array:
         self.sent_bytes += (self.world_size - 1) * array.nbytes
-        return self._call(
-            "all_gather", lambda: mx.distributed.all_gather(array, group=self._group, stream=self._stream)
-        )
+        gathered = mx.distributed.all_gather(array, group=self._group, stream=self._stream)
+        return self._call("all_gather", gathered)
 
     # The rules of the wire
 
-    def _call(self, name: str, build: Callable[[], Any]) -> Any:
+    def _call(self, name: str, result: mx.array) -> mx.array:
         """Run one collective, where the host waits to its end, and never another one after a failure."""
         assert threading.get_ident() == self._thread, "collectives belong to one thread"
         if self._failed:
             raise ClusterError(f"rank {self.rank}: no collective is possible after a peer was lost")
         self.calls, self.call = self.calls + 1, name
         try:
-            result = build()
             (mx.eval if self.host_waits else mx.async_eval)(result)
         except RuntimeError as error:
             self._failed = True

@@ -39,7 +39,7 @@ def check_all_reduce(wire: Communicator) -> None:
     for wire.bucket_bytes in (4096, 2**20):
         for wire.overlap in (False, True):
             sent = wire.sent_bytes
-            reduced = wire.all_reduce(arrays)
+            reduced = wire.all_reduce(dict(arrays))
             assert list(reduced) == list(arrays)
             size = sum(array.nbytes for array in arrays.values())
             assert abs(wire.sent_bytes - sent - 2 * (wire.world_size - 1) * size / wire.world_size) <= len(
@@ -53,6 +53,19 @@ def check_all_reduce(wire: Communicator) -> None:
                 assert mx.allclose(
                     mean, reference[name].astype(mx.float32), rtol=tolerance, atol=tolerance
                 ), name
+
+
+def check_memory_of_sums(wire: Communicator) -> None:
+    """What nobody else holds is summed in its own memory; what somebody holds stays as it is."""
+    arrays = {"alone": mx.ones((2**16,))}
+    mx.eval(arrays)
+    place = np.asarray(arrays["alone"]).ctypes.data
+    reduced = wire.all_reduce(arrays)
+    mx.eval(reduced)
+    assert np.asarray(reduced["alone"]).ctypes.data == place
+    held = mx.ones((2**16,))
+    total = wire.all_reduce({"held": held})["held"]
+    assert held.sum().item() == 2**16 and total.sum().item() == 2**16 * wire.world_size
 
 
 def check_equal_bits(wire: Communicator) -> None:
@@ -106,6 +119,7 @@ def main() -> None:
     for check in (
         check_sums,
         check_long_messages,
+        check_memory_of_sums,
         check_equal_bits,
         check_broadcast,
         check_objects,

@@ -54,6 +54,7 @@ class AllReduce(Strategy):
     def reduce(self, share: Share) -> Reduced:
         sums, largest = share.total
         wire = dict(self._codec.encode(sums))
+        sums.clear()  # spent: what only the wire holds is summed in its own memory
         wire[NUMBERS] = self._codec.encode_bits(self._own_numbers(share))
         gradients = self._communicator.all_reduce(wire)
         maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}

@@ -16,7 +16,7 @@ Arrays = dict[str, mx.array]
 class Share:
     """One rank's part of a global batch: of each of its micro-batches, in order from `first_micro_batch` on,
     the float32 sum of losses and the int32 number of targets; of all, the total of the gradients of those
-    sums. `flags` is what this rank wants all to know."""
+    sums, which `reduce` uses up. `flags` is what this rank wants all to know."""
 
     total: Total
     losses: list[mx.array]
