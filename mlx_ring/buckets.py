@@ -1,5 +1,6 @@
 """Buckets: which arrays travel together in one message, and how a message is cut apart again."""
 
+import math
 from collections.abc import Hashable
 from functools import lru_cache
 from itertools import accumulate
@@ -33,9 +34,10 @@ def join(arrays: list[mx.array]) -> mx.array:
     return mx.concatenate(flat) if len(flat) > 1 else flat[0]
 
 
-def cut(bucket: mx.array, sizes: list[int]) -> list[mx.array]:
-    """The successive pieces of a flat array, of these numbers of elements."""
-    if len(sizes) == 1:
-        return [bucket]
-    pieces: Any = mx.split(bucket, list(accumulate(sizes))[:-1])  # MLX's stubs call this list an array
-    return pieces
+def cut(bucket: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:
+    """The successive pieces of a flat array, in these shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces: Any = [bucket]
+    if len(sizes) > 1:
+        pieces = mx.split(bucket, list(accumulate(sizes))[:-1])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]

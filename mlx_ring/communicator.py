@@ -17,7 +17,6 @@ queued ones waiting for ever, so the first failure is the last one (over NCCL ML
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -115,7 +114,7 @@ class Communicator:
         start = time.perf_counter()
         largest = mx.distributed.all_max(array, group=self._group, stream=self._stream)
         self._call("all_max", largest)
-        self.wait_seconds += time.perf_counter() - start
+        self._waited(start)
         return largest
 
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -139,10 +138,8 @@ class Communicator:
                 mx.eval(flat[0])
             start = time.perf_counter()
             total = self.all_sum(flat.popleft())
-            self.wait_seconds += time.perf_counter() - start
-            pieces = cut(total, [math.prod(shapes[name]) for name in names])
-            for name, piece in zip(names, pieces, strict=True):
-                reduced[name] = piece.reshape(shapes[name])
+            self._waited(start)
+            reduced |= zip(names, cut(total, [shapes[name] for name in names]), strict=True)
         return {name: reduced[name] for name in shapes}
 
     # Rank 0's values, everybody's values
@@ -158,7 +155,7 @@ class Communicator:
             parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
             content = mx.concatenate(parts)
             content = self.all_sum(content if self.rank == 0 else mx.zeros_like(content))
-            pieces = cut(content, [arrays[name].nbytes for name in names])
+            pieces = cut(content, [(arrays[name].nbytes,) for name in names])
             for name, piece in zip(names, pieces, strict=True):
                 like = arrays[name]
                 received[name] = mx.contiguous(piece).view(like.dtype).reshape(like.shape)
@@ -218,6 +215,10 @@ class Communicator:
         return self._call("all_gather", gathered)
 
     # The rules of the wire
+
+    def _waited(self, start: float) -> None:
+        if self.host_waits:  # else it has only handed work to the device, the backward pass perhaps
+            self.wait_seconds += time.perf_counter() - start
 
     def _call(self, name: str, result: mx.array) -> mx.array:
         """Run one collective, where the host waits to its end, and never another one after a failure."""
