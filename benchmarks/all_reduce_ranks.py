@@ -30,7 +30,7 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
     found: dict[str, Way] = {
         "raw": lambda made: there(mx.distributed.all_sum(made.pop(NAME), group=group, stream=stream)),
         "native": lambda made: there(communicator.all_reduce(made)),
-        "average_gradients": lambda made: there(nn.average_gradients(made, group)),
+        "average_gradients": lambda made: there(nn.average_gradients({NAME: made.pop(NAME)}, group)),
     }
     for name in ("bf16", "exact"):
         codec = build_codec(name, num_tensors=1, num_micro_batches=communicator.world_size)
@@ -39,7 +39,7 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
 
         def with_codec(made: Arrays, codec: Any = codec, add: Any = add) -> Any:
             """What a step does with a gradient: to the wire's form, over it, and back."""
-            sums, largest = add(None, made)
+            sums, largest = add(None, {NAME: made.pop(NAME)})
             reduced = communicator.all_reduce(codec.encode(sums))
             maxima = [communicator.all_max(bits) for bits in codec.maxima(largest).values()]
             return there([codec.decode(reduced), maxima])
@@ -91,7 +91,9 @@ class Link:
         sending.start()
         view, received = memoryview(self._room), 0
         while received < self._bytes:
-            received += self._before.recv_into(view[received:])
+            if not (count := self._before.recv_into(view[received:])):
+                raise ConnectionError("the rank before this one has closed its socket")
+            received += count
         sending.join()
 
 

@@ -1,7 +1,7 @@
 """What grows with what: a step's cost with the model's size, its number of tensors and the ranks; and what
 should not grow at all with a run's length, memory and the time of a step.
 
-    size     all-reduce of one tensor, over the raw collective
+    size     all-reduce of one tensor, over the raw collective; steps, bytes and memory of larger models
     tensors  all-reduce of as many bytes in more and more tensors, over one
     ranks    latency, up to 16 ranks (more than cores: communication alone)
     length   10⁵ steps after 10⁵ others: slopes of memory and step time with their 95 % intervals; sizes of
@@ -34,42 +34,51 @@ TINY = (
     "model.hidden_sizes=[16]", "model.dropout=0", "trainer.global_batch_size=8", "trainer.micro_batch_size=4",
     "evaluation.every_steps=null", "metrics.console=false", "schedule=constant",
 )  # fmt: skip
-SAMPLE_SECONDS = 0.1
-BLOCKS = 20  # medians of so many pieces of a run, which are nearly independent of one another
+SAMPLE_SECONDS = 0.02
+AT_MOST = (  # that 10⁵ steps more add
+    "length_step_time_share_per_100000_steps_at_most",
+    "length_rank_0_memory_share_per_100000_steps_at_most",
+    "length_rank_1_memory_share_per_100000_steps_at_most",
+)
+PIECES = 20  # of a run, whose medians are nearly independent of one another
 STEPS = {True: 3_000, False: 200_000}  # quick, full; slopes are those of the second half: allocators settle
+WIDTHS = {True: (64, 512), False: (64, 256, 1024, 2048)}  # of a perceptron's two hidden layers; quick, full
 COUNTED = (3, 2, 4)  # ranks whose interfaces are looked at; a quick run looks at the first
-STUDENT_T = 2.101  # of 95 %, for BLOCKS − 2 degrees of freedom
+STUDENT_T = 2.101  # of 95 %, for PIECES − 2 degrees of freedom
 
 
-def pieces(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Medians of successive pieces of the second half."""
+def medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of successive pieces of the second half."""
     kept = x >= (x[0] + x[-1]) / 2
-    xs, ys = (np.array([np.median(part) for part in np.array_split(each[kept], BLOCKS)]) for each in (x, y))
+    if kept.sum() < PIECES:
+        raise harness.Failed(f"only {kept.sum()} samples of a run's second half: too fast a machine")
+    xs, ys = (np.array([np.median(part) for part in np.array_split(each[kept], PIECES)]) for each in (x, y))
     return xs, ys
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Of a least-squares line through the pieces, and half of its 95 % interval: for what varies about a
     mean."""
-    xs, ys = pieces(x, y)
+    xs, ys = medians(x, y)
     centred = xs - xs.mean()
     found = (centred * ys).sum() / (centred**2).sum()
     rest = ys - ys.mean() - found * centred
-    error = np.sqrt((rest**2).sum() / (BLOCKS - 2) / (centred**2).sum())
+    error = np.sqrt((rest**2).sum() / (PIECES - 2) / (centred**2).sum())
     return float(found), float(STUDENT_T * error)
 
 
 def drift(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Mean of what each piece adds to the one before, and half of its 95 % interval: for what adds up, as the
-    pages that a process has touched. About a line through such steps the rest would not be independent."""
-    xs, ys = pieces(x, y)
+    pages that a process has touched. About a line through such steps the rest would not be independent, and
+    its interval too narrow; this one is wide where the steps are few, so look at its upper end as well."""
+    xs, ys = medians(x, y)
     added = np.diff(ys) / np.diff(xs)
     return float(added.mean()), float(STUDENT_T * added.std(ddof=1) / np.sqrt(len(added)))
 
 
-def length(steps: int, folder: Path) -> dict[str, float]:
-    """Two ranks for so many steps, watched from outside."""
-    run = folder / "long"
+def length(quick: bool, folder: Path) -> dict[str, float]:
+    """Two ranks for many steps, watched from outside."""
+    run, steps = folder / "long", STEPS[quick]
     values = (
         f"trainer.steps={steps}",
         f"metrics.log_every_steps={max(1, steps // 4000)}",
@@ -100,16 +109,48 @@ def length(steps: int, folder: Path) -> dict[str, float]:
     figures = {"length_steps": float(steps), "length_step_seconds": typical}
     for name, (value, half) in found.items():
         figures[f"length_{name}"], figures[f"length_{name}_interval"] = value, half
-        if steps == STEPS[False]:  # else the intervals say nothing
-            figures[f"length_{name}_over_interval"] = abs(value) / half if half else float(value != 0)
-    for rank, rss in enumerate(resident):  # by the interval's upper end: a wide one proves nothing
-        value, half = found[f"rank_{rank}_memory_bytes_per_1000_steps"]
+        if not quick:  # whose intervals say nothing
+            figures[f"length_{name}_over_interval"] = abs(value) / half if half else float(value > 0) * np.inf
+    # By the intervals' upper ends: a wide one proves nothing.
+    figures[AT_MOST[0]] = sum(found["step_time_share_per_100000_steps"])
+    for rank, rss in enumerate(resident):
         figures[f"length_rank_{rank}_memory_bytes"] = float(np.median(rss))
-        share = 100 * (value + half) / float(np.median(rss))
-        figures[f"length_rank_{rank}_memory_share_per_100000_steps_at_most"] = share
+        added = 100 * sum(found[f"rank_{rank}_memory_bytes_per_1000_steps"])
+        figures[AT_MOST[1 + rank]] = added / float(np.median(rss))
     figures["length_metrics_bytes_per_row"] = (run / "metrics.jsonl").stat().st_size / len(rows)
     figures["length_log_bytes"] = float((run / "logs/rank_0.log").stat().st_size)
     return figures
+
+
+def models(quick: bool, folder: Path) -> tuple[dict[str, float], Curves]:
+    """Short runs of two ranks with larger and larger models: what a parameter costs."""
+    figures: dict[str, float] = {}
+    seen: dict[str, list[float]] = {"a step": [], "of it, waiting on the wire": []}
+    parameters: list[float] = []
+    for width in WIDTHS[quick]:
+        run = folder / f"model_{width}"
+        values = ("trainer.steps=20", "metrics.log_every_steps=1", f"model.hidden_sizes=[{width},{width}]")
+        command = [*TRAIN, *TINY, *values, f"run.dir={run}"]
+        harness.end(harness.start_ring(command, 2, folder / "ring.json"))
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        train = [row for row in rows if row["kind"] == "train"][5:]
+        (weights,) = run.glob("checkpoints/*/model.safetensors")
+        parameters.append(weights.stat().st_size // 4)
+        for name, key in zip(seen, ("step_seconds", "communication_seconds"), strict=True):
+            seen[name].append(float(np.median([row[key] for row in train])))
+        saved = sum(file.stat().st_size for file in weights.parent.iterdir())
+        figures |= {
+            f"width_{width}_parameters": parameters[-1],
+            f"width_{width}_step_seconds": seen["a step"][-1],
+            f"width_{width}_wire_bytes_per_parameter": train[-1]["wire_bytes"] / parameters[-1],
+            f"width_{width}_checkpoint_bytes_per_parameter": saved / parameters[-1],
+            f"width_{width}_peak_memory_bytes": train[-1]["peak_memory_bytes"],
+        }
+    title = "A step of two ranks by model"
+    curves = Curves(
+        title=title, x_label="parameters", y_label="seconds", x=parameters, series=seen, logarithmic=True
+    )
+    return figures, curves
 
 
 def communication(ranks: int, what: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -202,21 +243,28 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
                 logarithmic=False,
             )
         )
-        figures |= length(STEPS[quick], folder)
+        found, curve = models(quick, folder)
+        figures |= found
+        curves.append(curve)
+        figures |= length(quick, folder)
         for ranks in (COUNTED[:1] if quick else COUNTED) if AVAILABLE else ():
             figures |= counters(folder, ranks)
     return figures, curves
 
 
-AT_MOST = [f"length_rank_{rank}_memory_share_per_100000_steps_at_most" for rank in (0, 1)]
 GOALS: harness.Goals = {
     **{f"wire_bytes_deviation_{ranks}_ranks": ("<=", 0.03) for ranks in COUNTED},
-    **dict.fromkeys(AT_MOST, ("<=", 0.01)),
+    "size_largest_over_raw": ("<=", 1.05),
+    "tensors_largest_over_raw": ("<=", 3.0),
+    f"width_{max(WIDTHS[False])}_checkpoint_bytes_per_parameter": ("<=", 12.1),  # weights and AdamW's state
+    AT_MOST[0]: ("<=", 0.25),
+    **dict.fromkeys(AT_MOST[1:], ("<=", 0.005)),
     **{f"length_rank_{rank}_memory_bytes_per_1000_steps_over_interval": ("<=", 1.0) for rank in (0, 1)},
     "length_step_time_share_per_100000_steps_over_interval": ("<=", 1.0),
 }
 
 if __name__ == "__main__":
     quick = {figure: goal for figure, goal in GOALS.items() if not figure.startswith("length_")}
-    quick |= dict.fromkeys(AT_MOST, ("<=", 1.0))
+    quick |= dict.fromkeys(AT_MOST[1:], ("<=", 1.0)) | {"size_largest_over_raw": ("<=", 1.4)}
+    quick |= {"tensors_largest_over_raw": ("<=", 5.0)}
     harness.run(harness.parse("growth"), measure, GOALS, quick)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: command line, table, JSON and the check of goals; ranks of one ring."""
+"""What the benchmarks share: command line, table, JSON and the check of goals; ranks on this machine."""
 
 import argparse
 import datetime
@@ -67,9 +67,9 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def parse(name: str, *own: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options of a benchmark of this name: the common ones, and its own, of parsers without a help."""
-    parser = argparse.ArgumentParser(prog=f"{name}.py", parents=own)
+def parse(name: str, own: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """The options of a benchmark of this name: the common ones, and its own, of a parser without a help."""
+    parser = argparse.ArgumentParser(prog=f"{name}.py", parents=[own] if own else [])
     parser.set_defaults(benchmark=name)
     parser.add_argument("--quick", action="store_true", help="a minute at most, on two cores")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")

@@ -32,6 +32,7 @@ from page import Curves
 from mlx_ring.errors import ConfigError
 from mlx_ring.host_file import read_hostfile
 from mlx_ring.job_record import bring_record
+from mlx_ring.on_hosts import on_hosts
 
 TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 RUN = [sys.executable, "-m", "mlx_ring.cli", "run"]
@@ -139,10 +140,12 @@ class Bench:
         return [*RUN, "-n", str(ranks), "--"], {}
 
     def end(self) -> None:
-        """What a failure has left running."""
+        """What a failure has left running, and what the runs have left on the hosts."""
         for process in self.started:
             process.terminate()
             process.wait()
+        if self.hostfile is not None:
+            on_hosts(read_hostfile(self.hostfile), ["rm", "-rf", "--", str(self.folder)])
 
     def alone(self, ranks: int) -> float:
         """Samples a second of so many independent runs of one rank, at the same time, added up."""

@@ -46,7 +46,7 @@ MESSAGE_BYTES = 2**30  # no message is longer: MPI counts elements in 31 bits
 class Communicator:
     """Every collective of one process. One rank uses it too: there each is the identity.
 
-    `sent_bytes` counts what this rank sent, `wait_seconds` how long it waited on the wire. Gradients travel
+    `sent_bytes` counts what this rank sent, `wait_seconds` how long its sums took the host. Gradients travel
     in buckets of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are
     still computed. `host_waits`: a collective has ended when its call returns; over NCCL it is only issued.
     """
@@ -114,19 +114,19 @@ class Communicator:
         start = time.perf_counter()
         largest = mx.distributed.all_max(array, group=self._group, stream=self._stream)
         self._call("all_max", largest)
-        self._waited(start)
+        self.wait_seconds += time.perf_counter() - start
         return largest
 
     def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
 
-        Takes the arrays out of `arrays`: what only this dictionary held is summed in its own memory. Where
-        the host waits, computes them first, so that waiting for the own gradients does not count as
-        communication, and no GPU work waits for the network (Metal kills what waits for five seconds).
+        Uses `arrays` up: what only this dictionary held is summed in its own memory, if it goes in one
+        message. Where the host waits, computes them first, so that waiting for the own gradients does not
+        count as communication, and no GPU work waits for the network (Metal kills what waits for 5 s).
         """
         if self.world_size == 1:
             return arrays
-        sizes = tuple([(name, array.dtype, array.nbytes) for name, array in arrays.items()])
+        sizes = tuple((name, array.dtype, array.nbytes) for name, array in arrays.items())
         buckets = plan_buckets(sizes, self.bucket_bytes)
         shapes = {name: array.shape for name, array in arrays.items()}
         flat = deque([join([arrays.pop(name) for name in names]) for names in buckets])
@@ -138,7 +138,7 @@ class Communicator:
                 mx.eval(flat[0])
             start = time.perf_counter()
             total = self.all_sum(flat.popleft())
-            self._waited(start)
+            self.wait_seconds += time.perf_counter() - start
             reduced |= zip(names, cut(total, [shapes[name] for name in names]), strict=True)
         return {name: reduced[name] for name in shapes}
 
@@ -215,10 +215,6 @@ class Communicator:
         return self._call("all_gather", gathered)
 
     # The rules of the wire
-
-    def _waited(self, start: float) -> None:
-        if self.host_waits:  # else it has only handed work to the device, the backward pass perhaps
-            self.wait_seconds += time.perf_counter() - start
 
     def _call(self, name: str, result: mx.array) -> mx.array:
         """Run one collective, where the host waits to its end, and never another one after a failure."""

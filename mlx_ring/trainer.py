@@ -208,7 +208,7 @@ class Trainer:
             learning_rate=current_learning_rate(self._optimizer),
             start=start - data_seconds,
             data_seconds=data_seconds,
-            communication_seconds=waited,
+            communication_seconds=waited if self._communicator.host_waits else 0.0,
             wire_bytes=self._communicator.sent_bytes - sent,
         )
         return issued if before is None else issued.after(before)

@@ -8,8 +8,11 @@ from mlx.nn.utils import average_gradients
 
 from mlx_ring import communicator
 from mlx_ring.communicator import Communicator
+from mlx_ring.compression import NativeCodec
 from mlx_ring.errors import ClusterError, DataError
 from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.strategies.all_reduce import AllReduce
+from mlx_ring.strategies.base import Share
 
 
 def check_long_messages(wire: Communicator) -> None:
@@ -57,15 +60,31 @@ def check_all_reduce(wire: Communicator) -> None:
 
 def check_memory_of_sums(wire: Communicator) -> None:
     """What nobody else holds is summed in its own memory; what somebody holds stays as it is."""
-    arrays = {"alone": mx.ones((2**16,))}
-    mx.eval(arrays)
-    place = np.asarray(arrays["alone"]).ctypes.data
-    reduced = wire.all_reduce(arrays)
+    for wire.overlap in (False, True):
+        arrays = {"alone": mx.ones((256, 256))}
+        mx.eval(arrays)
+        place = np.asarray(arrays["alone"]).ctypes.data
+        reduced = wire.all_reduce(arrays)
+        mx.eval(reduced)
+        assert np.asarray(reduced["alone"]).ctypes.data == place
+        held = {"a": mx.ones((256, 256)), "b": mx.ones((3,))}
+        total = wire.all_reduce(dict(held))
+        assert held["a"].sum().item() == 2**16 and total["a"].sum().item() == 2**16 * wire.world_size
+        assert held["b"].tolist() == [1.0] * 3 and total["b"].tolist() == [float(wire.world_size)] * 3
+
+
+def check_memory_of_gradients(wire: Communicator) -> None:
+    """A strategy uses its share's gradients up."""
+    strategy = AllReduce(wire, NativeCodec(), num_micro_batches=1, clip_gradient_norm=None, compile=True)
+    wire.bucket_bytes = 4  # each by itself
+    total = strategy.add(None, {"weight": mx.ones((256, 256)), "bias": mx.ones((8,))})
+    mx.eval(total)
+    places = [np.asarray(array).ctypes.data for array in total[0].values()]
+    one = mx.array(1)
+    share = Share(total=total, losses=[one], targets=[one], first_micro_batch=0, flags=[0.0])
+    reduced = strategy.reduce(share).gradients
     mx.eval(reduced)
-    assert np.asarray(reduced["alone"]).ctypes.data == place
-    held = mx.ones((2**16,))
-    total = wire.all_reduce({"held": held})["held"]
-    assert held.sum().item() == 2**16 and total.sum().item() == 2**16 * wire.world_size
+    assert [np.asarray(array).ctypes.data for array in reduced.values()] == places
 
 
 def check_equal_bits(wire: Communicator) -> None:
@@ -120,6 +139,7 @@ def main() -> None:
         check_sums,
         check_long_messages,
         check_memory_of_sums,
+        check_memory_of_gradients,
         check_equal_bits,
         check_broadcast,
         check_objects,
