@@ -3,7 +3,8 @@
 Every peer is a group of processes of its own that takes its turn, a block of steps at a time, so that a slow
 moment of the machine meets all. All start from the same weights and the same batches (the loops go through
 the first eight again and again, mlx_ring reads on), and the first losses are compared: it is the same model.
-Figures are medians of the rounds' ratios.
+Figures are medians of the rounds' ratios. On a CPU one and the same loop is up to a fifth faster or slower
+from one building to the next, for as long as it lives: there all are built anew several times.
 
     mlx_by_hand           a compiled MLX step with nn.average_gradients, waited for at every step
     mlx_by_hand_unwaited  the same, which does not wait
@@ -18,6 +19,7 @@ change their bits with the number of ranks.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,6 +40,13 @@ CPU = (
 )  # fmt: skip
 GPU = (*harness.GPT2_124M, "trainer.micro_batch_size=16")
 BATCH = {True: 16, False: 8}  # samples of a rank; on a GPU, on a CPU
+# Buildings, rounds of each, steps of a round; by whether it is a GPU, and quick.
+BUILDINGS = {
+    (True, True): (1, 6, 5),
+    (True, False): (1, 20, 10),
+    (False, True): (3, 3, 4),
+    (False, False): (7, 4, 8),
+}
 SAME_LOSS = 0.02  # difference of the first losses, relative: rounding apart
 
 
@@ -102,16 +111,23 @@ def candidates(gpu: bool) -> list[str]:
 
 
 def compare(
-    names: list[str], ranks: int, gpu: bool, overrides: tuple[str, ...], rounds: int, steps: int
+    names: list[str],
+    ranks: int,
+    gpu: bool,
+    overrides: tuple[str, ...],
+    buildings: int,
+    rounds: int,
+    steps: int,
 ) -> tuple[dict[str, float], list[Curves]]:
     """Seconds a step by peer, how they compare, and a plot of the rounds."""
-    figures: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        peers: dict[str, Peer] = {}
-        try:
+    for _ in range(buildings):
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            peers: dict[str, Peer] = {}
             for name in names:  # one after the other: each reads and compiles
                 peers[name] = start(name, ranks, gpu, overrides, Path(folder))
+                stack.callback(peers[name].end)
                 peers[name].answers()
             first = {name: peer.steps(1)["loss"] for name, peer in peers.items()}
             for loss in first.values():
@@ -123,20 +139,26 @@ def compare(
                 for name in names if turn % 2 else reversed(names):
                     seen = peers[name].steps(steps)
                     times[name].append(seen["seconds"] / steps)
-                    figures[f"{name}_peak_bytes"] = seen["peak_bytes"]
-        finally:
-            for peer in peers.values():
-                peer.end()
+                    peaks[name] = seen["peak_bytes"]
+    figures: dict[str, float] = {}
     for name in names:
         figures[f"{name}_step_seconds"] = statistics.median(times[name])
+        figures[f"{name}_peak_bytes"] = peaks[name]
         if name != "mlx_ring":
             ratios = [other / own for other, own in zip(times[name], times["mlx_ring"], strict=True)]
             figures[f"speed_over_{name}"] = statistics.median(ratios)
+            if buildings > 1:
+                each = [
+                    statistics.median(ratios[start : start + rounds])
+                    for start in range(0, len(ratios), rounds)
+                ]
+                figures[f"speed_over_{name}_lowest"] = min(each)
+                figures[f"speed_over_{name}_highest"] = max(each)
     curves = Curves(
         title=f"A step of each peer, {ranks} rank(s)",
         x_label="round",
         y_label="seconds",
-        x=list(range(rounds)),
+        x=list(range(buildings * rounds)),
         series=times,
         logarithmic=False,
     )
@@ -154,7 +176,7 @@ def main() -> None:
     overrides = (*(GPU if gpu else CPU), batch, *options.override)
 
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
-        rounds, steps = (6, 5) if quick else (20, 10)
+        buildings, rounds, steps = BUILDINGS[gpu, quick]
         names = candidates(gpu)
         if options.peers:
             wanted = ["mlx_ring", *(name for name in options.peers.split(",") if name != "mlx_ring")]
@@ -163,7 +185,7 @@ def main() -> None:
                     f"no peer {', '.join(sorted(unknown))} here; there are {', '.join(names)}"
                 )
             names = wanted
-        return compare(names, options.ranks, gpu, overrides, rounds, steps)
+        return compare(names, options.ranks, gpu, overrides, buildings, rounds, steps)
 
     least = 0.99 if gpu else 0.98
     figure = "speed_over_mlx_by_hand"
