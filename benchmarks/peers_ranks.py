@@ -245,7 +245,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = compose_run(*PLAIN, *overrides, f"run.dir={folder}/run")
         match name:
-            case "mlx_ring":
+            case "mlx_ring" | "mlx_ring_alone":
                 steps = mlx_ring(config, f"{folder}/run")
             case "mlx_by_hand" | "mlx_by_hand_unwaited":
                 steps = by_hand(config, waits=name == "mlx_by_hand")
