@@ -99,11 +99,12 @@ class Link:
 
 def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, list[float]]:
     """Seconds of each way, taken in turns. Collective: every rank must call."""
-    own = np.random.default_rng(communicator.rank).normal(size=size // 4).astype(np.float32)
+    own = mx.random.normal((size // 4,), key=mx.random.key(communicator.rank))
 
     def make() -> Arrays:
-        """As a step does, anew: what is summed is of no other use, and its memory can be the sum's."""
-        return there({NAME: mx.array(own)})
+        """As a step does, anew and on the device: what is summed is of no other use, and its memory can be
+        the sum's."""
+        return there({NAME: own * 1.0})
 
     candidates = ways(communicator, make())
     for way in candidates.values():

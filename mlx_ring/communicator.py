@@ -13,6 +13,10 @@ What each backend does by itself, and what is built here from smaller collective
 One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams
 give wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave
 queued ones waiting for ever, so the first failure is the last one (over NCCL MLX ends the process).
+
+What is sent over NCCL is evaluated by itself before its collective is. Within one evaluation that goes from
+one GPU stream to another MLX's host waits until the first has got there (mlx/backend/cuda/fence.cpp); between
+two it is the other stream that waits, and the host issues on.
 """
 
 import hashlib
@@ -96,6 +100,8 @@ class Communicator:
             sums = [self.all_sum(flat[start : start + size]) for start in range(0, flat.size, size)]
             return mx.concatenate(sums).reshape(array.shape)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
+        if not self.host_waits:
+            mx.async_eval(array)
         total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
         del array  # where nobody else holds it, the sum takes its memory
         return self._call("all_sum", total)
@@ -108,8 +114,7 @@ class Communicator:
         assert mx.issubdtype(array.dtype, mx.integer), array.dtype
         if self.world_size == 1:
             return array
-        if self.host_waits:
-            mx.eval(array)
+        (mx.eval if self.host_waits else mx.async_eval)(array)
         self.sent_bytes += 2 * (self.world_size - 1) * array.nbytes // self.world_size
         start = time.perf_counter()
         largest = mx.distributed.all_max(array, group=self._group, stream=self._stream)

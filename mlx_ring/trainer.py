@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -75,7 +75,7 @@ class Issued:
 
     batch: GlobalBatch
     reduced: Reduced  # without the gradients, which would be kept in memory
-    held: list[Any] | None  # the state before it, where the host has not seen yet whether there is an update
+    held: list[mx.array] | None  # the state before it, while it is not known whether there is an update
     learning_rate: mx.array
     start: float
     data_seconds: float

@@ -1,7 +1,9 @@
 """What a step changes: the arrays of the model, the optimizer and the strategy."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
@@ -13,26 +15,22 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
         self.trees: list[Any] = [model.state, optimizer.state, strategy.state()]
+        self._places = list(_places(self.trees))
 
-    def held(self) -> list[Any]:
-        """The arrays as they are, in containers of their own."""
-        return _copied(self.trees)
+    def held(self) -> list[mx.array]:
+        """The arrays as they are."""
+        return [container[key] for container, key in self._places]
 
-    def put_back(self, held: list[Any]) -> None:
+    def put_back(self, held: list[mx.array]) -> None:
         """Go back to what was held, in place: `mx.compile` watches these very dictionaries."""
-        for tree, values in zip(self.trees, held, strict=True):
-            _assign(tree, values)
+        for (container, key), array in zip(self._places, held, strict=True):
+            container[key] = array
 
 
-def _copied(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def _assign(tree: Any, values: Any) -> None:
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Of every array its container, and the key or the index there."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, dict | list):
-            _assign(tree[key], value)
+            yield from _places(value)
         else:
-            tree[key] = value
+            yield tree, key

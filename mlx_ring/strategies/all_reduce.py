@@ -1,7 +1,8 @@
 """Synchronous data parallelism: one all-reduce of the gradients a step, the same update on every rank."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import final
 
 import mlx.core as mx
@@ -113,9 +114,10 @@ def _measure(
     targets = counts.astype(mx.int32).sum()
     count = mx.maximum(targets, 1).astype(mx.float32)
     loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
-    squares = [mx.square(gradient).sum() for gradient in codec.decode(reduced).values()]
+    # Added up one by one: what stacks scalars copies each of them by itself.
+    square = reduce(add, (mx.square(gradient).sum() for gradient in codec.decode(reduced).values()))
     # Codes do not show an infinity or a NaN.
-    norm = mx.where(codec.is_finite(maxima), mx.sqrt(mx.stack(squares).sum()) / count, mx.nan)
+    norm = mx.where(codec.is_finite(maxima), mx.sqrt(square) / count, mx.nan)
     finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
