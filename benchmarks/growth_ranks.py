@@ -12,12 +12,12 @@ import mlx.core as mx
 from mlx_ring.communicator import Communicator
 from mlx_ring.rank_environment import RankEnvironment
 
-REPEATS = 15
+REPEATS, WARM_UP = 33, 2
 BYTES = 16 * 2**20
 
 
-def timed(communicator: Communicator, *ways: Callable[[], Any]) -> list[float]:
-    """Median seconds of each, in turns. Collective: every rank must call."""
+def timed(communicator: Communicator, *ways: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of each, in turns. Collective: every rank must call."""
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(REPEATS):
         for way, found in zip(ways, times, strict=True):
@@ -25,7 +25,7 @@ def timed(communicator: Communicator, *ways: Callable[[], Any]) -> list[float]:
             start = time.perf_counter()
             mx.eval(way())
             found.append(time.perf_counter() - start)
-    return [statistics.median(found[2:]) for found in times]
+    return [found[WARM_UP:] for found in times]
 
 
 def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[str, float]:
@@ -35,7 +35,11 @@ def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[st
     ours, raw = timed(
         communicator, lambda: communicator.all_reduce(dict(arrays)), lambda: communicator.all_sum(whole)
     )
-    return {"seconds": ours, "raw_seconds": raw, "over_raw": ours / raw}
+    return {
+        "seconds": statistics.median(ours),
+        "raw_seconds": statistics.median(raw),
+        "over_raw": statistics.median(a / b for a, b in zip(ours, raw, strict=True)),
+    }
 
 
 def by_size(communicator: Communicator) -> dict[int, dict[str, float]]:
@@ -57,7 +61,7 @@ def by_ranks(communicator: Communicator) -> dict[int, dict[str, float]]:
     """Latency of four bytes. Collective: every rank must call."""
     one = mx.ones((1,))
     (latency,) = timed(communicator, lambda: communicator.all_sum(one))
-    return {1: {"latency_seconds": latency}}
+    return {1: {"latency_seconds": statistics.median(latency)}}
 
 
 def main() -> None:

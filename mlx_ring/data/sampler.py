@@ -43,10 +43,10 @@ def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
 def sample_order(seed: int, positions: np.ndarray, dataset_size: int) -> np.ndarray:
     """The indices, int64 (N,), of the samples at the global `positions`, int64 (N,)."""
     epochs, places = np.divmod(positions, dataset_size)
-    order = np.empty_like(positions)
+    order = places
     for epoch in np.unique(epochs):
         # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
         keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
-        here = epochs == epoch
-        order[here] = permute(places[here], dataset_size, keys)
+        # All of them each time: NumPy keeps freed arrays of each small size, and parts come in all sizes.
+        order = np.where(epochs == epoch, permute(places, dataset_size, keys), order)
     return order
