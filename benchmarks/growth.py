@@ -110,7 +110,7 @@ def length(quick: bool, folder: Path) -> dict[str, float]:
     for name, (value, half) in found.items():
         figures[f"length_{name}"], figures[f"length_{name}_interval"] = value, half
         if not quick:  # whose intervals say nothing
-            figures[f"length_{name}_over_interval"] = abs(value) / half if value else 0.0
+            figures[f"length_{name}_over_interval"] = abs(value) / max(half, 1e-12)
     # By the intervals' upper ends: a wide one proves nothing.
     figures[AT_MOST[0]] = sum(found["step_time_share_per_100000_steps"])
     for rank, rss in enumerate(resident):

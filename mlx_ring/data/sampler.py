@@ -21,32 +21,37 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The images of `positions`, each in [0, size), under the permutation of range(size) chosen by `keys`."""
+    """The images of `positions`, int64 (N,), each in [0, size), under permutations of range(size): of each
+    position the one chosen by its `keys`, uint64 (ROUNDS, N)."""
     # A rectangle of rows × columns that holds `size` cells and hardly more, so that few values walk on.
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
 
-    def network(values: np.ndarray) -> np.ndarray:
+    def network(values: np.ndarray, keys: np.ndarray) -> np.ndarray:
         row, column = np.divmod(values, np.uint64(columns))
-        for row_key, column_key in keys.reshape(-1, 2):
+        for row_key, column_key in zip(keys[::2], keys[1::2], strict=True):
             # Two bits less than 64, so that the sum does not wrap round: it must stay one-to-one.
             row = (row + (mix(column ^ row_key) >> np.uint64(2))) % np.uint64(rows)
             column = (column + (mix(row ^ column_key) >> np.uint64(2))) % np.uint64(columns)
         return row * np.uint64(columns) + column
 
-    images = network(positions.astype(np.uint64))
+    images = network(positions.astype(np.uint64), keys)
     while (outside := np.flatnonzero(images >= size)).size:
-        images[outside] = network(images[outside])
+        images[outside] = network(images[outside], keys[:, outside])
     return images.astype(np.int64)
 
 
 def sample_order(seed: int, positions: np.ndarray, dataset_size: int) -> np.ndarray:
-    """The indices, int64 (N,), of the samples at the global `positions`, int64 (N,)."""
-    epochs, places = np.divmod(positions, dataset_size)
-    order = places
-    for epoch in np.unique(epochs):
-        # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
-        keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64)
-        # All of them each time: NumPy keeps freed arrays of each small size, and parts come in all sizes.
-        order = np.where(epochs == epoch, permute(places, dataset_size, keys), order)
-    return order
+    """The indices, int64 (N,), of the samples at the global `positions`, int64 (N,).
+
+    All epochs at once: NumPy keeps freed arrays of each small size it meets, and an epoch's part of the
+    positions has any.
+    """
+    numbers, places = np.divmod(positions, dataset_size)
+    epochs, which = np.unique(numbers, return_inverse=True)
+    # SeedSequence is fixed by NumPy's compatibility policy; the streams of Generator's methods are not.
+    states = [
+        np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64) for epoch in epochs
+    ]
+    keys = np.array(states, np.uint64).reshape(-1, ROUNDS).T
+    return permute(places, dataset_size, keys[:, which])
