@@ -46,22 +46,23 @@ class Failed(Exception):
 
 def numbers(least: int) -> Callable[[str], list[int]]:
     """The type of an option such as `--ranks 1,2,4`: different numbers, `least` or more."""
+    one = at_least(least)
 
-    def ranks(text: str) -> list[int]:
-        found = [int(word) for word in text.split(",")]
-        if min(found) < least or len(set(found)) < len(found):
-            raise ValueError
+    def several(text: str) -> list[int]:
+        found = [one(word) for word in text.split(",")]
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} has a number twice")
         return found
 
-    return ranks
+    return several
 
 
 def at_least(least: int) -> Callable[[str], int]:
     """The type of an option that is a number."""
 
     def number(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
         return int(text)
 
     return number
@@ -182,11 +183,26 @@ def ring_variables(world_size: int, hostfile: Path) -> list[dict[str, str]]:
     return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(world_size)]
 
 
+def gpu(place: int) -> dict[str, str]:
+    """The variable that shows a process one GPU alone: of those that this one sees, the one at `place`.
+
+    Raises: Failed where there are not so many.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(mx.device_count(mx.gpu))]
+    if place >= len(names):
+        raise Failed(
+            f"rank {place} needs a GPU of its own, and this machine shows {len(names)}; lower --ranks"
+        )
+    return {"CUDA_VISIBLE_DEVICES": names[place]}
+
+
 def nccl_variables(world_size: int) -> list[dict[str, str]]:
-    """Of each rank on a GPU of its own, as mlx.launch sets them."""
+    """Of each rank on a GPU of its own, as mlx.launch sets them. Raises: Failed where there are too few."""
+    gpus = [gpu(rank) for rank in range(world_size)]
     (port,) = free_ports(1)
     common = {"MLX_WORLD_SIZE": str(world_size), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(port)}
-    return [common | {"MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)} for rank in range(world_size)]
+    return [common | gpus[rank] | {"MLX_RANK": str(rank)} for rank in range(world_size)]
 
 
 def start_ranks(

@@ -4,7 +4,7 @@ Every peer is a group of processes of its own that takes its turn, a block of st
 moment of the machine meets all. All start from the same weights and the same batches (the loops go through
 the first eight again and again, mlx_ring reads on), and the first losses are compared: it is the same model.
 Figures are medians of the rounds' ratios. On a CPU one and the same loop is up to a fifth faster or slower
-from one building to the next, for as long as it lives: there all are built anew several times.
+from one launch to the next, for as long as it lives: there all are launched anew several times.
 
     mlx_ring_alone        as many independent runs of one rank, at the same time: what the wire costs; with
                           several ranks, the speed over it is the weak efficiency
@@ -42,8 +42,8 @@ CPU = (
 )  # fmt: skip
 GPU = (*harness.GPT2_124M, "trainer.micro_batch_size=16")
 BATCH = {True: 16, False: 8}  # samples of a rank; on a GPU, on a CPU
-# Buildings, rounds of each, steps of a round; by whether it is a GPU, and quick.
-BUILDINGS = {
+# Launches, rounds of each, steps of a round; by whether it is a GPU, and quick.
+LAUNCHES = {
     (True, True): (1, 6, 5),
     (True, False): (1, 20, 10),
     (False, True): (3, 3, 4),
@@ -74,8 +74,9 @@ class Peer:
         """The slowest rank's seconds, the mean loss, the largest memory."""
         for rank in self.ranks:
             assert rank.stdin is not None
-            rank.stdin.write(f"{count}\n")
-            rank.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # `answers` tells who has ended
+                rank.stdin.write(f"{count}\n")
+                rank.stdin.flush()
         told = [json.loads(line) for line in self.answers()]
         loss = statistics.mean(each["loss"] for each in told)
         return {"loss": loss} | {key: max(each[key] for each in told) for key in ("seconds", "peak_bytes")}
@@ -90,8 +91,7 @@ def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: 
     """Ranks of one peer, on free ports and each on a GPU of its own; returns at once."""
     variables: list[dict[str, str]] = [{}]
     if name == ALONE:
-        variables = [{"CUDA_VISIBLE_DEVICES": str(rank)} if gpu else {} for rank in range(ranks)]
-        overrides = (*overrides, f"trainer.global_batch_size={BATCH[gpu]}")
+        variables = [harness.gpu(rank) if gpu else {} for rank in range(ranks)]
     elif name.startswith("torch"):
         (port,) = harness.free_ports(1)
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -100,18 +100,25 @@ def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: 
         variables = harness.nccl_variables(ranks)
     elif ranks > 1:
         variables = harness.ring_variables(ranks, folder / f"{name}.json")
-    command = [sys.executable, PROGRAM, name, *overrides]
+    batch = f"trainer.global_batch_size={BATCH[gpu] * (1 if name == ALONE else ranks)}"
+    command = [sys.executable, PROGRAM, name, *overrides, batch]
     return Peer(name, harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
 
 def candidates(gpu: bool, ranks: int) -> list[str]:
     names = ["mlx_ring", *([ALONE] if ranks > 1 else []), "mlx_by_hand", "mlx_by_hand_unwaited"]
     if importlib.util.find_spec("mlx_lm") is None:
-        print("mlx-lm is not installed: pip install mlx-lm", file=sys.stderr)
+        print(
+            "mlx-lm is left out, for it is not installed: uv run --with mlx-lm python benchmarks/peers.py",
+            file=sys.stderr,
+        )
     else:
         names.append("mlx_lm")
     if importlib.util.find_spec("torch") is None:
-        print("PyTorch is not installed: pip install torch", file=sys.stderr)
+        print(
+            "PyTorch is left out, for it is not installed: uv run --with torch python benchmarks/peers.py",
+            file=sys.stderr,
+        )
         return names
     return [*names, "torch_ddp", *(["torch_ddp_compiled"] if gpu else []), "torch_fsdp2"]
 
@@ -121,14 +128,14 @@ def compare(
     ranks: int,
     gpu: bool,
     overrides: tuple[str, ...],
-    buildings: int,
+    launches: int,
     rounds: int,
     steps: int,
 ) -> tuple[dict[str, float], list[Curves]]:
     """Seconds a step by peer, how they compare, and a plot of the rounds."""
     peaks: dict[str, float] = {}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(buildings):
+    for _ in range(launches):
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             peers: dict[str, Peer] = {}
             for name in names:  # one after the other: each reads and compiles
@@ -153,7 +160,7 @@ def compare(
         if name != "mlx_ring":
             ratios = [other / own for other, own in zip(times[name], times["mlx_ring"], strict=True)]
             figures[f"speed_over_{name}"] = statistics.median(ratios)
-            if buildings > 1:
+            if launches > 1:
                 each = [
                     statistics.median(ratios[start : start + rounds])
                     for start in range(0, len(ratios), rounds)
@@ -164,7 +171,7 @@ def compare(
         title=f"A step of each peer, {ranks} rank(s)",
         x_label="round",
         y_label="seconds",
-        x=list(range(buildings * rounds)),
+        x=list(range(launches * rounds)),
         series=times,
         logarithmic=False,
     )
@@ -178,11 +185,12 @@ def main() -> None:
     own.add_argument("--peers", default="", help="only these beside mlx_ring, such as mlx_by_hand,mlx_lm")
     own.add_argument("--override", action="append", default=[], help="of train.py; again for more")
     options = harness.parse("peers", own)
-    batch = f"trainer.global_batch_size={BATCH[gpu] * options.ranks}"
-    overrides = (*(GPU if gpu else CPU), batch, *options.override)
+    if any(override.startswith("trainer.global_batch_size=") for override in options.override):
+        sys.exit("error: peers.py deals the global batch out itself, so --override cannot set it")
+    overrides = (*(GPU if gpu else CPU), *options.override)
 
     def measure(quick: bool) -> tuple[dict[str, float], list[Curves]]:
-        buildings, rounds, steps = BUILDINGS[gpu, quick]
+        launches, rounds, steps = LAUNCHES[gpu, quick]
         names = candidates(gpu, options.ranks)
         if options.peers:
             wanted = ["mlx_ring", *(name for name in options.peers.split(",") if name != "mlx_ring")]
@@ -191,7 +199,7 @@ def main() -> None:
                     f"no peer {', '.join(sorted(unknown))} here; there are {', '.join(names)}"
                 )
             names = wanted
-        return compare(names, options.ranks, gpu, overrides, buildings, rounds, steps)
+        return compare(names, options.ranks, gpu, overrides, launches, rounds, steps)
 
     least = 0.99 if gpu else 0.98
     by_hand, alone = "speed_over_mlx_by_hand", f"speed_over_{ALONE}"

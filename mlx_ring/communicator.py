@@ -14,7 +14,7 @@ One stream, because a ring group has one set of sockets and no lock: two sums of
 give wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave
 queued ones waiting for ever, so the first failure is the last one (over NCCL MLX ends the process).
 
-What is sent over NCCL is evaluated by itself before its collective is. Within one evaluation that goes from
+What is summed over NCCL is evaluated by itself before its collective is. Within one evaluation that goes from
 one GPU stream to another MLX's host waits until the first has got there (mlx/backend/cuda/fence.cpp); between
 two it is the other stream that waits, and the host issues on.
 """

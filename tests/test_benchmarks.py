@@ -1,6 +1,7 @@
 """What the benchmarks conclude from what they saw."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import all_reduce
 import growth
 import harness
+import scaling
 
 STEPS = np.arange(20_000.0)
 NOISE = np.random.default_rng(0)
@@ -41,3 +44,48 @@ def test_numbers_that_make_no_sense_are_refused(text: str) -> None:
     assert parser.parse_args(["--ranks", "4,1"]).ranks == [4, 1]
     with pytest.raises(argparse.ArgumentError):
         parser.parse_args(["--ranks", text])
+
+
+def record(folder: Path, losses: list[float]) -> Path:
+    """A finished run's: a step a second, of 8 samples each."""
+    folder.mkdir()
+    (folder / "status.json").write_text(json.dumps({"state": "completed", "backend": "ring", "message": ""}))
+    times = {"step_seconds": 1.0, "communication_seconds": 0.25, "wire_bytes": 100, "peak_memory_bytes": 5}
+    rows = [
+        {"kind": "train", "loss": loss, "samples": 8 * step, "wall_time": 100.0 + step} | times
+        for step, loss in enumerate(losses, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_what_a_run_showed(tmp_path: Path) -> None:
+    """One low loss at the start is no target reached: the mean of five steps must be as low."""
+    seen = scaling.Seen.of(record(tmp_path / "run", [1.0, 9.0, 9.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]), 2.0)
+    assert (seen.samples_per_second, seen.exposed_communication, seen.seconds_to_target) == (8.0, 0.25, 8.0)
+
+
+@pytest.mark.parametrize("reached", [0, 1, 2])
+def test_a_target_that_was_not_always_reached_is_told(tmp_path: Path, reached: int) -> None:
+    seen = [
+        scaling.Seen.of(record(tmp_path / str(number), [2.0 if number < reached else 9.0] * 8), 2.0)
+        for number in range(2)
+    ]
+    figures = dict(scaling.Turns(weak=[1.0, 0.9], strong=[1.0, 1.0], seen=seen).figures(target=True))
+    assert figures.get("target_reached_share") == (None if reached == 2 else reached / 2)
+    assert figures.get("seconds_to_target") == (5.0 if reached == 2 else None)
+
+
+def test_a_run_that_left_no_record_is_told(tmp_path: Path) -> None:
+    with pytest.raises(harness.Failed, match="no record"):
+        scaling.Seen.of(tmp_path, None)
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    """A slow moment of the machine meets both ways alike."""
+    times = {
+        2**20: {"native": [1.1, 11.0, 110.0], "raw": [1.0, 10.0, 100.0]},
+        4096: {"native": [9.0], "raw": [1.0]},
+    }
+    found = all_reduce.ratios("over", times, "native", "raw")
+    assert found == {"over": pytest.approx(1.1), "over_1_MiB": pytest.approx(1.1)}
