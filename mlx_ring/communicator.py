@@ -22,7 +22,6 @@ two it is the other stream that waits, and the host issues on.
 import hashlib
 import json
 import os
-import re
 import secrets
 import socket
 import struct
@@ -36,13 +35,12 @@ import numpy as np
 
 from mlx_ring import errors
 from mlx_ring.buckets import cut, join, plan_buckets
-from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
+from mlx_ring.errors import ClusterError, MlxRingError
+from mlx_ring.mlx_version import MLX_VERSION
 from mlx_ring.process_lock import ProcessLock
 from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.ring_addresses import claim_ports
 
-MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
-MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
 BROADCAST_BYTES = 64 * 2**20  # arrays are broadcast in buckets of this size
 MESSAGE_BYTES = 2**30  # no message is longer: MPI counts elements in 31 bits
 
@@ -146,6 +144,11 @@ class Communicator:
             self.wait_seconds += time.perf_counter() - start
             reduced |= zip(names, cut(total, [shapes[name] for name in names]), strict=True)
         return {name: reduced[name] for name in shapes}
+
+    def compute_meanwhile(self, array: mx.array) -> None:
+        """Have the device compute this while what was summed last may still be on its way."""
+        if self.world_size > 1 and not self.host_waits:
+            mx.async_eval(array)
 
     # Rank 0's values, everybody's values
 
@@ -261,19 +264,6 @@ class Communicator:
 
 def _raw_bytes(array: Any) -> bytes:
     return bytes(memoryview(array))  # Any: MLX's stubs do not say that an array is a buffer
-
-
-def refuse_old_mlx() -> None:
-    """Raises: ConfigError where the MLX that is installed is older than what is needed."""
-
-    def numbers(version: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", version)[:3]]
-
-    if numbers(MLX_VERSION) < numbers(MINIMUM_MLX):
-        raise ConfigError(
-            f"MLX {MLX_VERSION} on {socket.gethostname()} is older than the {MINIMUM_MLX} that mlx_ring "
-            f'needs; install it: pip install "mlx>={MINIMUM_MLX}"'
-        )
 
 
 def _join(environment: RankEnvironment) -> Any:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from mlx_ring import __version__
-from mlx_ring.communicator import MLX_VERSION, Communicator
+from mlx_ring.communicator import Communicator
 from mlx_ring.config import RunConfig
 from mlx_ring.copies import Copies
 from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, record_error
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.exactness import device
 from mlx_ring.heartbeat import FIRST_STEP, JOINING, Heartbeat, Vitals
+from mlx_ring.mlx_version import MLX_VERSION
 from mlx_ring.parameter_authority import Plan, agree
 from mlx_ring.restore import Found, find, replaces_record
 from mlx_ring.run_builder import Run, build

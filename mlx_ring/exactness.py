@@ -12,11 +12,12 @@ import mlx.core as mx
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from mlx_ring.communicator import MLX_VERSION, Communicator
+from mlx_ring.communicator import Communicator
 from mlx_ring.data.dataset import Split
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import ClusterError, agreed
 from mlx_ring.gradient import MicroBatchGradient
+from mlx_ring.mlx_version import MLX_VERSION
 from mlx_ring.parameter_authority import checksums, odd_one_out, sha256_of
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_ring
-from mlx_ring.communicator import MLX_VERSION, Communicator
+from mlx_ring.communicator import Communicator
 from mlx_ring.errors import ClusterError, TrainingError, agreed
 from mlx_ring.host_probe import digest
+from mlx_ring.mlx_version import MLX_VERSION
 
 Arrays = dict[str, mx.array]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from mlx_ring import __version__, exactness
 from mlx_ring.checkpoint_manager import Arrays, CheckpointManager, Saved
-from mlx_ring.communicator import MLX_VERSION
 from mlx_ring.config import RunConfig
 from mlx_ring.config_record import flatten, look_ups_sha256, to_yaml
 from mlx_ring.copies import Copies, CopyFailure
@@ -19,6 +18,7 @@ from mlx_ring.errors import CheckpointError
 from mlx_ring.evaluator import Evaluation
 from mlx_ring.interval import Interval
 from mlx_ring.metrics_tracker import MetricsTracker
+from mlx_ring.mlx_version import MLX_VERSION
 from mlx_ring.restore import Found
 from mlx_ring.run_builder import Run
 from mlx_ring.run_directory import RunDirectory

@@ -99,7 +99,8 @@ class Process:
         return self.communicator
 
     def _meet(self) -> "Communicator":
-        from mlx_ring.communicator import Communicator, refuse_old_mlx
+        from mlx_ring.communicator import Communicator
+        from mlx_ring.mlx_version import refuse_old_mlx
 
         refuse_old_mlx()
         if self._heartbeat is not None:

@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -245,7 +244,7 @@ class Trainer:
         targets = int(_number(reduced.targets))
         if self._counts_tokens:
             progress.tokens += targets
-        *flags, seconds = zip(*cast("list[list[float]]", reduced.flags.tolist()), strict=True)
+        *flags, seconds = zip(*reduced.read_flags(), strict=True)
         return StepResult(
             step=progress.step,
             skipped=skipped,

@@ -11,8 +11,9 @@ import pytest
 from ranks import ROOT, free_ports, start
 from refusals import CLUSTER, CONFIGURATION, assert_refused
 
-from mlx_ring.communicator import MINIMUM_MLX, Communicator
+from mlx_ring.communicator import Communicator
 from mlx_ring.errors import ConfigError
+from mlx_ring.mlx_version import MINIMUM_MLX
 from mlx_ring.rank_environment import RankEnvironment
 
 GOOD = '[["127.0.0.1:5000"], ["127.0.0.1:5001"]]'

@@ -32,11 +32,13 @@ class AllReduce(Strategy):
     ) -> None:
         self._communicator, self._codec, self._compiles = communicator, codec, compile
         self._num_micro_batches = num_micro_batches
+        squares = partial(_squares, codec)
         measure = partial(_measure, codec, clip_gradient_norm, num_micro_batches, communicator.world_size)
-        self._add, self._maxima, self._measure = codec.add, codec.maxima, measure
+        self._add, self._maxima, self._squares, self._measure = codec.add, codec.maxima, squares, measure
         if compile:
             self._maxima = mx.compile(codec.maxima)
             self._add = mx.compile(codec.add, inputs=[codec.state])
+            self._squares = mx.compile(squares, inputs=[codec.state])
             self._measure = mx.compile(measure, inputs=[codec.state])
         self._update: Callable[[Arrays, Arrays, mx.array], None]
 
@@ -60,7 +62,9 @@ class AllReduce(Strategy):
         gradients = self._communicator.all_reduce(wire)
         maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}
         numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
-        loss, targets, norm, fits, finite, scale, flags = self._measure(gradients, maxima, numbers)
+        squares = self._squares(gradients)
+        self._communicator.compute_meanwhile(squares[0])
+        loss, targets, norm, fits, finite, scale, flags, flagged = self._measure(squares, maxima, numbers)
         return Reduced(
             gradients=gradients,
             maxima=maxima,
@@ -71,18 +75,25 @@ class AllReduce(Strategy):
             fits=fits,
             finite=finite,
             flags=flags,
+            flagged=flagged,
         )
 
     def _own_numbers(self, share: Share) -> mx.array:
         """A place for every micro-batch's loss, for its number of targets, and for every rank's flags; this
-        rank fills its own and leaves zeros in the others': whatever the sum, it rounds nothing."""
+        rank fills its own and leaves zeros in the others': whatever the sum, it rounds nothing.
+
+        The flags are made as scalars, for which MLX keeps memory that GPU and host share. A longer array of
+        the host's may get what a GPU's array left, and that is copied first, when the GPU has done all that
+        it was given (mlx/backend/cuda/allocator.cpp): every step would wait for the one before.
+        """
         before, own = share.first_micro_batch, len(share.losses)
         after = self._num_micro_batches - before - own
         rank, ranks, width = self._communicator.rank, self._communicator.world_size, len(share.flags)
+        flags = mx.stack([mx.array(flag) for flag in share.flags])
         numbers = [
             mx.pad(mx.stack(share.losses), (before, after)),
             mx.pad(mx.stack(share.targets).astype(mx.float32), (before, after)),
-            mx.pad(mx.array(share.flags, dtype=mx.float32), (rank * width, (ranks - 1 - rank) * width)),
+            mx.pad(flags, (rank * width, (ranks - 1 - rank) * width)),
         ]
         return mx.concatenate(numbers)
 
@@ -99,30 +110,36 @@ class AllReduce(Strategy):
         self._codec.state.update(state)
 
 
+def _squares(codec: Codec, reduced: Arrays) -> tuple[mx.array, mx.array]:
+    """The sums of squares of all gradients but the model's first, and of that one, which arrives last."""
+    first, *others = codec.decode(reduced).values()
+    # Added up one by one: what stacks scalars copies each of them by itself.
+    return reduce(add, (mx.square(each).sum() for each in others), mx.array(0.0)), mx.square(first).sum()
+
+
 def _measure(
     codec: Codec,
     clip: float | None,
     num_micro_batches: int,
     world_size: int,
-    reduced: Arrays,
+    squares: tuple[mx.array, mx.array],
     maxima: Arrays,
     numbers: mx.array,
 ) -> tuple[mx.array, ...]:
     """Mean loss, number of targets, L2 norm of the mean gradient, whether the codec's state fits, whether all
-    is finite, the scale, and every rank's flags."""
+    is finite, the scale, every rank's flags, and whether there is one."""
     losses, counts, flags = mx.split(numbers, [num_micro_batches, 2 * num_micro_batches])
     targets = counts.astype(mx.int32).sum()
     count = mx.maximum(targets, 1).astype(mx.float32)
     loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
-    # Added up one by one: what stacks scalars copies each of them by itself.
-    square = reduce(add, (mx.square(gradient).sum() for gradient in codec.decode(reduced).values()))
     # Codes do not show an infinity or a NaN.
-    norm = mx.where(codec.is_finite(maxima), mx.sqrt(square) / count, mx.nan)
+    norm = mx.where(codec.is_finite(maxima), mx.sqrt(squares[0] + squares[1]) / count, mx.nan)
     finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
         scale = scale * mx.minimum(1.0, clip / mx.maximum(norm, 1e-12))
-    return loss, targets, norm, codec.fits(maxima), finite, scale, flags.reshape(world_size, -1)
+    flagged = (flags != 0).any()
+    return loss, targets, norm, codec.fits(maxima), finite, scale, flags.reshape(world_size, -1), flagged
 
 
 def _update(

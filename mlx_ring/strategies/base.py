@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +33,8 @@ class Reduced:
     `loss` is the mean over the whole global batch, weighted by targets; `gradient_norm` the L2 norm of the
     mean gradient before clipping. `gradients` times `scale` is what the optimizer gets; `maxima` are the
     codec's. Where `finite` is false there must be no update. Where `fits` is false nothing here is of use but
-    for `refit`: the batch must be computed again. `flags` (world size, flags) are every rank's.
+    for `refit`: the batch must be computed again. `flags` (world size, flags) are every rank's; where none
+    differs from 0, `flagged` is false.
     """
 
     gradients: Arrays
@@ -44,6 +46,15 @@ class Reduced:
     fits: mx.array
     finite: mx.array
     flags: mx.array
+    flagged: mx.array
+
+    def read_flags(self) -> list[list[float]]:
+        """Every rank's, once computed. Nearly always there is none, and nothing but that is read: a GPU may
+        first do all that it was given where more than eight bytes go to the host."""
+        if self.flagged.item():
+            return cast("list[list[float]]", self.flags.tolist())
+        ranks, width = self.flags.shape
+        return [[0.0] * width] * ranks
 
 
 class Strategy(ABC):
