@@ -9,23 +9,38 @@ from typing import Any
 import mlx.core as mx
 
 Buckets = tuple[tuple[str, ...], ...]  # names, by bucket
+# Bytes of gradients left to compute when a large first array is sent, over its own: enough to hide its way,
+# and not more, for what these gradients are made of stays in memory the longer.
+SENT_AFTER_THE_FIRST = 0.25
 
 
 @lru_cache(maxsize=8)  # every step sends the same arrays
 def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: int) -> Buckets:
-    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets.
+    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets, in the order to send.
 
-    Last layer first, one dtype a bucket; a bucket is closed once it holds `bucket_bytes` or more.
+    Last layer first, one dtype a bucket. A bucket is sent once it holds `bucket_bytes` or more; what has as
+    many by itself travels alone, for then nothing is copied. The model's first array is ready last: if it is
+    such a one, an embedding, it goes before the last buckets, whose arrays are computed while it travels.
     """
-    open_buckets: dict[Hashable, tuple[list[str], int]] = {}
-    buckets: list[list[str]] = []
+    buckets: list[tuple[list[str], int]] = []
+    waiting: dict[Hashable, tuple[list[str], int]] = {}
     for name, dtype, size in reversed(arrays):
-        names, total = open_buckets.get(dtype, ([], 0))
-        if not names:
-            buckets.append(names)
+        names, total = ([], 0) if size >= bucket_bytes else waiting.pop(dtype, ([], 0))
         names.append(name)
-        open_buckets[dtype] = (names, total + size) if total + size < bucket_bytes else ([], 0)
-    return tuple(map(tuple, buckets))
+        if total + size >= bucket_bytes:
+            buckets.append((names, total + size))
+        else:
+            waiting[dtype] = (names, total + size)
+    buckets += waiting.values()
+    if arrays and arrays[0][2] >= bucket_bytes:
+        first = ([arrays[0][0]], arrays[0][2])
+        buckets.remove(first)
+        place, after = len(buckets), 0
+        while place > 0 and after < first[1] * SENT_AFTER_THE_FIRST:
+            place -= 1
+            after += buckets[place][1]
+        buckets.insert(place, first)
+    return tuple(tuple(names) for names, _ in buckets)
 
 
 def join(arrays: list[mx.array]) -> mx.array:

@@ -66,6 +66,7 @@ class Communicator:
         self.host_waits = self.world_size > 1 and self.backend != "nccl"
         self._thread, self._failed = threading.get_ident(), False
         self.calls, self.call = 0, ""  # collectives entered so far; the one that this rank is in
+        self._last_bucket: tuple[str, ...] = ()
         self._locks: list[ProcessLock] = []
         self._group: Any = None
         self._stream: Any = None
@@ -135,6 +136,7 @@ class Communicator:
         flat = deque([join([arrays.pop(name) for name in names]) for names in buckets])
         if self.host_waits:  # the first buckets, of the last layers, are ready while others are computed
             (mx.async_eval if self.overlap else mx.eval)(*flat)
+        self._last_bucket = buckets[-1] if buckets else ()
         reduced: dict[str, mx.array] = {}
         for names in buckets:
             if self.host_waits and self.overlap:
@@ -145,10 +147,11 @@ class Communicator:
             reduced |= zip(names, cut(total, [shapes[name] for name in names]), strict=True)
         return {name: reduced[name] for name in shapes}
 
-    def compute_meanwhile(self, array: mx.array) -> None:
-        """Have the device compute this while what was summed last may still be on its way."""
+    def compute_meanwhile(self, made: dict[str, mx.array]) -> None:
+        """Have the device compute what was made of each sum of the last `all_reduce`, but for those of the
+        last bucket, which may still be on its way."""
         if self.world_size > 1 and not self.host_waits:
-            mx.async_eval(array)
+            mx.async_eval([array for name, array in made.items() if name not in self._last_bucket])
 
     # Rank 0's values, everybody's values
 

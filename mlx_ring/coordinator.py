@@ -86,10 +86,8 @@ class Coordinator:
         Collective: every rank must call.
         """
         self.phase = "preparing"
-        agree(
-            self._communicator,
-            {"host": self._communicator.hosts[self._communicator.rank], "config": self._config.flat()},
-        )
+        host = self._communicator.hosts[self._communicator.rank]
+        agree(self._communicator, {"host": host, "config": self._config.flat()})
         self.job = self._communicator.broadcast_object(self.job)
         check_world_size(self._config, self._communicator.world_size)
         if not self._config.evaluation.only:  # which may look at the checkpoints of a live run

@@ -99,13 +99,12 @@ class Process:
         return self.communicator
 
     def _meet(self) -> "Communicator":
-        from mlx_ring.communicator import Communicator
-        from mlx_ring.mlx_version import refuse_old_mlx
+        from mlx_ring import communicator, mlx_version
 
-        refuse_old_mlx()
+        mlx_version.refuse_old_mlx()
         if self._heartbeat is not None:
             self._heartbeat.await_others()
-        return Communicator(self.environment)
+        return communicator.Communicator(self.environment)
 
     def run_id(self, *, _root_: DictConfig) -> str:
         """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster.

@@ -63,7 +63,7 @@ class AllReduce(Strategy):
         maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}
         numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
         squares = self._squares(gradients)
-        self._communicator.compute_meanwhile(squares[0])
+        self._communicator.compute_meanwhile(squares)
         loss, targets, norm, fits, finite, scale, flags, flagged = self._measure(squares, maxima, numbers)
         return Reduced(
             gradients=gradients,
@@ -110,11 +110,9 @@ class AllReduce(Strategy):
         self._codec.state.update(state)
 
 
-def _squares(codec: Codec, reduced: Arrays) -> tuple[mx.array, mx.array]:
-    """The sums of squares of all gradients but the model's first, and of that one, which arrives last."""
-    first, *others = codec.decode(reduced).values()
-    # Added up one by one: what stacks scalars copies each of them by itself.
-    return reduce(add, (mx.square(each).sum() for each in others), mx.array(0.0)), mx.square(first).sum()
+def _squares(codec: Codec, reduced: Arrays) -> Arrays:
+    """The sum of squares of each gradient."""
+    return {name: mx.square(gradient).sum() for name, gradient in codec.decode(reduced).items()}
 
 
 def _measure(
@@ -122,7 +120,7 @@ def _measure(
     clip: float | None,
     num_micro_batches: int,
     world_size: int,
-    squares: tuple[mx.array, mx.array],
+    squares: Arrays,
     maxima: Arrays,
     numbers: mx.array,
 ) -> tuple[mx.array, ...]:
@@ -132,8 +130,9 @@ def _measure(
     targets = counts.astype(mx.int32).sum()
     count = mx.maximum(targets, 1).astype(mx.float32)
     loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
+    square = reduce(add, squares.values())  # one by one: what stacks scalars copies each of them by itself
     # Codes do not show an infinity or a NaN.
-    norm = mx.where(codec.is_finite(maxima), mx.sqrt(squares[0] + squares[1]) / count, mx.nan)
+    norm = mx.where(codec.is_finite(maxima), mx.sqrt(square) / count, mx.nan)
     finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
     if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
