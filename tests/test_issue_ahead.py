@@ -2,16 +2,20 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from ranks import ROOT, SMALL, TRAIN, rows, start, status, wait_for
 
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
+from mlx_ring.compression import NativeCodec
 from mlx_ring.data.loader import GlobalBatch
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import build
+from mlx_ring.strategies import AllReduce, Reduced, Share
 
 UNWAITED = [sys.executable, str(ROOT / "tests/unwaited.py")]
 ANY_MODEL = [item for item in SMALL if not item.startswith("model.")]
@@ -122,3 +126,20 @@ def test_one_step_is_issued_ahead_and_no_more(tmp_path: Path) -> None:
     ahead = [drawn[0] - result.step for result in built.trainer.steps()]
     built.trainer.close()
     assert ahead == [1, 1, 1, 1, 0, 1, 1, 1, 0]
+
+
+def test_flags_are_read_only_where_there_is_one() -> None:
+    """On a GPU reading them waits for all that was issued."""
+    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    strategy = AllReduce(alone, NativeCodec(), num_micro_batches=1, clip_gradient_norm=None, compile=True)
+
+    def reduced(*flags: float) -> Reduced:
+        total, one = strategy.add(None, {"weight": mx.ones((3,))}), mx.array(1)
+        return strategy.reduce(
+            Share(total=total, losses=[one], targets=[one], first_micro_batch=0, flags=[*flags])
+        )
+
+    assert reduced(0.0, 1.0, 0.25).read_flags() == [[0.0, 1.0, 0.25]]
+    assert reduced(0.0, 0.0, 0.25).read_flags() == [[0.0, 0.0, 0.25]]
+    unread = mx.ones((2, 3))
+    assert replace(reduced(0.0, 0.0, 0.0), flags=unread).read_flags() == [[0.0] * 3] * 2
