@@ -15,7 +15,8 @@ from mlx_ring.compression import NativeCodec
 from mlx_ring.data.loader import GlobalBatch
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import build
-from mlx_ring.strategies import AllReduce, Reduced, Share
+from mlx_ring.strategies import Reduced, Share
+from mlx_ring.strategies.all_reduce import AllReduce
 
 UNWAITED = [sys.executable, str(ROOT / "tests/unwaited.py")]
 ANY_MODEL = [item for item in SMALL if not item.startswith("model.")]
