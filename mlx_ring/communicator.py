@@ -66,7 +66,7 @@ class Communicator:
         self.host_waits = self.world_size > 1 and self.backend != "nccl"
         self._thread, self._failed = threading.get_ident(), False
         self.calls, self.call = 0, ""  # collectives entered so far; the one that this rank is in
-        self._last_bucket: tuple[str, ...] = ()
+        self._last_bucket: tuple[str, ...] = ()  # of the last `all_reduce`
         self._locks: list[ProcessLock] = []
         self._group: Any = None
         self._stream: Any = None

@@ -1,6 +1,7 @@
 """What every backend must do, run by each rank of a real group: see test_communicator.py."""
 
 import sys
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -87,6 +88,22 @@ def check_memory_of_gradients(wire: Communicator) -> None:
     assert [np.asarray(array).ctypes.data for array in reduced.values()] == places
 
 
+def check_what_is_computed_meanwhile(wire: Communicator) -> None:
+    """All that was made of sums but those of the last bucket, and nothing where the host has waited."""
+    wire.bucket_bytes = 4096
+    sizes = {"a": 4, "b": 5000, "c": 4, "d": 2000}
+    sums = wire.all_reduce({name: mx.ones((size,)) for name, size in sizes.items()})
+    made = {name: array.sum() for name, array in sums.items()}
+    waits = wire.host_waits
+    for wire.host_waits in (True, False):
+        with mock.patch.object(mx, "async_eval") as computes:
+            wire.compute_meanwhile(made)
+        computed = [id(array) for call in computes.call_args_list for array in call.args[0]]
+        travels = wire.world_size > 1 and not wire.host_waits
+        assert computed == ([id(made["b"]), id(made["d"])] if travels else [])
+    wire.host_waits = waits
+
+
 def check_equal_bits(wire: Communicator) -> None:
     """Every rank gets the same bits of a float sum."""
     mx.random.seed(wire.rank)
@@ -140,6 +157,7 @@ def main() -> None:
         check_long_messages,
         check_memory_of_sums,
         check_memory_of_gradients,
+        check_what_is_computed_meanwhile,
         check_equal_bits,
         check_broadcast,
         check_objects,

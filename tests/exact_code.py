@@ -15,9 +15,9 @@ RANK = os.environ.get("MLX_RANK", "0")
 class Classifier(nn.Module):
     """Two layers; the subclasses add what is to be tested."""
 
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, width: int = 16) -> None:
         super().__init__()
-        self.layers = [nn.Linear(*input_shape, 16), nn.Linear(16, num_classes)]
+        self.layers = [nn.Linear(*input_shape, width), nn.Linear(width, num_classes)]
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.layers[1](nn.relu(self.layers[0](x)))

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import ROOT, mpirun, start
 
 from mlx_ring.buckets import plan_buckets
@@ -40,6 +42,8 @@ def test_mpi(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -
             100,
             [["b"], ["d", "c", "a"]],
         ),
+        ([("a", "f4", 500)], 100, [["a"]]),
+        ([("a", "f2", 60), ("b", "f2", 60), ("n", "f4", 4)], 100, [["b", "a"], ["n"]]),
         # The first of all goes before as much as hides its way, and not before more.
         ([("a", "f4", 100), ("b", "f2", 100), ("c", "f4", 100)], 100, [["c"], ["a"], ["b"]]),
         (
@@ -53,3 +57,21 @@ def test_plan_buckets(
     arrays: list[tuple[str, str, int]], bucket_bytes: int, expected: list[list[str]]
 ) -> None:
     assert plan_buckets(tuple(arrays), bucket_bytes) == tuple(map(tuple, expected))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["f4", "f2"]), st.integers(0, 300)), max_size=20),
+    st.integers(1, 200),
+)
+def test_every_array_travels_once_and_full_buckets_alone(
+    drawn: list[tuple[str, int]], bucket_bytes: int
+) -> None:
+    arrays = tuple((str(place), dtype, size) for place, (dtype, size) in enumerate(drawn))
+    dtypes, sizes = ({name: each[kind] for name, *each in arrays} for kind in (0, 1))
+    buckets = plan_buckets(arrays, bucket_bytes)
+    assert sorted(name for names in buckets for name in names) == sorted(dtypes)
+    assert all(len({dtypes[name] for name in names}) == 1 for names in buckets)
+    unfilled = [names for names in buckets if sum(map(sizes.__getitem__, names)) < bucket_bytes]
+    assert len(unfilled) <= len(set(dtypes.values()))
+    assert all(sum(map(sizes.__getitem__, names[:-1])) < bucket_bytes for names in buckets)
+    assert all(len(names) == 1 for names in buckets if any(sizes[name] >= bucket_bytes for name in names))

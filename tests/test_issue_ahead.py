@@ -20,9 +20,9 @@ from mlx_ring.strategies.all_reduce import AllReduce
 
 UNWAITED = [sys.executable, str(ROOT / "tests/unwaited.py")]
 ANY_MODEL = [item for item in SMALL if not item.startswith("model.")]
-RUN = [
-    *SMALL, "data=custom", "data.import_path=faulty:build", "trainer.compile=true",
-    "communicator.bucket_bytes=4096", "schedule=constant",
+RUN = [  # in several buckets
+    *ANY_MODEL, "data=custom", "data.import_path=faulty:build", "trainer.compile=true", "model.dropout=0",
+    "model.hidden_sizes=[64,64]", "communicator.bucket_bytes=4096", "schedule=constant",
 ]  # fmt: skip
 CALM = "data.arguments={fault: none, rank: 1, at_call: 9}"
 
@@ -48,7 +48,7 @@ def test_what_voids_a_step_voids_the_one_issued_after_it(tmp_path: Path, codec: 
         *ANY_MODEL, "data=custom", "data.import_path=exact_code:points", "model=custom",
         "model.import_path=exact_code:Classifier", f"data.arguments={arguments}", "trainer.steps=20",
         f"communicator={codec}", "evaluation.every_steps=7", "checkpoint.every_steps=5",
-        "trainer.max_skipped_batches=20",
+        "trainer.max_skipped_batches=20", "model.arguments={width: 1024}", "communicator.bucket_bytes=4096",
     ]  # fmt: skip
     for name, program in (("waits", TRAIN), ("ahead", UNWAITED)):
         start([*options, f"run.dir={name}"], tmp_path, world_size=2, program=program).wait().ok()

@@ -89,7 +89,7 @@ class AllReduce(Strategy):
         before, own = share.first_micro_batch, len(share.losses)
         after = self._num_micro_batches - before - own
         rank, ranks, width = self._communicator.rank, self._communicator.world_size, len(share.flags)
-        flags = mx.stack([mx.array(flag) for flag in share.flags])
+        flags = mx.stack([mx.array(flag, dtype=mx.float32) for flag in share.flags])
         numbers = [
             mx.pad(mx.stack(share.losses), (before, after)),
             mx.pad(mx.stack(share.targets).astype(mx.float32), (before, after)),

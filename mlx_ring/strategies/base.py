@@ -49,12 +49,12 @@ class Reduced:
     flagged: mx.array
 
     def read_flags(self) -> list[list[float]]:
-        """Every rank's, once computed. Nearly always there is none, and nothing but that is read: a GPU may
-        first do all that it was given where more than eight bytes go to the host."""
+        """Every rank's, once computed. Where steps are issued ahead there is hardly ever one, and only that
+        is read: a GPU may first do all that it was given where more than eight bytes go to the host."""
         if self.flagged.item():
             return cast("list[list[float]]", self.flags.tolist())
         ranks, width = self.flags.shape
-        return [[0.0] * width] * ranks
+        return [[0.0] * width for _ in range(ranks)]
 
 
 class Strategy(ABC):
