@@ -42,7 +42,8 @@ def over_nccl(ranks: int, arguments: list[str]) -> Times:
 
 def by_ranks(variables: list[dict[str, str]], arguments: list[str]) -> Times:
     with tempfile.TemporaryFile("w+") as stdout:
-        harness.end(harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout))
+        started = harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout)
+        harness.end(harness.fall_together(started))
         stdout.seek(0)
         return found_in(stdout.read())
 

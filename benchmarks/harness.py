@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -237,6 +238,19 @@ def start_ring(
 ) -> list[subprocess.Popen]:
     """Ranks of one ring on free ports of this machine, each running `command`."""
     return start_ranks(command, ring_variables(world_size, hostfile), silent=silent, stdout=stdout)
+
+
+def fall_together(ranks: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    """The same ranks. As soon as one ends badly all are ended: over NCCL the others would wait for ever."""
+
+    def follow(rank: subprocess.Popen) -> None:
+        if rank.wait():
+            for other in ranks:
+                other.kill()
+
+    for rank in ranks:
+        threading.Thread(target=follow, args=[rank], daemon=True).start()
+    return ranks
 
 
 def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:

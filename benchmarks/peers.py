@@ -66,7 +66,8 @@ class Peer:
             assert rank.stdout is not None
             line = next((line for line in rank.stdout if line.startswith("found: ")), None)
             if line is None:
-                raise harness.Failed(f"{self.name} ended with status {rank.wait()}")
+                statuses = [each.wait() for each in self.ranks]
+                raise harness.Failed(f"{self.name}: ranks ended with statuses {statuses}")
             found.append(line.partition("found: ")[2])
         return found
 
@@ -84,7 +85,8 @@ class Peer:
     def end(self) -> None:
         for rank in self.ranks:
             rank.kill()
-            rank.wait()
+            with contextlib.suppress(BrokenPipeError), rank:  # an order that it has not read
+                pass
 
 
 def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: Path) -> Peer:
@@ -102,7 +104,8 @@ def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: 
         variables = harness.ring_variables(ranks, folder / f"{name}.json")
     batch = f"trainer.global_batch_size={BATCH[gpu] * (1 if name == ALONE else ranks)}"
     command = [sys.executable, PROGRAM, name, *overrides, batch]
-    return Peer(name, harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    started = harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return Peer(name, harness.fall_together(started))
 
 
 def candidates(gpu: bool, ranks: int) -> list[str]:

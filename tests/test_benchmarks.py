@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import all_reduce
 import growth
 import harness
+import peers
 import scaling
 
 STEPS = np.arange(20_000.0)
@@ -89,3 +91,15 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     }
     found = all_reduce.ratios("over", times, "native", "raw")
     assert found == {"over": pytest.approx(1.1), "over_1_MiB": pytest.approx(1.1)}
+
+
+def test_a_peer_whose_rank_dies_is_told_and_not_waited_for() -> None:
+    program = "import os, sys; sys.exit(3) if os.environ['RANK'] == '1' else sys.stdin.read()"
+    variables = [{"RANK": "0"}, {"RANK": "1"}]
+    ranks = harness.start_ranks(
+        [sys.executable, "-c", program], variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    peer = peers.Peer("a loop", harness.fall_together(ranks))
+    with pytest.raises(harness.Failed, match=r"a loop: ranks ended with statuses \[-9, 3\]"):
+        peer.answers()
+    peer.end()
