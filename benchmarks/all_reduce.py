@@ -21,7 +21,6 @@ from pathlib import Path
 
 import harness
 import mlx.core as mx
-from all_reduce_ranks import FOUND
 from page import Curves
 
 KIB, MIB = 2**10, 2**20
@@ -42,10 +41,9 @@ def over_nccl(ranks: int, arguments: list[str]) -> Times:
 
 def by_ranks(variables: list[dict[str, str]], arguments: list[str]) -> Times:
     with tempfile.TemporaryFile("w+") as stdout:
-        started = harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout)
-        harness.end(harness.fall_together(started))
+        harness.end(harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout))
         stdout.seek(0)
-        return found_in(stdout.read())
+        return by_size(stdout.read())
 
 
 def over_mpi(ranks: int, arguments: list[str]) -> Times:
@@ -62,15 +60,14 @@ def over_mpi(ranks: int, arguments: list[str]) -> Times:
     )
     if done.returncode:
         raise harness.Failed(f"mpirun ended with status {done.returncode}")
-    return found_in(done.stdout)
+    return by_size(done.stdout)
 
 
 OVER = {"ring": over_ring, "mpi": over_mpi, "nccl": over_nccl}
 
 
-def found_in(text: str) -> Times:
-    (line,) = [line for line in text.splitlines() if FOUND in line]
-    return {int(size): times for size, times in json.loads(line.partition(FOUND)[2]).items()}
+def by_size(output: str) -> Times:
+    return {int(size): times for size, times in harness.found_in(output).items()}
 
 
 def ratios(name: str, times: Times, way: str, other: str) -> dict[str, float]:

@@ -13,11 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_ring.check import FOUND
 from mlx_ring.communicator import Communicator
 from mlx_ring.compression import build_codec
 from mlx_ring.rank_environment import RankEnvironment
 
-FOUND, NAME = "found: ", "gradient"
+NAME = "gradient"
 SECONDS_PER_SIZE = {True: 0.4, False: 2.0}  # of each way; quick, full
 MOST_REPEATS, FEWEST_REPEATS = 200, 5
 Arrays = dict[str, mx.array]

@@ -164,8 +164,7 @@ def communication(ranks: int, what: str, quick: bool, folder: Path) -> dict[str,
     with output.open("w") as stdout:
         command = [sys.executable, RANKS_PROGRAM, what, "quick" if quick else "full"]
         harness.end(harness.start_ring(command, ranks, folder / "ring.json", stdout=stdout))
-    (line,) = [line for line in output.read_text().splitlines() if "found: " in line]
-    return json.loads(line.partition("found: ")[2])
+    return harness.found_in(output.read_text())
 
 
 def counters(folder: Path, ranks: int, steps: int = 30) -> dict[str, float]:

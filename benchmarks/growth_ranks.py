@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_ring.check import FOUND
 from mlx_ring.communicator import Communicator
 from mlx_ring.rank_environment import RankEnvironment
 
@@ -83,7 +84,7 @@ def main() -> None:
     communicator = Communicator(RankEnvironment.read())
     found = {"size": by_size, "tensors": by_tensors, "ranks": by_ranks}[sys.argv[1]](communicator)
     if communicator.rank == 0:
-        print(f"found: {json.dumps(found)}", flush=True)
+        print(FOUND + json.dumps(found), flush=True)
     communicator.barrier()
     communicator.close()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import mlx.core as mx
 import page
@@ -24,6 +24,7 @@ from page import Goal, Plot, Result
 from rich.console import Console
 from rich.table import Table
 
+from mlx_ring.check import FOUND
 from mlx_ring.errors import MlxRingError
 from mlx_ring.host_probe import chip
 
@@ -214,8 +215,9 @@ def start_ranks(
     stdin: int = subprocess.DEVNULL,
     stdout: IO[str] | int | None = None,
 ) -> list[subprocess.Popen]:
-    """A process of `command` for each rank's variables."""
-    return [
+    """A process of `command` for each rank's variables. Where one ends badly all are ended: over NCCL the
+    others would wait for it for ever."""
+    ranks = [
         subprocess.Popen(
             command,
             env=environment_of_ranks(**own),
@@ -226,6 +228,15 @@ def start_ranks(
         )
         for own in variables
     ]
+
+    def follow(rank: subprocess.Popen) -> None:
+        if rank.wait():
+            for other in ranks:
+                other.kill()
+
+    for rank in ranks:
+        threading.Thread(target=follow, args=[rank], daemon=True).start()
+    return ranks
 
 
 def start_ring(
@@ -240,17 +251,10 @@ def start_ring(
     return start_ranks(command, ring_variables(world_size, hostfile), silent=silent, stdout=stdout)
 
 
-def fall_together(ranks: list[subprocess.Popen]) -> list[subprocess.Popen]:
-    """The same ranks. As soon as one ends badly all are ended: over NCCL the others would wait for ever."""
-
-    def follow(rank: subprocess.Popen) -> None:
-        if rank.wait():
-            for other in ranks:
-                other.kill()
-
-    for rank in ranks:
-        threading.Thread(target=follow, args=[rank], daemon=True).start()
-    return ranks
+def found_in(text: str) -> Any:
+    """What one rank of all told, in one line of their output."""
+    (line,) = [line for line in text.splitlines() if FOUND in line]
+    return json.loads(line.partition(FOUND)[2])
 
 
 def end(ranks: list[subprocess.Popen], timeout_seconds: float = 900) -> None:

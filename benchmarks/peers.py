@@ -36,6 +36,8 @@ import harness
 import mlx.core as mx
 from page import Curves
 
+from mlx_ring.check import FOUND
+
 PROGRAM = str(Path(__file__).with_name("peers_ranks.py"))
 CPU = (
     "model=transformer", "data=synthetic", "data.sequence_length=64", "trainer.micro_batch_size=8",
@@ -64,11 +66,11 @@ class Peer:
         found: list[str] = []
         for rank in self.ranks:
             assert rank.stdout is not None
-            line = next((line for line in rank.stdout if line.startswith("found: ")), None)
+            line = next((line for line in rank.stdout if line.startswith(FOUND)), None)
             if line is None:
                 statuses = [each.wait() for each in self.ranks]
                 raise harness.Failed(f"{self.name}: ranks ended with statuses {statuses}")
-            found.append(line.partition("found: ")[2])
+            found.append(line.partition(FOUND)[2])
         return found
 
     def steps(self, count: int) -> dict[str, float]:
@@ -104,26 +106,21 @@ def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: 
         variables = harness.ring_variables(ranks, folder / f"{name}.json")
     batch = f"trainer.global_batch_size={BATCH[gpu] * (1 if name == ALONE else ranks)}"
     command = [sys.executable, PROGRAM, name, *overrides, batch]
-    started = harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    return Peer(name, harness.fall_together(started))
+    return Peer(name, harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
 
 
 def candidates(gpu: bool, ranks: int) -> list[str]:
     names = ["mlx_ring", *([ALONE] if ranks > 1 else []), "mlx_by_hand", "mlx_by_hand_unwaited"]
-    if importlib.util.find_spec("mlx_lm") is None:
-        print(
-            "mlx-lm is left out, for it is not installed: uv run --with mlx-lm python benchmarks/peers.py",
-            file=sys.stderr,
-        )
-    else:
-        names.append("mlx_lm")
-    if importlib.util.find_spec("torch") is None:
-        print(
-            "PyTorch is left out, for it is not installed: uv run --with torch python benchmarks/peers.py",
-            file=sys.stderr,
-        )
-        return names
-    return [*names, "torch_ddp", *(["torch_ddp_compiled"] if gpu else []), "torch_fsdp2"]
+    for module, package, title, peers in (
+        ("mlx_lm", "mlx-lm", "mlx-lm", ["mlx_lm"]),
+        ("torch", "torch", "PyTorch", ["torch_ddp", *(["torch_ddp_compiled"] if gpu else []), "torch_fsdp2"]),
+    ):
+        if importlib.util.find_spec(module) is not None:
+            names += peers
+            continue
+        remedy = f"uv run --with {package} python benchmarks/peers.py"
+        print(f"{title} is left out, for it is not installed: {remedy}", file=sys.stderr)
+    return names
 
 
 def compare(

@@ -23,6 +23,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_ring.check import FOUND
 from mlx_ring.communicator import Communicator
 from mlx_ring.composition import compose_run
 from mlx_ring.config import RunConfig
@@ -237,7 +238,7 @@ def answer(name: str, loss: float) -> None:
 
 
 def tell(words: str) -> None:
-    print(f"found: {words}", file=sys.__stdout__, flush=True)
+    print(FOUND + words, file=sys.__stdout__, flush=True)
 
 
 def main() -> None:

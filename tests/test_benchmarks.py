@@ -99,7 +99,7 @@ def test_a_peer_whose_rank_dies_is_told_and_not_waited_for() -> None:
     ranks = harness.start_ranks(
         [sys.executable, "-c", program], variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    peer = peers.Peer("a loop", harness.fall_together(ranks))
+    peer = peers.Peer("a loop", ranks)
     with pytest.raises(harness.Failed, match=r"a loop: ranks ended with statuses \[-9, 3\]"):
         peer.answers()
     peer.end()
