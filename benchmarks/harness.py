@@ -1,6 +1,7 @@
 """What the benchmarks share: command line, table, JSON and the check of goals; ranks on this machine."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -38,6 +39,7 @@ QUIET = (
     "trainer.steps=1000000", "evaluation.every_steps=null", "checkpoint.every_steps=null",
     "checkpoint.every_seconds=null", "metrics.console=false", "schedule=constant",
 )  # fmt: skip
+LAST_WORDS_SECONDS = 10.0  # of the others, where one rank has ended badly
 Figures = dict[str, float]
 Goals = dict[str, Goal]
 
@@ -215,8 +217,8 @@ def start_ranks(
     stdin: int = subprocess.DEVNULL,
     stdout: IO[str] | int | None = None,
 ) -> list[subprocess.Popen]:
-    """A process of `command` for each rank's variables. Where one ends badly all are ended: over NCCL the
-    others would wait for it for ever."""
+    """A process of `command` for each rank's variables. Where one ends badly the others are ended a little
+    later, when they have told what they know: over NCCL they would wait for it for ever."""
     ranks = [
         subprocess.Popen(
             command,
@@ -232,6 +234,8 @@ def start_ranks(
     def follow(rank: subprocess.Popen) -> None:
         if rank.wait():
             for other in ranks:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    other.wait(LAST_WORDS_SECONDS)
                 other.kill()
 
     for rank in ranks:

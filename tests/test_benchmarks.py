@@ -93,7 +93,8 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     assert found == {"over": pytest.approx(1.1), "over_1_MiB": pytest.approx(1.1)}
 
 
-def test_a_peer_whose_rank_dies_is_told_and_not_waited_for() -> None:
+def test_a_peer_whose_rank_dies_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "LAST_WORDS_SECONDS", 0.1)
     program = "import os, sys; sys.exit(3) if os.environ['RANK'] == '1' else sys.stdin.read()"
     variables = [{"RANK": "0"}, {"RANK": "1"}]
     ranks = harness.start_ranks(
@@ -103,3 +104,17 @@ def test_a_peer_whose_rank_dies_is_told_and_not_waited_for() -> None:
     with pytest.raises(harness.Failed, match=r"a loop: ranks ended with statuses \[-9, 3\]"):
         peer.answers()
     peer.end()
+
+
+def test_the_other_ranks_have_their_last_word(tmp_path: Path) -> None:
+    """Rank 0 tells a mistake that all make, and is not always the first to end."""
+    program = (
+        "import os, pathlib, sys, time; rank, gone = os.environ['RANK'], pathlib.Path(sys.argv[1])\n"
+        "if rank == '1': gone.touch(); sys.exit(2)\n"
+        "while not gone.exists(): time.sleep(0.01)\n"
+        "time.sleep(0.5); sys.exit(5)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "gone")]
+    ranks = harness.start_ranks(command, [{"RANK": "0"}, {"RANK": "1"}])
+    with pytest.raises(harness.Failed, match=r"statuses \[5, 2\]"):
+        harness.end(ranks)
