@@ -232,9 +232,8 @@ class Process:
 
         Collective: every rank must call, or `join`. Returns: the error that all agree on, or the own one.
         """
-        if self._joining or self._looks_only or self.environment.world_size == 1:
-            return error
-        if not isinstance(error, ConfigError):
+        nobody_to_meet = self._joining or self._looks_only or self.environment.world_size == 1
+        if nobody_to_meet or not isinstance(error, ConfigError):
             return error
         self._joining = True
         alone = threading.Timer(MEETING_SECONDS, self._leave_alone, [error])
@@ -248,6 +247,7 @@ class Process:
             return met if met.agreed else error
         finally:
             alone.cancel()
+            alone.join()  # where it speaks already, it ends this process: the mistake is told once
         return error
 
     def _leave_alone(self, error: MlxRingError) -> NoReturn:

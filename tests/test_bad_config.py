@@ -1,6 +1,7 @@
 """A wrong configuration or command line: one line that names the key, status 2, and nothing touched."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,26 @@ COMMAND_LINES = [
     (["--config-dir=nowhere"], ["nowhere", "not found"]),
     (["hydra.mode=MULTIRUN", "seed=1,2", "run.dir=one"], ["run.dir=one", "hydra.sweep.dir=FOLDER"]),
 ]
+# The rank loses patience, and only then hears that its peer did not come: both ways lead to the same words.
+IMPATIENT = """
+import os, threading
+from mlx_ring import train
+from mlx_ring.errors import ClusterError
+
+told, leave = threading.Event(), os._exit
+
+def leave_slowly(status):
+    told.set()
+    threading.main_thread().join(1)
+    leave(status)
+
+def meet_nobody(process):
+    told.wait()
+    raise ClusterError("nobody came")
+
+os._exit, train.MEETING_SECONDS, train.Process._meet = leave_slowly, 0, meet_nobody
+train.main()
+"""
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]
 
 
@@ -179,6 +200,14 @@ def test_a_mistake_whose_peers_never_come_is_told_alone(tmp_path: Path) -> None:
     (tmp_path / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
     ranks = start([*SMALL, "trainer.stepz=1"], tmp_path, variables=[launched]).wait()
+    assert_refused(ranks, CONFIGURATION, "rank 1 on ", "unknown configuration key trainer.stepz")
+
+
+def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_patience_ends(tmp_path: Path) -> None:
+    launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
+    (tmp_path / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    program = [sys.executable, "-c", IMPATIENT]
+    ranks = start(["trainer.stepz=1"], tmp_path, program=program, variables=[launched]).wait()
     assert_refused(ranks, CONFIGURATION, "rank 1 on ", "unknown configuration key trainer.stepz")
 
 
