@@ -29,6 +29,7 @@ from mlx_ring.composition import compose_run
 from mlx_ring.config import RunConfig
 from mlx_ring.coordinator import Coordinator
 from mlx_ring.data.sampler import sample_order
+from mlx_ring.errors import MlxRingError
 from mlx_ring.models import build_model
 from mlx_ring.rank_environment import RankEnvironment
 from mlx_ring.run_builder import open_data
@@ -243,6 +244,15 @@ def tell(words: str) -> None:
 
 def main() -> None:
     name, overrides = sys.argv[1], sys.argv[2:]
+    try:
+        follow_orders(name, overrides)
+    except MlxRingError as error:  # what is wrong with the overrides, or with the data that they name
+        sys.exit(f"error: {name}: {error}")
+    os._exit(0)  # threads of loaders and of process groups
+
+
+def follow_orders(name: str, overrides: list[str]) -> None:
+    """Build what this peer trains, then train as many steps as it is told, until nobody tells more."""
     with tempfile.TemporaryDirectory() as folder:
         config = compose_run(*PLAIN, *overrides, f"run.dir={folder}/run")
         match name:
@@ -251,7 +261,8 @@ def main() -> None:
             case "mlx_by_hand" | "mlx_by_hand_unwaited":
                 steps = by_hand(config, waits=name == "mlx_by_hand")
             case "mlx_lm":
-                return by_mlx_lm(config)
+                by_mlx_lm(config)
+                return
             case "torch_ddp" | "torch_ddp_compiled":
                 steps = by_torch(config, shard=False, compiled=name.endswith("compiled"))
             case "torch_fsdp2":
@@ -260,7 +271,6 @@ def main() -> None:
                 raise SystemExit(f"unknown peer {name}")
         for count in orders():
             answer(name, steps(count))
-    os._exit(0)  # threads of loaders and of process groups
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import harness
 import peers
 import scaling
 
+ROOT = Path(__file__).parent.parent
 STEPS = np.arange(20_000.0)
 NOISE = np.random.default_rng(0)
 
@@ -118,3 +119,13 @@ def test_the_other_ranks_have_their_last_word(tmp_path: Path) -> None:
     ranks = harness.start_ranks(command, [{"RANK": "0"}, {"RANK": "1"}])
     with pytest.raises(harness.Failed, match=r"statuses \[5, 2\]"):
         harness.end(ranks)
+
+
+def test_a_mistake_in_what_peers_are_to_train_is_told() -> None:
+    told = subprocess.run(
+        [sys.executable, "benchmarks/peers.py", "--quick", "--ranks=2", "--override=data.sequence_length=-1"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
+    assert "error: mlx_ring: data.sequence_length must be" in told.stderr
+    assert "error: mlx_ring: ranks ended with statuses [1, 1]" in told.stderr
