@@ -27,7 +27,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
     if world_size > micro_batches:
         raise agreed(
             ConfigError(
-                f"{world_size} ranks cannot share {micro_batches} micro-batch{'es' * (micro_batches > 1)} "
+                f"{world_size} ranks cannot share {micro_batches} micro-batches "
                 f"(trainer.global_batch_size={config.trainer.global_batch_size}, micro_batch_size="
                 f"{config.trainer.micro_batch_size}): every rank needs one; lower the micro-batch "
                 "or the ranks"
