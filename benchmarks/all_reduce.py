@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 from page import Curves
 
@@ -32,16 +33,18 @@ Times = dict[int, dict[str, list[float]]]  # seconds by size and way, a turn aft
 
 def over_ring(ranks: int, arguments: list[str]) -> Times:
     with tempfile.TemporaryDirectory() as folder:
-        return by_ranks(harness.ring_variables(ranks, Path(folder) / "ring.json"), arguments)
+        return by_ranks(local_ranks.ring_variables(ranks, Path(folder) / "ring.json"), arguments)
 
 
 def over_nccl(ranks: int, arguments: list[str]) -> Times:
-    return by_ranks(harness.nccl_variables(ranks), arguments)
+    return by_ranks(local_ranks.nccl_variables(ranks), arguments)
 
 
 def by_ranks(variables: list[dict[str, str]], arguments: list[str]) -> Times:
     with tempfile.TemporaryFile("w+") as stdout:
-        harness.end(harness.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout))
+        local_ranks.end(
+            local_ranks.start_ranks([sys.executable, PROGRAM, *arguments], variables, stdout=stdout)
+        )
         stdout.seek(0)
         return by_size(stdout.read())
 
@@ -50,10 +53,10 @@ def over_mpi(ranks: int, arguments: list[str]) -> Times:
     if not has_mpi():
         raise harness.Failed("MPI needs mpi4py and Open MPI's mpirun")
     as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    command = [harness.installed("mpirun"), "-n", str(ranks), "--map-by", ":oversubscribe"]
+    command = [local_ranks.installed("mpirun"), "-n", str(ranks), "--map-by", ":oversubscribe"]
     done = subprocess.run(
         [*command, *as_root, sys.executable, PROGRAM, *arguments],
-        env=harness.environment_of_ranks(),
+        env=local_ranks.environment_of_ranks(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -67,7 +70,7 @@ OVER = {"ring": over_ring, "mpi": over_mpi, "nccl": over_nccl}
 
 
 def by_size(output: str) -> Times:
-    return {int(size): times for size, times in harness.found_in(output).items()}
+    return {int(size): times for size, times in local_ranks.found_in(output).items()}
 
 
 def ratios(name: str, times: Times, way: str, other: str) -> dict[str, float]:
@@ -121,7 +124,7 @@ def curves_of(backend: str, times: Times, ranks: int) -> Curves:
 
 
 def has_mpi() -> bool:
-    return bool(importlib.util.find_spec("mpi4py") and shutil.which(harness.installed("mpirun")))
+    return bool(importlib.util.find_spec("mpi4py") and shutil.which(local_ranks.installed("mpirun")))
 
 
 def available(ranks: int) -> list[str]:

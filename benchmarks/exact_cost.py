@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 from step_overhead import GPU_CASES as GPT
 from step_overhead import by_mlx_ring
@@ -138,7 +139,7 @@ def measure_rank(folder: Path, quick: bool) -> dict[str, float]:
 def measure(quick: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, __file__, "--rank-of", name, *(["--quick"] if quick else [])]
-        harness.end(harness.start_ring(command, 1 if GPU else 2, Path(name) / "ring.json"))
+        local_ranks.end(local_ranks.start_ring(command, 1 if GPU else 2, Path(name) / "ring.json"))
         return json.loads((Path(name) / "figures.json").read_text())
 
 

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
@@ -63,7 +64,9 @@ OPTIONS.add_argument("--parallel", type=int, default=1 if GPU else 2, metavar="N
 
 def train(folder: Path, *overrides: str, device: str | None) -> float:
     """Run an experiment to its end. Returns its last evaluation loss."""
-    environment = harness.environment_of_ranks(**({} if device is None else {"CUDA_VISIBLE_DEVICES": device}))
+    environment = local_ranks.environment_of_ranks(
+        **({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+    )
     command = [sys.executable, TRAIN, *COMMON, *overrides, f"run.dir={folder}"]
     subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

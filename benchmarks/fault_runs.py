@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
+import local_ranks
 import psutil
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ class TimedRun:
         command = [*PROGRAM, *options, "--", *TINY, f"data.arguments={fault}", *overrides]
         self.begun = time.monotonic()
         self.process = subprocess.Popen(
-            wrap(command), cwd=self.folder, env=harness.environment_of_ranks(PYTHONPATH=PYTHONPATH),
+            wrap(command), cwd=self.folder, env=local_ranks.environment_of_ranks(PYTHONPATH=PYTHONPATH),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import harness
+import local_ranks
 import numpy as np
 import psutil
 from page import Curves
@@ -84,7 +85,7 @@ def length(quick: bool, folder: Path) -> dict[str, float]:
         f"metrics.log_every_steps={max(1, steps // 4000)}",
         f"checkpoint.every_steps={steps // 20}",
     )
-    ranks = harness.start_ring([*TRAIN, *TINY, *values, f"run.dir={run}"], 2, folder / "ring.json")
+    ranks = local_ranks.start_ring([*TRAIN, *TINY, *values, f"run.dir={run}"], 2, folder / "ring.json")
     watched = [psutil.Process(rank.pid) for rank in ranks]
     memory: list[list[float]] = []  # at a time, of each rank
     start = time.monotonic()
@@ -94,7 +95,7 @@ def length(quick: bool, folder: Path) -> dict[str, float]:
                 memory.append([time.monotonic() - start, *(rank.memory_info().rss for rank in watched)])
             time.sleep(SAMPLE_SECONDS)
     finally:
-        harness.end(ranks)
+        local_ranks.end(ranks)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["kind"] == "train"]
     step, seconds = (np.array([row[key] for row in train], float) for key in ("step", "step_seconds"))
@@ -135,7 +136,7 @@ def models(quick: bool, folder: Path) -> tuple[dict[str, float], Curves]:
         run = folder / f"model_{width}"
         values = ("trainer.steps=20", "metrics.log_every_steps=1", f"model.hidden_sizes=[{width},{width}]")
         command = [*TRAIN, *TINY, *values, f"run.dir={run}"]
-        harness.end(harness.start_ring(command, 2, folder / "ring.json"))
+        local_ranks.end(local_ranks.start_ring(command, 2, folder / "ring.json"))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         train = [row for row in rows if row["kind"] == "train"][5:]
         (weights,) = run.glob("checkpoints/*/model.safetensors")
@@ -163,8 +164,8 @@ def communication(ranks: int, what: str, quick: bool, folder: Path) -> dict[str,
     output = folder / f"{what}_{ranks}"
     with output.open("w") as stdout:
         command = [sys.executable, RANKS_PROGRAM, what, "quick" if quick else "full"]
-        harness.end(harness.start_ring(command, ranks, folder / "ring.json", stdout=stdout))
-    return harness.found_in(output.read_text())
+        local_ranks.end(local_ranks.start_ring(command, ranks, folder / "ring.json", stdout=stdout))
+    return local_ranks.found_in(output.read_text())
 
 
 def counters(folder: Path, ranks: int, steps: int = 30) -> dict[str, float]:
@@ -191,7 +192,7 @@ def counters(folder: Path, ranks: int, steps: int = 30) -> dict[str, float]:
                 f"run.dir={run}",
             ]  # fmt: skip
             subprocess.run(
-                cluster.inside(1, command), cwd=work, env=harness.environment_of_ranks(), check=True,
+                cluster.inside(1, command), cwd=work, env=local_ranks.environment_of_ranks(), check=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
             sent.append(_tx_bytes(cluster) - before)

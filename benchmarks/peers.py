@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 from page import Curves
 
@@ -95,18 +96,20 @@ def start(name: str, ranks: int, gpu: bool, overrides: tuple[str, ...], folder: 
     """Ranks of one peer, on free ports and each on a GPU of its own; returns at once."""
     variables: list[dict[str, str]] = [{}]
     if name == ALONE:
-        variables = [harness.gpu(rank) if gpu else {} for rank in range(ranks)]
+        variables = [local_ranks.gpu(rank) if gpu else {} for rank in range(ranks)]
     elif name.startswith("torch"):
-        (port,) = harness.free_ports(1)
+        (port,) = local_ranks.free_ports(1)
         common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         variables = [common | {"RANK": str(rank)} for rank in range(ranks)]
     elif ranks > 1 and gpu:
-        variables = harness.nccl_variables(ranks)
+        variables = local_ranks.nccl_variables(ranks)
     elif ranks > 1:
-        variables = harness.ring_variables(ranks, folder / f"{name}.json")
+        variables = local_ranks.ring_variables(ranks, folder / f"{name}.json")
     batch = f"trainer.global_batch_size={BATCH[gpu] * (1 if name == ALONE else ranks)}"
     command = [sys.executable, PROGRAM, name, *overrides, batch]
-    return Peer(name, harness.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    return Peer(
+        name, local_ranks.start_ranks(command, variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    )
 
 
 def candidates(gpu: bool, ranks: int) -> list[str]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import harness
+import local_ranks
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -59,11 +60,11 @@ def start_ring(
     world_size: int, run: Path, overrides: tuple[str, ...], *, silent: bool = False
 ) -> list[subprocess.Popen]:
     command = [*TRAIN, f"run.dir={run}", *overrides]
-    return harness.start_ring(command, world_size, run.with_suffix(".json"), silent=silent)
+    return local_ranks.start_ring(command, world_size, run.with_suffix(".json"), silent=silent)
 
 
 def ring(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
-    harness.end(start_ring(world_size, run, overrides))
+    local_ranks.end(start_ring(world_size, run, overrides))
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def crowded_core(ranks: list[subprocess.Popen]) -> Iterator[None]:
 def measured(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
     ranks = start_ring(world_size, run, (*overrides, "trainer.split=measured"))
     with crowded_core(ranks):
-        harness.end(ranks)
+        local_ranks.end(ranks)
 
 
 def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
@@ -93,7 +94,7 @@ def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
     }  # fmt: skip
     mpirun = str(Path(sys.executable).with_name("mpirun"))
     command = [mpirun, "-n", str(world_size), *TRAIN, f"run.dir={run}", *overrides]
-    env = harness.environment_of_ranks(**variables)
+    env = local_ranks.environment_of_ranks(**variables)
     subprocess.run(command, check=True, env=env, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 from page import Curves
 
@@ -110,7 +111,7 @@ class Bench:
         values = (f"run.dir={run}", f"trainer.steps={self.steps}", f"trainer.global_batch_size={batch}")
         process = subprocess.Popen(
             [*launcher, *COMMON, *self.overrides, *values],
-            env=harness.environment_of_ranks(**variables),
+            env=local_ranks.environment_of_ranks(**variables),
             stdin=subprocess.PIPE,  # open: at the end of its input mlx.launch never rests
             stdout=subprocess.DEVNULL,
         )
@@ -134,10 +135,10 @@ class Bench:
             return [*RUN, "--hostfile", str(part), "--"], {}
         match self.backend:
             case "nccl" if ranks == 1:
-                return TRAIN, harness.gpu(place)
+                return TRAIN, local_ranks.gpu(place)
             case "nccl":
-                harness.gpu(ranks - 1)
-                launch = harness.installed("mlx.launch")
+                local_ranks.gpu(ranks - 1)
+                launch = local_ranks.installed("mlx.launch")
                 return [launch, "--backend", "nccl", "-n", str(ranks), "--", *TRAIN], {}
             case "mpi":
                 return [*RUN, "--launcher", "mpirun", "-n", str(ranks), "--"], {}

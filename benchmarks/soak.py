@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
+import local_ranks
 import psutil
 from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
 from fault_trials import false_alarms
@@ -119,7 +119,7 @@ def _by_hand(options: tuple[str, ...]) -> float:
         run, ring = Path(name) / "run", Path(name) / "ring.json"
         os.environ["PYTHONPATH"] = PYTHONPATH
         command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.arguments={fault: none}", *options]
-        harness.end(harness.start_ring([*command, f"run.dir={run}"], 2, ring))
+        local_ranks.end(local_ranks.start_ring([*command, f"run.dir={run}"], 2, ring))
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         return _step_seconds([row for row in rows if row["kind"] == "train"])
 

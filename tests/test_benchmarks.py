@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import all_reduce
 import growth
 import harness
+import local_ranks
 import peers
 import scaling
 
@@ -95,10 +96,10 @@ def test_ratios_are_taken_turn_by_turn() -> None:
 
 
 def test_a_peer_whose_rank_dies_is_told_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(local_ranks, "LAST_WORDS_SECONDS", 0.1)
     program = "import os, sys; sys.exit(3) if os.environ['RANK'] == '1' else sys.stdin.read()"
     variables = [{"RANK": "0"}, {"RANK": "1"}]
-    ranks = harness.start_ranks(
+    ranks = local_ranks.start_ranks(
         [sys.executable, "-c", program], variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     peer = peers.Peer("a loop", ranks)
@@ -116,9 +117,9 @@ def test_the_other_ranks_have_their_last_word(tmp_path: Path) -> None:
         "time.sleep(0.5); sys.exit(5)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "gone")]
-    ranks = harness.start_ranks(command, [{"RANK": "0"}, {"RANK": "1"}])
+    ranks = local_ranks.start_ranks(command, [{"RANK": "0"}, {"RANK": "1"}])
     with pytest.raises(harness.Failed, match=r"statuses \[5, 2\]"):
-        harness.end(ranks)
+        local_ranks.end(ranks)
 
 
 def test_a_mistake_in_what_peers_are_to_train_is_told() -> None:
@@ -129,3 +130,23 @@ def test_a_mistake_in_what_peers_are_to_train_is_told() -> None:
     assert told.returncode == 1 and "Traceback" not in told.stderr, told.stderr
     assert "error: mlx_ring: data.sequence_length must be" in told.stderr
     assert "error: mlx_ring: ranks ended with statuses [1, 1]" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("quick", "seen", "status", "measured"),
+    [(True, [0.5, 0.8, 0.5], 0, 2), (True, [0.5, 0.6, 0.7], 1, 3), (False, [0.5, 0.8], 1, 1)],
+)
+def test_a_short_look_may_meet_a_slow_moment(
+    quick: bool, seen: list[float], status: int, measured: int, tmp_path: Path
+) -> None:
+    options = argparse.Namespace(
+        benchmark="any", quick=quick, check=True, output=tmp_path / "found.json", page=None
+    )
+    values = iter(seen)
+    try:
+        harness.run(options, lambda _: {"efficiency": next(values)}, {"efficiency": (">=", 0.75)})
+        found = 0
+    except SystemExit as end:
+        found = end.code
+    assert found == status and list(values) == seen[measured:]
+    assert json.loads(options.output.read_text())["figures"]["efficiency"] == seen[measured - 1]
