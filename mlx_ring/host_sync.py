@@ -13,7 +13,7 @@ import mlx_ring
 from mlx_ring.check import Check, fail, ok
 from mlx_ring.errors import ConfigError
 from mlx_ring.host_file import HostFile
-from mlx_ring.launcher import HERE, SSH, ssh_problem
+from mlx_ring.launcher import HERE, NO_PYTHON, SSH, SSH_FAILED, ssh_problem
 from mlx_ring.on_hosts import Answer, ask, run
 
 # What the digests of mlx_ring are over: a file of these that is gone here must go there too.
@@ -77,8 +77,11 @@ async def _one(
     name: str, file: HostFile, token: str, excluded: bytes, uv_options: list[str] | None
 ) -> list[Check]:
     folder = Path.cwd()
-    if name in HERE or (await ask(name, ["test", "-e", token], file.envs)).status == 0:
+    seen = None if name in HERE else await ask(name, ["test", "-e", token], file.envs)
+    if seen is None or seen.status == 0:
         return [ok("copy", name, f"{folder} there is this very folder")]
+    if seen.status == SSH_FAILED:  # rsync ends with a status of its own where ssh has not quite ended
+        return [_not_copied(name, seen)]
     for options, sources in _copies(folder):
         copied = await run(
             name, _rsync(name, folder, [*options, "--exclude-from=-"], sources), os.environ, given=excluded
@@ -114,9 +117,9 @@ def _rsync(name: str, folder: Path, options: list[str], sources: list[str]) -> l
 
 def _not_copied(name: str, copied: Answer) -> Check:
     said = " ".join(copied.stderr.split())[-300:]
+    if copied.status == NO_PYTHON:
+        return fail("copy", name, "there is no rsync here", "install it here and there")
     if why := ssh_problem(copied.status, "rsync", said):
-        if not copied.stderr:
-            return fail("copy", name, "there is no rsync here", "install it here and there")
         return fail("copy", name, why, "mlx-ring doctor --hostfile FILE says more of it")
     remedy = "install rsync there" if "not found" in said else "mend that, then sync again"
     return fail("copy", name, f"rsync ended with status {copied.status}: {said}", remedy)
