@@ -244,11 +244,13 @@ def tell(words: str) -> None:
 
 def main() -> None:
     name, overrides = sys.argv[1], sys.argv[2:]
+    status = 0
     try:
         follow_orders(name, overrides)
-    except MlxRingError as error:  # what is wrong with the overrides, or with the data that they name
-        sys.exit(f"error: {name}: {error}")
-    os._exit(0)  # threads of loaders and of process groups
+    except MlxRingError as error:  # such as a mistake in the overrides, or in the data that they name
+        print(f"error: {name}: {error}", file=sys.stderr, flush=True)
+        status = 1
+    os._exit(status)  # threads of loaders and of process groups
 
 
 def follow_orders(name: str, overrides: list[str]) -> None:

@@ -284,7 +284,7 @@ def main() -> None:
         goals |= {f"strong_efficiency_{ranks}_ranks": (">=", 0.95) for ranks in fitting}
     # Of few short runs the better one: what else the machine does makes single ones slow.
     quick_goals: harness.Goals = {f"weak_efficiency_highest_{ranks}_ranks": (">=", 0.75) for ranks in fitting}
-    harness.run(options, scale, goals, goals if gpu else quick_goals)
+    harness.run(options, scale, goals, goals if gpu else quick_goals, quick_attempts=3)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from typing import TYPE_CHECKING, NoReturn
 
 import hydra
@@ -31,6 +30,7 @@ from mlx_ring.config_parser import parse
 from mlx_ring.config_record import HOST_KEYS, flatten, record
 from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError, whereabouts
 from mlx_ring.heartbeat import JOINING, STARTING, Heartbeat
+from mlx_ring.patience import patience
 from mlx_ring.rank_environment import RankEnvironment, abort_mpi, use_bundled_open_mpi
 from mlx_ring.ring_addresses import refuse_public_addresses
 from mlx_ring.run_directory import RunDirectory, new_run_id
@@ -232,26 +232,24 @@ class Process:
 
         Collective: every rank must call, or `join`. Returns: the error that all agree on, or the own one.
         """
-        nobody_to_meet = self._joining or self._looks_only or self.environment.world_size == 1
-        if nobody_to_meet or not isinstance(error, ConfigError):
+        if self._joining or self._looks_only or self.environment.world_size == 1:
+            return error
+        if not isinstance(error, ConfigError):
             return error
         self._joining = True
-        alone = threading.Timer(MEETING_SECONDS, self._leave_alone, [error])
-        alone.daemon = True
-        alone.start()
         try:
-            refuse_public_addresses(self.environment)
-            self.communicator = self._meet()
-            self.communicator.agree_on_error(error)
+            with patience(MEETING_SECONDS, lambda: self._leave_alone(error)):
+                refuse_public_addresses(self.environment)
+                self.communicator = self._meet()
+                self.communicator.agree_on_error(error)
         except MlxRingError as met:
             return met if met.agreed else error
-        finally:
-            alone.cancel()
-            alone.join()  # where it speaks already, it ends this process: the mistake is told once
         return error
 
     def _leave_alone(self, error: MlxRingError) -> NoReturn:
         """The others did not come to hear of it."""
+        with contextlib.suppress(OSError):
+            self._record_refusal(str(error))
         print(f"error: {self.environment.place}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_status)
 

@@ -2,11 +2,14 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from ranks import SMALL, free_ports, start, status, train
+from ranks import SMALL, TRAIN, free_ports, start, status, train
 from refusals import CONFIGURATION, assert_refused, contents
+
+from mlx_ring import patience
 
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
 UNKNOWN = [
@@ -98,7 +101,7 @@ COMMAND_LINES = [
 # The rank loses patience, and only then hears that its peer did not come: both ways lead to the same words.
 IMPATIENT = """
 import os, threading
-from mlx_ring import train
+from mlx_ring import patience, train
 from mlx_ring.errors import ClusterError
 
 told, leave = threading.Event(), os._exit
@@ -112,7 +115,8 @@ def meet_nobody(process):
     told.wait()
     raise ClusterError("nobody came")
 
-os._exit, train.MEETING_SECONDS, train.Process._meet = leave_slowly, 0, meet_nobody
+patience.GRACE_SECONDS = train.MEETING_SECONDS = 0
+os._exit, train.Process._meet = leave_slowly, meet_nobody
 train.main()
 """
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]
@@ -196,19 +200,39 @@ def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str
     assert SAVED.items() <= status(earlier).items()
 
 
-def test_a_mistake_whose_peers_never_come_is_told_alone(tmp_path: Path) -> None:
-    (tmp_path / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+def rank_whose_peer_never_comes(earlier: Path, program: list[str]) -> None:
+    """It tells its mistake once, and leaves the verdict in the run's directory."""
+    (earlier / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
-    ranks = start([*SMALL, "trainer.stepz=1"], tmp_path, variables=[launched]).wait()
+    command = [*SMALL, "run.dir=run", "trainer.stepz=1"]
+    ranks = start(command, earlier, program=program, variables=[launched]).wait()
     assert_refused(ranks, CONFIGURATION, "rank 1 on ", "unknown configuration key trainer.stepz")
+    assert status(earlier)["state"] == "failed" and "trainer.stepz" in str(status(earlier)["message"])
+    assert SAVED.items() <= status(earlier).items()
 
 
-def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_patience_ends(tmp_path: Path) -> None:
-    launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
-    (tmp_path / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    program = [sys.executable, "-c", IMPATIENT]
-    ranks = start(["trainer.stepz=1"], tmp_path, program=program, variables=[launched]).wait()
-    assert_refused(ranks, CONFIGURATION, "rank 1 on ", "unknown configuration key trainer.stepz")
+def test_a_mistake_whose_peers_never_come_is_told_alone(earlier: Path) -> None:
+    rank_whose_peer_never_comes(earlier, TRAIN)
+
+
+def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_patience_ends(earlier: Path) -> None:
+    rank_whose_peer_never_comes(earlier, [sys.executable, "-c", IMPATIENT])
+
+
+@pytest.mark.parametrize(("grace", "over", "called"), [(60, True, []), (0, False, ["otherwise"])])
+def test_patience(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
+    """What ends within the grace has the last word."""
+    monkeypatch.setattr(patience, "GRACE_SECONDS", grace)
+    found: list[str] = []
+    ended = threading.Event()
+
+    def otherwise() -> None:
+        found.append("otherwise")
+        ended.set()
+
+    with patience.patience(0, otherwise):
+        assert over or ended.wait(60)
+    assert found == called
 
 
 def test_a_mistake_leaves_no_empty_directory(tmp_path: Path) -> None:
