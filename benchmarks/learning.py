@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import harness
+import local_ranks
 import mlx.core as mx
 import numpy as np
 
@@ -37,10 +38,9 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> dict[str, float]:
     """Run an experiment to its end. Returns its last evaluation row."""
     command = [sys.executable, TRAIN, f"run.dir={folder}", "metrics.console=false", *overrides]
     if ranks > 1:
-        launch = str(Path(sys.executable).with_name("mlx.launch"))
+        launch = local_ranks.installed("mlx.launch")
         command = [launch, "--starting-port", "33323", "-n", str(ranks), "--", *command]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("MLX_RANK")}
-    subprocess.run(command, check=True, env=clean, stdin=subprocess.PIPE)
+    subprocess.run(command, check=True, env=local_ranks.environment_of_ranks(), stdin=subprocess.PIPE)
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "completed" and status["world_size"] == ranks, status
     lines = (folder / "metrics.jsonl").read_text().splitlines()

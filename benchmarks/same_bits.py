@@ -92,8 +92,7 @@ def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_mpi_yield_when_idle": "1",
     }  # fmt: skip
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
-    command = [mpirun, "-n", str(world_size), *TRAIN, f"run.dir={run}", *overrides]
+    command = [local_ranks.installed("mpirun"), "-n", str(world_size), *TRAIN, f"run.dir={run}", *overrides]
     env = local_ranks.environment_of_ranks(**variables)
     subprocess.run(command, check=True, env=env, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
 
