@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_ring.check import FOUND
-from mlx_ring.communicator import Communicator
-from mlx_ring.compression import build_codec
-from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.cluster.finding import FOUND
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.codecs import build_codec
+from mlx_ring.communication.communicator import Communicator
 
 NAME = "gradient"
 SECONDS_PER_SIZE = {True: 0.4, False: 2.0}  # of each way; quick, full

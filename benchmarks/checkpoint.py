@@ -15,7 +15,7 @@ import harness
 import mlx.core as mx
 import numpy as np
 
-from mlx_ring.checkpoint_manager import CheckpointManager
+from mlx_ring.checkpoint.manager import CheckpointManager
 
 
 def digest(weights: dict[str, mx.array]) -> str:

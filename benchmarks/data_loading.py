@@ -13,7 +13,7 @@ from statistics import median
 import numpy as np
 from harness import parse, run
 
-from mlx_ring.config import TokensData
+from mlx_ring.config.choices import TokensData
 from mlx_ring.data.dataset import Dataset
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import open_dataset, prepare

@@ -28,11 +28,11 @@ import mlx.core as mx
 from step_overhead import GPU_CASES as GPT
 from step_overhead import by_mlx_ring
 
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.coordinator import Coordinator
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.run_builder import Run
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
+from mlx_ring.run.builder import Run
+from mlx_ring.run.coordinator import Coordinator
 
 CPU_CASES = {
     "transformer": (
@@ -62,7 +62,7 @@ class Stepper:
         run = self.coordinator.prepare()
         assert run is not None
         if way == "reproducible":
-            from mlx_ring.models.reproducible import make_reproducible
+            from mlx_ring.training.exact.reproducible import make_reproducible
 
             make_reproducible(run.model)  # before the first step, which compiles
         self.run: Run = run

@@ -33,13 +33,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_ring.composition import compose_run
-from mlx_ring.compression import Codec, ExactCodec, NativeCodec, Total
+from mlx_ring.communication.codecs.base import Codec, Total
+from mlx_ring.communication.codecs.exact import ExactCodec
+from mlx_ring.communication.codecs.float import NativeCodec
+from mlx_ring.config.compose import compose_run
 from mlx_ring.data.sources import open_dataset, prepare
-from mlx_ring.gradient import MicroBatchGradient
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.precision import build_forward
+from mlx_ring.training.gradient import MicroBatchGradient
 
 TRAIN = str(Path(__file__).parent.parent / "train.py")
 GPU = mx.default_device() == mx.gpu

@@ -23,12 +23,12 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 from page import Bars
 
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.coordinator import Coordinator
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
 from mlx_ring.models import build_model
 from mlx_ring.models.transformer import Attention, SwiGLU
-from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.run.coordinator import Coordinator
 
 BATCH, LENGTH, VOCABULARY = 16, 1024, 50304  # of a rank
 LAYERS, DIMENSIONS, HEADS, HIDDEN = 12, 768, 12, 2048

@@ -188,7 +188,8 @@ def counters(folder: Path, ranks: int, steps: int = 30) -> dict[str, float]:
                 "checkpoint.copies=rank_0",
             )  # fmt: skip
             command = [
-                sys.executable, "-m", "mlx_ring.cli", "run", "--hostfile", str(file), "--", *TINY, *values,
+                sys.executable, "-m", "mlx_ring.cli", "run", "--hostfile", str(file),
+                "--", *TINY, *values,
                 f"run.dir={run}",
             ]  # fmt: skip
             subprocess.run(

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ring.check import FOUND
-from mlx_ring.communicator import Communicator
-from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.cluster.finding import FOUND
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
 
 REPEATS = {True: 9, False: 33}  # quick, full
 WARM_UP = 2

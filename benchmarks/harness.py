@@ -20,8 +20,8 @@ from page import Goal, Plot, Result
 from rich.console import Console
 from rich.table import Table
 
+from mlx_ring.cluster.hosts.host_probe import chip
 from mlx_ring.errors import MlxRingError
-from mlx_ring.host_probe import chip
 
 # A GPT of 124M parameters on synthetic tokens, in bfloat16, for a GPU.
 GPT2_124M = (

@@ -20,7 +20,7 @@ import local_ranks
 import mlx.core as mx
 import numpy as np
 
-from mlx_ring.composition import compose_run
+from mlx_ring.config.compose import compose_run
 from mlx_ring.data.images import find_fashion_mnist
 from mlx_ring.data.sources import open_dataset, prepare
 from mlx_ring.errors import DataError

@@ -14,7 +14,7 @@ from typing import IO, Any
 import mlx.core as mx
 from harness import Failed
 
-from mlx_ring.check import FOUND
+from mlx_ring.cluster.finding import FOUND
 
 LAST_WORDS_SECONDS = 10.0  # of the others, where one rank has ended badly
 

@@ -37,7 +37,7 @@ import local_ranks
 import mlx.core as mx
 from page import Curves
 
-from mlx_ring.check import FOUND
+from mlx_ring.cluster.finding import FOUND
 
 PROGRAM = str(Path(__file__).with_name("peers_ranks.py"))
 CPU = (

@@ -23,16 +23,16 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_ring.check import FOUND
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.config import RunConfig
-from mlx_ring.coordinator import Coordinator
+from mlx_ring.cluster.finding import FOUND
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
+from mlx_ring.config.run_config import RunConfig
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import MlxRingError
 from mlx_ring.models import build_model
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.run_builder import open_data
+from mlx_ring.run.builder import open_data
+from mlx_ring.run.coordinator import Coordinator
 
 PLAIN = (*harness.QUIET, "communicator=native", "optimizer.weight_decay=0")
 STARTED: list[float] = []  # when the last order came

@@ -30,10 +30,10 @@ import local_ranks
 import mlx.core as mx
 from page import Curves
 
+from mlx_ring.cluster.hosts.host_file import read_hostfile
+from mlx_ring.cluster.hosts.on_hosts import on_hosts
 from mlx_ring.errors import ConfigError, MlxRingError
-from mlx_ring.host_file import read_hostfile
-from mlx_ring.job_record import bring_record
-from mlx_ring.on_hosts import on_hosts
+from mlx_ring.sweep.fetch_record import bring_record
 
 TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 RUN = [sys.executable, "-m", "mlx_ring.cli", "run"]

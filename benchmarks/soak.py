@@ -17,7 +17,7 @@ import psutil
 from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
 from fault_trials import false_alarms
 
-from mlx_ring.heartbeat import PULSE_SECONDS, Heartbeat
+from mlx_ring.cluster.rank.heartbeat import PULSE_SECONDS, Heartbeat
 
 KILL_SECONDS = 120.0
 KILL_MINUTES = 30.0  # at most: fifteen kills

@@ -23,13 +23,13 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map_with_path
 
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.config import RunConfig
-from mlx_ring.coordinator import Coordinator
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
+from mlx_ring.config.run_config import RunConfig
 from mlx_ring.models import build_model
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.run_builder import Run
+from mlx_ring.run.builder import Run
+from mlx_ring.run.coordinator import Coordinator
 
 CPU_CASES = {
     "mlp": ("data=digits", "model=mlp", "model.hidden_sizes=[288,288]", "trainer.global_batch_size=64"),

@@ -18,8 +18,9 @@ from unittest.mock import patch
 import yaml
 from omegaconf import OmegaConf
 
-from mlx_ring import config
-from mlx_ring.config_record import HOST_KEYS, RESUMABLE
+from mlx_ring.config import choices, rules, sections
+from mlx_ring.config.resume_rules import HOST_KEYS, RESUMABLE
+from mlx_ring.config.run_config import SECTIONS
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -46,14 +47,14 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 def pages() -> dict[str, str]:
     """Markdown of every page, by its name."""
-    groups = {group: _page(group) for group in [*config.SECTIONS, *config.CHOICES]}
+    groups = {group: _page(group) for group in [*SECTIONS, *choices.CHOICES]}
     return groups | {folder: _whole(folder, words) for folder, words in SHOWN_WHOLE.items()}
 
 
 def _page(group: str) -> str:
     files = {path.stem: path.read_text(encoding="utf-8") for path in sorted((CONF / group).glob("*.yaml"))}
     texts = files or {"config": _own_part(group)}
-    schemas = config.CHOICES.get(group) or dict.fromkeys(texts, config.SECTIONS[group])
+    schemas = choices.CHOICES.get(group) or dict.fromkeys(texts, SECTIONS[group])
     parts = [f"# {group}", _lead(group, list(schemas))]
     for schema in dict.fromkeys(schemas.values()):
         names = [name for name, each in schemas.items() if each is schema]
@@ -64,7 +65,7 @@ def _page(group: str) -> str:
             if words:
                 parts.append(f"`{name}`: {_plain(words)}")
         parts.append(_table(group, schema, {name: texts[name] for name in names}))
-        if schema is config.TransformerModel:
+        if schema is choices.TransformerModel:
             parts.append(_sizes())
     if any(part.startswith("|") for part in parts):
         parts.append("↻ marks what a resumed run may change.")
@@ -78,16 +79,16 @@ def _own_part(group: str) -> str:
     return dedent(found[1])
 
 
-def _lead(group: str, choices: list[str]) -> str:
-    if len(choices) < 2:
-        if group in config.CHOICES:
-            return f"There is one, `{group}={choices[0]}`."
+def _lead(group: str, names: list[str]) -> str:
+    if len(names) < 2:
+        if group in choices.CHOICES:
+            return f"There is one, `{group}={names[0]}`."
         return f"A value is changed with `{group}.KEY=VALUE`."
     found = re.search(rf"^  - {group}: (\S+)(?: # (.*))?$", WHOLE, re.MULTILINE)
     assert found is not None
     usual = found[2] or f"`{found[1]}`"
     return (
-        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in choices)}; unless told otherwise it "
+        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in names)}; unless told otherwise it "
         f"is {usual}. A value is changed with `{group}.KEY=VALUE`."
     )
 
@@ -96,7 +97,7 @@ def _table(group: str, schema: type, texts: dict[str, str]) -> str:
     """A row a field; a column of defaults for every file that this dataclass is for."""
     entries = [_entries(text) for text in texts.values()]
     hints, rules = get_type_hints(schema), _rules(schema, texts)
-    siblings = config.CHOICES.get(group, {"": schema}).values()
+    siblings = choices.CHOICES.get(group, {"": schema}).values()
     columns = [f"`{name}`" for name in texts] if len(texts) > 1 else ["default"]
     rows = [["key", "type", *columns, "", "↻"], ["---"] * (len(columns) + 4)]
     if group == "run":  # with the one value outside of all groups
@@ -127,14 +128,15 @@ def _words(field: str, schema: type, beside: list[str], siblings: Iterable[type]
 
 @cache
 def _comments() -> dict[str, dict[str, str]]:
-    """What stands behind each field of each class in config.py."""
-    source = getsource(config)
-    lines, found = source.splitlines(), dict[str, dict[str, str]]()
-    for definition in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
-        fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
-        found[definition.name] = {
-            ast.unparse(node.target): lines[node.lineno - 1].partition("  # ")[2] for node in fields
-        }
+    """What stands behind each field of each class of the configuration."""
+    found: dict[str, dict[str, str]] = {}
+    for source in map(getsource, (rules, sections, choices)):
+        lines = source.splitlines()
+        for definition in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+            fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+            found[definition.name] = {
+                ast.unparse(node.target): lines[node.lineno - 1].partition("  # ")[2] for node in fields
+            }
     return found
 
 
@@ -149,7 +151,7 @@ def _rules(schema: type, texts: dict[str, str]) -> dict[str, str]:
     for key, value in values.items():
         if value == "???" or "${" in str(value):
             values[key] = "given"
-    with patch.object(config, "require", note):
+    with patch.object(rules, "require", note), patch.object(sections, "require", note):
         OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     return found
 
@@ -179,10 +181,10 @@ def _entry(node: Any) -> tuple[str, str]:
 
 def _sizes() -> str:
     """What a transformer's size fills in."""
-    columns = list(config.TRANSFORMER_SIZES)
+    columns = list(choices.TRANSFORMER_SIZES)
     rows = [["", *(f"`size={size.name}`" for size in columns)], ["---"] * (len(columns) + 1)]
-    for field in config.TRANSFORMER_SIZES[columns[0]]:
-        values = [str(config.TRANSFORMER_SIZES[size][field]) for size in columns]
+    for field in choices.TRANSFORMER_SIZES[columns[0]]:
+        values = [str(choices.TRANSFORMER_SIZES[size][field]) for size in columns]
         rows.append([f"`model.{field}`", *values])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -1,4 +1,4 @@
-"""Hydra's multirun, `python train.py -m …`: each job is a run of its own; mlx_ring/sweep.py does the work.
+"""Hydra's multirun, `python train.py -m …`: each job is a run of its own (`mlx_ring/sweep/sweep.py`).
 
 Every Hydra program of this environment imports this file.
 """
@@ -15,8 +15,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
-    from mlx_ring.sweep import Hopeless, Job
-    from mlx_ring.sweep_record import Row
+    from mlx_ring.sweep.sweep import Hopeless, Job
+    from mlx_ring.sweep.table import Row
 
 
 class MlxRingLauncher(Launcher):
@@ -29,7 +29,7 @@ class MlxRingLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Raises: ConfigError where there can be no sweep, before anything is written."""
-        from mlx_ring.multirun import begin_multirun
+        from mlx_ring.sweep.multirun import begin_multirun
 
         self._searchpath = begin_multirun(config)
         self._loader, self._config = hydra_context.config_loader, config
@@ -37,7 +37,7 @@ class MlxRingLauncher(Launcher):
         atexit.register(self._redact)  # whatever happens: Hydra's sweepers write all secrets to the disk
 
     def _redact(self) -> None:
-        from mlx_ring.composition import redacted_yaml
+        from mlx_ring.config.compose import redacted_yaml
 
         written = self.directory / "multirun.yaml"
         if written.exists():
@@ -45,8 +45,8 @@ class MlxRingLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra raises the first failure when all jobs have ended."""
-        from mlx_ring.sweep import run_jobs
-        from mlx_ring.sweep_record import show
+        from mlx_ring.sweep.sweep import run_jobs
+        from mlx_ring.sweep.table import show
 
         configs = [
             self._composed(overrides, initial_job_idx + place)
@@ -73,7 +73,7 @@ class MlxRingLauncher(Launcher):
         return config
 
     def _job(self, config: DictConfig) -> "Job":
-        from mlx_ring.sweep import Job
+        from mlx_ring.sweep.sweep import Job
 
         cluster = config.cluster
         return Job(
@@ -105,7 +105,7 @@ class _Result(JobReturn):
 
 def _returned(config: DictConfig, row: "Row", directory: Path) -> JobReturn:
     """Its value is the last loss, for any sweeper that looks for the lowest; ours takes the row."""
-    from mlx_ring.sweep_record import failure
+    from mlx_ring.sweep.table import failure
 
     error = failure(row, directory)
     result = _Result()

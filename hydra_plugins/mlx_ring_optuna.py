@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`: Optuna draws each job's values, in one study; mlx_ring/study.py does the work.
+"""`hydra/sweeper=optuna`: Optuna draws each job's values, in one study (`mlx_ring/sweep/study.py`).
 
 Every Hydra program of this environment imports this file.
 """
@@ -27,7 +27,7 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run all trials. Raises: MlxRingError."""
-        from mlx_ring.study import Study
+        from mlx_ring.sweep.study import Study
 
         typed = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(typed)

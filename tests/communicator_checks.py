@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
 
-from mlx_ring import communicator
-from mlx_ring.communicator import Communicator
-from mlx_ring.compression import NativeCodec
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication import communicator
+from mlx_ring.communication.codecs.float import NativeCodec
+from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import ClusterError, DataError
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.strategies.all_reduce import AllReduce
-from mlx_ring.strategies.base import Share
+from mlx_ring.training.strategies.all_reduce import AllReduce
+from mlx_ring.training.strategies.base import Share
 
 
 def check_long_messages(wire: Communicator) -> None:

@@ -14,10 +14,10 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from mlx_ring import checkpoint_format as disk
-from mlx_ring.file_transfer import Part, read
-from mlx_ring.newest_copy import Newest, _Arrival, _look  # pyright: ignore[reportPrivateUsage]
-from mlx_ring.run_directory import RunDirectory
+from mlx_ring.checkpoint.choose_newest import Newest, _Arrival, _look  # pyright: ignore[reportPrivateUsage]
+from mlx_ring.checkpoint.file_transfer import Part, read
+from mlx_ring.run_directory import checkpoint_files as disk
+from mlx_ring.run_directory.directory import RunDirectory
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "open"}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, SMALL, Rank, Ranks, free_ports, mpirun, start, status
 
+from mlx_ring.communication.agreement import agree
 from mlx_ring.errors import ClusterError
-from mlx_ring.parameter_authority import agree
 
 
 def refused(ranks: Ranks, *words: str) -> None:
@@ -130,7 +130,7 @@ def test_a_stale_checkout(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "mlx_ring", stale / "mlx_ring", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", stale / "conf")
     shutil.copy(ROOT / "train.py", stale)
-    with (stale / "mlx_ring/trainer.py").open("a") as file:
+    with (stale / "mlx_ring/training/trainer.py").open("a") as file:
         file.write("\n# an older line\n")
     programs = [[sys.executable, str(folder / "train.py")] for folder in (ROOT, stale)]
     refused(two_different(tmp_path, [[], []], programs), "source is", "on rank 1", "stale", "same commit")

@@ -13,7 +13,7 @@ from ranks import SMALL, TRAIN, Ranks, rows, start, status, train
 from refusals import CHECKPOINT, CONFIGURATION, assert_refused, contents
 from safetensors.numpy import load_file, save_file
 
-from mlx_ring.checkpoint_manifest import sealed
+from mlx_ring.run_directory.manifest import sealed
 
 Damage = Callable[[Path], None]
 MODEL = "model.safetensors"

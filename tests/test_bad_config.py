@@ -9,7 +9,7 @@ import pytest
 from ranks import SMALL, TRAIN, free_ports, start, status, train
 from refusals import CONFIGURATION, assert_refused, contents
 
-from mlx_ring import patience
+from mlx_ring.run import patience
 
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
 UNKNOWN = [

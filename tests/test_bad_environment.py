@@ -11,10 +11,10 @@ import pytest
 from ranks import ROOT, free_ports, start
 from refusals import CLUSTER, CONFIGURATION, assert_refused
 
-from mlx_ring.communicator import Communicator
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.communication.machine import MINIMUM_MLX
 from mlx_ring.errors import ConfigError
-from mlx_ring.mlx_version import MINIMUM_MLX
-from mlx_ring.rank_environment import RankEnvironment
 
 GOOD = '[["127.0.0.1:5000"], ["127.0.0.1:5001"]]'
 PORTS = "the port must be between 1 and 65535"

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mlx_ring import checkpoint_format as disk
-from mlx_ring.checkpoint_format import HostArray, HostArrays
-from mlx_ring.checkpoint_manifest import sealed
 from mlx_ring.errors import CheckpointError, NewerCheckpointError
+from mlx_ring.run_directory import checkpoint_files as disk
+from mlx_ring.run_directory.checkpoint_files import HostArray, HostArrays
+from mlx_ring.run_directory.manifest import sealed
 
 MODEL = "model.safetensors"
 FILES = ["manifest.json", MODEL, "optimizer.safetensors"]
@@ -432,7 +432,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
 from mlx_ring import checkpoint_format as disk
-from mlx_ring.checkpoint_format import HostArray
+from mlx_ring.run_directory.checkpoint_files import HostArray
 
 checkpoints, chance = Path(sys.argv[1]), random.Random(0)
 

@@ -8,7 +8,7 @@ import pytest
 from ranks import SMALL, rows, start, status, train
 from safetensors.numpy import load_file
 
-from mlx_ring.checkpoint_manifest import sealed
+from mlx_ring.run_directory.manifest import sealed
 
 EVERY = ("checkpoint.every_steps=1", "schedule=constant")
 

@@ -17,7 +17,7 @@ from ranks import environment, status, train
 from safetensors.numpy import load_file
 
 from mlx_ring import __version__
-from mlx_ring.cli import cli
+from mlx_ring.cli.commands import cli
 
 CLI = [sys.executable, "-c", "from mlx_ring.cli import main; main()"]
 STEPS = ["step_00000003", "step_00000006"]
@@ -233,7 +233,7 @@ def test_completion(folder: Path, shell: str) -> None:
 
 def test_it_needs_no_mlx(folder: Path) -> None:
     """Looking at checkpoints must work while a run holds the machine's memory, and at once."""
-    program = "import sys; import mlx_ring.cli; print('mlx.core' in sys.modules)"
+    program = "import sys; import mlx_ring.cli.commands; print('mlx.core' in sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True
     )

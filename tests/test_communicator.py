@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import ROOT, mpirun, start
 
-from mlx_ring.buckets import plan_buckets
+from mlx_ring.communication.buckets import plan_buckets
 
 CHECKS = [sys.executable, str(Path(__file__).parent / "communicator_checks.py")]
 

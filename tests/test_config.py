@@ -13,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError
 from ranks import train
 
-from mlx_ring import config_parser
-from mlx_ring.composition import CONF, compose_run, register_look_ups, usual_codec
-from mlx_ring.config import CHOICES, SECTIONS, RunConfig
-from mlx_ring.config_parser import nearest_key
-from mlx_ring.config_record import record, refuse_changes, to_yaml
+from mlx_ring.config import parser as config_parser
+from mlx_ring.config.choices import CHOICES
+from mlx_ring.config.compose import CONF, compose_run, register_look_ups, usual_codec
+from mlx_ring.config.parser import nearest_key
+from mlx_ring.config.redaction import record, to_yaml
+from mlx_ring.config.resume_rules import refuse_changes
+from mlx_ring.config.run_config import SECTIONS, RunConfig
 from mlx_ring.errors import ConfigError
 
 

@@ -11,9 +11,9 @@ import pytest
 from ranks import SMALL, TRAIN, Ranks, rows, start, status
 from refusals import CHECKPOINT, CONFIGURATION, assert_refused
 
-from mlx_ring import file_transfer
-from mlx_ring.file_transfer import Part, Writing
-from mlx_ring.run_directory import is_record_name
+from mlx_ring.checkpoint import file_transfer
+from mlx_ring.checkpoint.file_transfer import Part, Writing
+from mlx_ring.run_directory.directory import is_record_name
 
 OPTIONS = (
     "communicator=exact", "checkpoint.every_steps=2", "checkpoint.keep_last=9", "schedule=constant",

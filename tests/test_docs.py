@@ -18,11 +18,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from mlx_ring.cli import cli
-from mlx_ring.composition import compose_run
+from mlx_ring.cli.commands import cli
+from mlx_ring.cluster.hosts.host_file import read_hostfile
+from mlx_ring.config.compose import compose_run
 from mlx_ring.data.sources import open_dataset
 from mlx_ring.errors import ConfigError
-from mlx_ring.host_file import read_hostfile
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss
 from mlx_ring.models.requirements import check_outputs

@@ -12,19 +12,19 @@ import mlx.core as mx
 import pytest
 from ranks import environment
 
-from mlx_ring.check import Check
-from mlx_ring.exact_checks import exact_check
-from mlx_ring.exact_operations import Operation, operations
+from mlx_ring.cluster.finding import Check
+from mlx_ring.training.exact.doctor_checks import exact_check
+from mlx_ring.training.exact.operations import Operation, operations
 
 CLI = "from mlx_ring.cli import main; main()"
 PLANTED = """
 import mlx.core as mx
-import mlx_ring.exact_checks
-from mlx_ring.exact_operations import Operation
+import mlx_ring.training.exact.doctor_checks
+from mlx_ring.training.exact.operations import Operation
 
 steady = Operation(name="steady", prepare=lambda: lambda: mx.ones((3,)))
 fickle = Operation(name="fickle", prepare=lambda: lambda: mx.random.normal((3,)), {instead})
-mlx_ring.exact_checks.operations = lambda gpu: [steady, fickle]
+mlx_ring.training.exact.doctor_checks.operations = lambda gpu: [steady, fickle]
 """
 
 

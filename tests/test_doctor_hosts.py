@@ -163,12 +163,12 @@ def test_a_build_of_mlx_that_cannot_be_loaded(lab: Lab, tmp_path: Path) -> None:
 def test_a_stale_checkout(lab: Lab, tmp_path: Path) -> None:
     for name in ("mlx_ring", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "mlx_ring/interval.py").open("a") as file:
+    with (tmp_path / "mlx_ring/run/interval.py").open("a") as file:
         file.write("# of another commit\n")
     with other_python(lab, with_path(tmp_path)):
         assert lab.doctor() == 3
         lab.names("source", ["here"], "same commit")
-        (tmp_path / "mlx_ring/interval.py").write_text((ROOT / "mlx_ring/interval.py").read_text())
+        (tmp_path / "mlx_ring/run/interval.py").write_text((ROOT / "mlx_ring/run/interval.py").read_text())
         with (tmp_path / "conf/config.yaml").open("a") as file:
             file.write("# of another commit\n")
         assert lab.doctor() == 3
@@ -406,8 +406,8 @@ def test_a_slow_link(lab: Lab) -> None:
 
 def test_a_rank_that_fails_in_the_launch_is_named(lab: Lab, tmp_path: Path) -> None:
     """Its host, which nothing else could know of."""
-    code = "import sys\nif 'mlx_ring.doctor_ranks' in sys.orig_argv: sys.exit('planted')\n"
+    code = "import sys\nif 'mlx_ring.communication.selftest' in sys.orig_argv: sys.exit('planted')\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     with other_python(lab, with_path(tmp_path)):
         assert lab.doctor() == 3
-    lab.names("launch", ["rank 1"], "python -m mlx_ring.doctor_ranks")
+    lab.names("launch", ["rank 1"], "python -m mlx_ring.communication.selftest")

@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 from ranks import ROOT, SMALL, Ranks, mpirun, rows, start, status
 from refusals import CLUSTER, TRAINING, assert_refused
 
-from mlx_ring.checkpoint_manifest import sealed
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.run_builder import build
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
+from mlx_ring.run.builder import build
+from mlx_ring.run_directory.manifest import sealed
 
 COMMON = [item for item in SMALL if not item.startswith(("model.", "trainer.compile"))]
 EXACT = [*COMMON, "communicator=exact", "trainer.steps=8", "trainer.global_batch_size=28"]

@@ -9,13 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_ring.compression import (
-    HEADROOM_BITS,
-    PRECISION_BITS,
-    ExactCodec,
-    Total,
-)
-from mlx_ring.fixed_point import LARGEST_EXPONENT, LEAST_EXPONENT
+from mlx_ring.communication.codecs.base import Total
+from mlx_ring.communication.codecs.exact import HEADROOM_BITS, PRECISION_BITS, ExactCodec
+from mlx_ring.communication.codecs.fixed_point import LARGEST_EXPONENT, LEAST_EXPONENT
 
 Gradients = dict[str, mx.array]
 

@@ -233,7 +233,7 @@ main()
 
 ODD_REPLICA = """
 import dataclasses, os
-from mlx_ring.strategies.all_reduce import AllReduce
+from mlx_ring.training.strategies.all_reduce import AllReduce
 
 update, updates = AllReduce.update, []
 

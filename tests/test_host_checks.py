@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mlx_ring import host_checks, host_probe
-from mlx_ring.host_file import Host
-from mlx_ring.link_checks import Edge, address_checks, unreachable
+from mlx_ring.cluster.doctor import host_checks
+from mlx_ring.cluster.doctor.link_checks import Edge, address_checks, unreachable
+from mlx_ring.cluster.hosts import host_probe
+from mlx_ring.cluster.hosts.host_file import Host
 
 IFCONFIG = """lo0: flags=8049<UP,LOOPBACK,RUNNING,MULTICAST> mtu 16384
 \tinet 127.0.0.1 netmask 0xff000000

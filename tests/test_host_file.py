@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mlx._distributed_utils.common import Hostfile
 from ranks import ROOT
 
+from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
 from mlx_ring.errors import ConfigError
-from mlx_ring.host_file import Host, HostFile, read_hostfile
 
 A, B = '{"ssh": "a", "ips": ["10.0.0.1"]}', '{"ssh": "b", "ips": ["10.0.0.2"]}'
 WRONG = {  # the file's content, and what the refusal must name

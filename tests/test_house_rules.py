@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from mlx_ring.composition import compose_run
+from mlx_ring.config.compose import compose_run
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_ring"

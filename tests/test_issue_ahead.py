@@ -9,14 +9,14 @@ import mlx.core as mx
 import pytest
 from ranks import ROOT, SMALL, TRAIN, rows, start, status, wait_for
 
-from mlx_ring.communicator import Communicator
-from mlx_ring.composition import compose_run
-from mlx_ring.compression import NativeCodec
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.codecs.float import NativeCodec
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import compose_run
 from mlx_ring.data.loader import GlobalBatch
-from mlx_ring.rank_environment import RankEnvironment
-from mlx_ring.run_builder import build
-from mlx_ring.strategies import Reduced, Share
-from mlx_ring.strategies.all_reduce import AllReduce
+from mlx_ring.run.builder import build
+from mlx_ring.training.strategies import Reduced, Share
+from mlx_ring.training.strategies.all_reduce import AllReduce
 
 UNWAITED = [sys.executable, str(ROOT / "tests/unwaited.py")]
 ANY_MODEL = [item for item in SMALL if not item.startswith("model.")]

@@ -12,7 +12,7 @@ import pytest
 from mlx_ring.data.loader import GlobalBatch, Loader
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import DataError
-from mlx_ring.work_split import WorkSplit
+from mlx_ring.training.work_split import WorkSplit
 
 MICRO_BATCH_SIZE = 3
 NUM_MICRO_BATCHES = 7

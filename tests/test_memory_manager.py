@@ -9,11 +9,12 @@ import psutil
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_ring.config import CNNModel, MemorySection, MLPModel, Size, TransformerModel
+from mlx_ring.config.choices import CNNModel, MLPModel, Size, TransformerModel
+from mlx_ring.config.sections import MemorySection
 from mlx_ring.errors import ConfigError
-from mlx_ring.memory_manager import apply_limits, checkpoint_activations, peak_bytes
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss, sum_of_losses
+from mlx_ring.training.memory_manager import apply_limits, checkpoint_activations, peak_bytes
 
 
 def section(**limits: int) -> MemorySection:

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from tensorboard_server import Server
 
-from mlx_ring.metrics_tracker import MetricsTracker, read_rows
+from mlx_ring.run_directory.metrics_tracker import MetricsTracker, read_rows
 
 REPOSITORY = Path(__file__).parents[1]
 

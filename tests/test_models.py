@@ -12,7 +12,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_ring.config import CNNModel, CustomModel, Kind, MLPModel, Size, TransformerModel
+from mlx_ring.config.choices import CNNModel, CustomModel, Kind, MLPModel, Size, TransformerModel
 from mlx_ring.errors import ConfigError
 from mlx_ring.models import build_model
 from mlx_ring.models.dropout import draw_key, dropout, split_key

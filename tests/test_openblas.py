@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import SMALL, environment
 
-from mlx_ring import openblas
+from mlx_ring.cluster.rank import openblas
 from mlx_ring.errors import ConfigError
 
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run", "-n", "2"]

@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_ring.config import (
+from mlx_ring.config.choices import (
     AdafactorOptimizer,
     AdamOptimizer,
     ConstantSchedule,
@@ -18,8 +18,8 @@ from mlx_ring.config import (
     Scaling,
     SGDOptimizer,
 )
-from mlx_ring.optimizers import build_optimizer, current_learning_rate, learning_rate_scale
-from mlx_ring.scheduler import build_schedule
+from mlx_ring.training.optimizers import build_optimizer, current_learning_rate, learning_rate_scale
+from mlx_ring.training.schedules import build_schedule
 
 RATE, DECAY = 0.125, 0.5
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_ring.cluster.rank.environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.errors import ClusterError, ConfigError
-from mlx_ring.rank_environment import RankEnvironment, use_bundled_open_mpi
 
 TWO = [["127.0.0.1:5000"], ["127.0.0.1:5001"]]
 

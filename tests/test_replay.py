@@ -8,7 +8,7 @@ import pytest
 from ranks import SMALL, Ranks, command, rows, start
 from refusals import CHECKPOINT, CONFIGURATION, TRAINING, assert_refused, contents
 
-from mlx_ring.checkpoint_manifest import sealed
+from mlx_ring.run_directory.manifest import sealed
 
 EXACT = [*SMALL, "communicator=exact", "model.dropout=0.2", "trainer.steps=9", "checkpoint.every_steps=4",
          "communicator.verify_every_steps=3", "run.dir=run"]  # fmt: skip

@@ -10,12 +10,12 @@ import pytest
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_ring.config import Size, TransformerModel
-from mlx_ring.memory_manager import checkpoint_activations
+from mlx_ring.config.choices import Size, TransformerModel
 from mlx_ring.models import build_model
 from mlx_ring.models.losses import build_loss, sum_of_losses
-from mlx_ring.models.reproducible import attention, embedding_rows, make_reproducible
 from mlx_ring.models.transformer import Attention, fused_attention
+from mlx_ring.training.exact.reproducible import attention, embedding_rows, make_reproducible
+from mlx_ring.training.memory_manager import checkpoint_activations
 
 Float64 = NDArray[np.float64]
 SHAPES = [(2, 4, 4, 17, 8), (1, 6, 2, 33, 16), (2, 3, 1, 1, 4)]  # batch, heads, kv heads, tokens, width

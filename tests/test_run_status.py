@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_ring import run_status
-from mlx_ring.run_status import RunStatus
+from mlx_ring.run_directory import status as run_status
+from mlx_ring.run_directory.status import RunStatus
 
 REPOSITORY = Path(__file__).parents[1]
 FIELDS = [
@@ -155,7 +155,7 @@ def test_of_many_failures_at_once_one_is_recorded(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from mlx_ring.run_status import RunStatus
+from mlx_ring.run_directory.status import RunStatus
 print("ready", flush=True)
 sys.stdin.read()  # all go when the pipe is closed
 wrote = RunStatus.mark_failed(Path(sys.argv[1]), job="job-1", message=f"rank {sys.argv[2]}")
@@ -185,7 +185,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     program = """
 import itertools, sys
 from pathlib import Path
-from mlx_ring.run_status import RunStatus
+from mlx_ring.run_directory.status import RunStatus
 status = RunStatus(Path(sys.argv[1]), job="job-1", world_size=1, backend="single", device="cpu", hosts=["a"])
 for step in itertools.count(1):
     status.update("running", step=step)
@@ -206,7 +206,7 @@ def test_a_full_disk_is_raised_by_an_update_and_swallowed_by_mark_failed(tmp_pat
     program = """
 import resource, sys
 from pathlib import Path
-from mlx_ring.run_status import RunStatus
+from mlx_ring.run_directory.status import RunStatus
 directory = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
 print(RunStatus.mark_failed(directory, job="job-1", message="lost"))
@@ -238,5 +238,5 @@ def test_a_stopped_lock_holder_delays_a_dying_rank_but_does_not_hold_it(tmp_path
 
 
 def test_mlx_is_not_loaded():
-    with start("import sys, mlx_ring.run_status; print('mlx' in sys.modules)") as process:
+    with start("import sys, mlx_ring.run_directory.status; print('mlx' in sys.modules)") as process:
         assert process.communicate(timeout=60)[0] == "False\n"

@@ -8,9 +8,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-from mlx_ring.config import ConstantSchedule, DecaySchedule, WSDSchedule
+from mlx_ring.config.choices import ConstantSchedule, DecaySchedule, WSDSchedule
 from mlx_ring.errors import ConfigError
-from mlx_ring.scheduler import build_schedule
+from mlx_ring.training.schedules import build_schedule
 
 
 def constant(warmup_steps: int = 0) -> ConstantSchedule:

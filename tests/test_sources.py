@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_ring.config import BundledData, CustomData, FashionMNISTData, SyntheticData, TokensData
+from mlx_ring.config.choices import BundledData, CustomData, FashionMNISTData, SyntheticData, TokensData
 from mlx_ring.data.images import IDX_FILES
 from mlx_ring.data.sources import Dataset, DataSpec, Split, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError

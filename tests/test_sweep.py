@@ -15,7 +15,7 @@ from refusals import CONFIGURATION, assert_refused
 from sweeps import table
 from tensorboard_server import Server
 
-from mlx_ring.sweep_record import quoted
+from mlx_ring.sweep.table import quoted
 
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
 
@@ -223,7 +223,9 @@ def test_under_a_launcher_it_is_refused(tmp_path: Path) -> None:
 
 def test_a_sweep_under_way_is_not_joined(tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
-    program = "import sys, time; from pathlib import Path; from mlx_ring.process_lock import ProcessLock; "
+    program = (
+        "import sys, time; from pathlib import Path; from mlx_ring.run_directory.lock import ProcessLock; "
+    )
     program += "lock = ProcessLock(Path('sweep/sweep.lock')); print('held', flush=True); time.sleep(100)"
     with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE) as holder:
         try:

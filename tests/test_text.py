@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_ring.config import TextData, Tokenizer
+from mlx_ring.config.choices import TextData, Tokenizer
 from mlx_ring.data.documents import BLOCK_BYTES
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError

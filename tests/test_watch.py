@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlx_ring.heartbeat import DONE, FIRST_STEP, READY
-from mlx_ring.watch import HANG_STEPS, MEET_SECONDS, SLOW_STEPS, START_SECONDS, Rank, Watch
+from mlx_ring.cluster.rank.protocol import DONE, FIRST_STEP, READY
+from mlx_ring.cluster.supervisor.watch import HANG_STEPS, MEET_SECONDS, SLOW_STEPS, START_SECONDS, Rank, Watch
 
 
 class Clock:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_ring.work_split import WINDOW, WorkSplit, deal_by_speed, deal_evenly
+from mlx_ring.training.work_split import WINDOW, WorkSplit, deal_by_speed, deal_evenly
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """train.py whose collectives are issued and not waited for, as over NCCL, whatever the backend."""
 
-from mlx_ring import communicator
-from mlx_ring.rank_environment import RankEnvironment
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication import communicator
 from mlx_ring.train import main
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_ring.config import TextData
+from mlx_ring.config.choices import TextData
 from mlx_ring.errors import DataError
 
 BLOCK_BYTES = 1 << 16  # of text read at once

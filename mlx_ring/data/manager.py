@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_ring.communicator import Communicator
+from mlx_ring.communication.communicator import Communicator
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_ring import import_path
-from mlx_ring.config import BundledData, CustomData, FashionMNISTData, SyntheticData, TextData, TokensData
+from mlx_ring.config import import_path
+from mlx_ring.config.choices import (
+    BundledData,
+    CustomData,
+    FashionMNISTData,
+    SyntheticData,
+    TextData,
+    TokensData,
+)
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.images import find_fashion_mnist, open_digits, open_fashion_mnist
 from mlx_ring.data.synthetic import open_synthetic

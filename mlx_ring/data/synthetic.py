@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from mlx_ring.config import SyntheticData
+from mlx_ring.config.choices import SyntheticData
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.sampler import mix
 

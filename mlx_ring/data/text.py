@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from mlx_ring.config import TextData, Tokenizer
+from mlx_ring.config.choices import TextData, Tokenizer
 from mlx_ring.data.bpe import TRAINING_BYTES, encode_bpe, train_bpe
 from mlx_ring.data.documents import BLOCK_BYTES, Document, find_documents, read_text
 from mlx_ring.data.tokens import DTYPES, FORMAT_VERSION, SideCar

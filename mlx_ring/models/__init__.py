@@ -2,12 +2,14 @@
 
 import mlx.nn as nn
 
-from mlx_ring.config import CNNModel, CustomModel, MLPModel, TransformerModel
+from mlx_ring.config.choices import CNNModel, CustomModel, MLPModel, TransformerModel
 from mlx_ring.errors import ConfigError
 from mlx_ring.models.cnn import CNN
 from mlx_ring.models.custom import build_custom
 from mlx_ring.models.mlp import MLP
 from mlx_ring.models.transformer import Transformer
+
+__all__ = ["ModelConfig", "build_model"]
 
 ModelConfig = MLPModel | CNNModel | TransformerModel | CustomModel
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ring.config import CNNModel
+from mlx_ring.config.choices import CNNModel
 from mlx_ring.errors import ConfigError
 from mlx_ring.models.dropout import draw_key
 from mlx_ring.models.mlp import HiddenLayer

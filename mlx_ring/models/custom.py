@@ -2,8 +2,8 @@
 
 import mlx.nn as nn
 
-from mlx_ring import import_path
-from mlx_ring.config import CustomModel
+from mlx_ring.config import import_path
+from mlx_ring.config.choices import CustomModel
 from mlx_ring.errors import ConfigError
 
 

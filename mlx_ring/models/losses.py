@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_ring.config.import_path import import_callable
 from mlx_ring.errors import ConfigError
-from mlx_ring.import_path import import_callable
 
 Loss = Callable[[mx.array, mx.array], mx.array]
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_ring.config import MLPModel
+from mlx_ring.config.choices import MLPModel
 from mlx_ring.models.dropout import draw_key, dropout, split_key
 
 

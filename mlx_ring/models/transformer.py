@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
-from mlx_ring.config import TransformerModel
+from mlx_ring.config.choices import TransformerModel
 from mlx_ring.models.dropout import draw_key, dropout, split_key
 
 

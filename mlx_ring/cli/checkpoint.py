@@ -1,0 +1,193 @@
+"""`mlx-ring checkpoint`: list, verify and export the checkpoints of a run, here or on all hosts of a lab."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_ring.cluster.hosts.host_file import HostFile, read_hostfile
+from mlx_ring.cluster.hosts.on_hosts import fetch, on_hosts
+from mlx_ring.errors import CheckpointError
+from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+
+Row = dict[str, Any]  # of one checkpoint: path, step, and host where hosts were asked; error where damaged
+
+
+@click.group()
+def checkpoint() -> None:
+    """Look at, check and export the checkpoints of a run.
+
+    Example: mlx-ring checkpoint list outputs/2026-11-22_16-28-11_4bdc
+    """
+
+
+def _of_run(command: Callable[..., None]) -> Callable[..., None]:
+    """The arguments that all three have."""
+    for decorate in (
+        click.option("--python", default=sys.executable, help="The interpreter on every host."),
+        click.option("--hostfile", type=click.Path(path_type=Path), help="Look on every host listed."),
+        click.argument("run", type=click.Path(path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+@checkpoint.command("list")
+@_of_run
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_checkpoints(run: Path, hostfile: Path | None, python: str, as_json: bool) -> None:
+    """List the checkpoints of RUN, oldest first, without reading their arrays.
+
+    Example: mlx-ring checkpoint list outputs/2026-11-22_16-28-11_4bdc
+    """
+    rows = _rows("list", run, _hosts(hostfile), python)
+    if as_json:
+        click.echo(json.dumps({"checkpoints": rows}))
+        return
+    for row in rows:
+        if "error" in row:
+            click.echo(f"{_place(row)}  damaged: {row['error']}")
+            continue
+        evaluation = row["evaluation"] or {}
+        loss = f"  loss {evaluation['loss']:.4g}" if "loss" in evaluation else ""
+        digest = str(row["parameters_sha256"])[:12]
+        click.echo(f"{_place(row)}  step {row['step']}  {row['bytes']:,} bytes  parameters {digest}{loss}")
+
+
+@checkpoint.command()
+@_of_run
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(run: Path, hostfile: Path | None, python: str, as_json: bool) -> None:
+    """Read every byte of RUN's checkpoints and compare it with the manifests. Exit 5 where one is damaged.
+
+    Example: mlx-ring checkpoint verify outputs/2026-11-22_16-28-11_4bdc --hostfile hostfiles/lab.json
+    """
+    rows = _rows("verify", run, _hosts(hostfile), python)
+    if as_json:
+        click.echo(json.dumps({"checkpoints": rows}))
+    else:
+        for row in rows:
+            click.echo(f"{_place(row)}  {'damaged: ' + row['error'] if 'error' in row else 'ok'}")
+    if damaged := sum("error" in row for row in rows):
+        several = "s" if damaged > 1 else ""
+        raise CheckpointError(f"{damaged} damaged checkpoint{several} in {run}; delete what is damaged")
+
+
+@checkpoint.command()
+@_of_run
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
+def export(run: Path, hostfile: Path | None, python: str, output: Path) -> None:
+    """Write the model of RUN's newest valid checkpoint, of any host, as one plain safetensors file.
+
+    Example: mlx-ring checkpoint export outputs/2026-11-22_16-28-11_4bdc --output model.safetensors
+    """
+    hosts = _hosts(hostfile)
+    problems: list[str] = []
+    rows = _rows("list", run, hosts, python)
+    rows.sort(key=lambda row: (row.get("generation", 0), row["step"]), reverse=True)
+    for row in rows:
+        checked = row if "error" in row else _verified(row, hosts, python)
+        if "error" in checked:
+            problems.append(f"{_place(row)}: {checked['error']}")
+            click.echo(f"passed over: {problems[-1]}", err=True)
+            continue
+        _write(Path(row["path"]) / "model.safetensors", output, hosts, row.get("host"))
+        click.echo(f"{_place(row)} → {output}")
+        return
+    raise CheckpointError(f"no usable checkpoint in {run}: {problems[0]}")
+
+
+def _hosts(hostfile: Path | None) -> HostFile | None:
+    return read_hostfile(hostfile) if hostfile is not None else None
+
+
+def _place(row: Row) -> str:
+    return f"{row['host']}:{row['path']}" if "host" in row else row["path"]
+
+
+def _rows(action: str, run: Path, hosts: HostFile | None, python: str, only: str | None = None) -> list[Row]:
+    """Of all hosts, in the host file's order. Raises: CheckpointError where nobody has a checkpoint."""
+    if hosts is None:
+        return LOOKS[action](run)
+    command = [python, "-m", "mlx_ring.cli", "checkpoint", action, str(run), "--json"]
+    rows: list[Row] = []
+    problems: list[str] = []
+    for answer in on_hosts(hosts, command, only):
+        found = [line for line in answer.stdout.splitlines() if line.startswith(b'{"checkpoints"')]
+        if found:  # other lines are a login shell's
+            rows += [{"host": answer.host, **row} for row in json.loads(found[0])["checkpoints"]]
+        else:  # it has none, or could not be asked, and says why
+            problems.append(f"host {answer.host}: {answer.stderr.removeprefix('error: ')}")
+    if not rows:
+        raise CheckpointError("; ".join(problems))
+    for problem in problems:
+        click.echo(problem, err=True)
+    return rows
+
+
+def _verified(row: Row, hosts: HostFile | None, python: str) -> Row:
+    """The same checkpoint once more, every byte of it read."""
+    return _rows("verify", Path(row["path"]), hosts, python, row.get("host"))[0]
+
+
+def _here(run: Path) -> list[Path]:
+    """The checkpoints that RUN names on this host, oldest first."""
+    found = checkpoint_format.named(run)
+    if not found:
+        raise CheckpointError(f"{run} has no checkpoints/step_… in it")
+    return found[::-1]
+
+
+def _look(run: Path) -> list[Row]:
+    return [_row(path, _facts) for path in _here(run)]
+
+
+def _look_closely(run: Path) -> list[Row]:
+    return [_row(path, _proof) for path in _here(run)]
+
+
+def _row(path: Path, look: Callable[[Path], Row]) -> Row:
+    try:
+        return {"path": str(path), "step": checkpoint_format.step_of(path), **look(path)}
+    except CheckpointError as error:
+        return {"path": str(path), "step": checkpoint_format.step_of(path), "error": str(error)}
+
+
+def _facts(path: Path) -> Row:
+    manifest = checkpoint_format.read_manifest(path)
+    return {
+        "step": manifest["step"],
+        "generation": manifest["line"]["generation"],
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "samples": manifest["progress"].get("next_sample"),
+        "world_size": manifest.get("world_size"),
+        "evaluation": manifest.get("evaluation"),
+        "parameters_sha256": manifest.get("parameters_sha256"),
+    }
+
+
+def _proof(path: Path) -> Row:
+    checkpoint_format.verify(path)
+    return {}
+
+
+LOOKS = {"list": _look, "verify": _look_closely}
+
+
+def _write(source: Path, output: Path, hosts: HostFile | None, host: str | None) -> None:
+    """All of it or nothing."""
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        if hosts is None or host is None:
+            shutil.copyfile(source, temporary)
+        else:
+            fetch(hosts, host, source, temporary)
+        temporary.replace(output)
+    except OSError as error:
+        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""A host file changed in place: hosts come and go, addresses change, other settings stay. No mlx here."""
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_ring.cluster.hosts.host_file import HostFile, check_ssh_name, parse_hostfile, read_hostfile
+from mlx_ring.cluster.hosts.host_json import read_json
+from mlx_ring.errors import ConfigError
+
+SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+class HostFileEdit:
+    """The content of a host file, or of one to be made, until `save`."""
+
+    def __init__(self, path: Path, *, make: bool = False) -> None:
+        """`make`: whether the file may be missing. Raises: ConfigError for one with a mistake."""
+        self.path, self._subject = path, f"host file {path}"
+        self.file: HostFile | None = None
+        self._content: dict[str, Any] = {"backend": "ring", "envs": [], "hosts": []}
+        if path.exists() or not make:
+            self.file = read_hostfile(path)
+            content: Any = read_json(path, self._subject)
+            self._content |= content if isinstance(content, dict) else {"hosts": content}
+
+    @property
+    def names(self) -> list[str]:
+        """The machines listed, each once, in the order of their ranks."""
+        return self.file.names if self.file is not None else []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What is set on every host."""
+        return self.file.envs if self.file is not None else {}
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Of each machine listed."""
+        return {host.ssh: host.ips for host in self.file.hosts} if self.file is not None else {}
+
+    def refuse_several_addresses(self) -> None:
+        """Raises: ConfigError where hosts have more than one each, which only a person can choose."""
+        if any(len(ips) > 1 for ips in self.addresses.values()):
+            raise ConfigError(f"{self.path} gives several addresses a host: correct it by hand")
+
+    def refuse_listed(self, names: list[str]) -> None:
+        """Raises: ConfigError for a name that no host can have, or that is listed already."""
+        for name in names:
+            check_ssh_name("mlx-ring hosts add", name)
+            if name in self.names or names.count(name) > 1:
+                raise ConfigError(
+                    f"{name} is listed in {self.path} already; for two ranks there, write its line twice"
+                )
+
+    def add(self, name: str, address: str) -> None:
+        self._content["hosts"].append({"ssh": name, "ips": [address]})
+
+    def remove(self, names: tuple[str, ...]) -> None:
+        """Raises: ConfigError where one is not listed, or none would be left."""
+        for name in names:
+            if name not in self.names:
+                raise ConfigError(f"{name} is not listed in {self.path}; it has {', '.join(self.names)}")
+        rest = [entry for entry in self._content["hosts"] if entry["ssh"] not in names]
+        if not rest:
+            raise ConfigError(f"{names[-1]} is the last host of {self.path}; remove the file instead")
+        self._content["hosts"] = rest
+
+    def replace(self, file: HostFile) -> None:
+        """Other hosts, and their order."""
+        self._content["hosts"] = [{"ssh": host.ssh, "ips": list(host.ips)} for host in file.hosts]
+
+    def set_address(self, name: str, address: str) -> None:
+        for entry in self._content["hosts"]:
+            if entry["ssh"] == name:
+                entry["ips"] = [address]
+
+    def set_path(self, python: str) -> None:
+        """What `mlx.launch … train.py` needs on a host, where no login shell sets it: unless it is set."""
+        if "PATH" not in self.environment:
+            self._content["envs"] = [*self._content["envs"], path_variable(python)]
+
+    def save(self) -> None:
+        """One host a line. Nothing changes where the new content would be refused. Raises: ConfigError."""
+        self.file = parse_hostfile(self._content, self._subject)
+        *rest, hosts = sorted(self._content.items(), key=lambda item: item[0] == "hosts")
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rest]
+        entries = ",\n".join(f"    {json.dumps(entry)}" for entry in hosts[1])
+        lines.append(f'  "hosts": [\n{entries}\n  ]')
+        path = self.path.resolve()  # what a link leads to
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+            if path.exists():  # its variables may be secrets
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(f"{self._subject} cannot be written: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def path_variable(python: str = sys.executable) -> str:
+    """PATH=… with that interpreter's folder, where `train.py` and `mlx.launch` are installed too."""
+    return f"PATH={os.path.dirname(python)}:{SYSTEM_PATH}"  # noqa: PTH120 - of another host

@@ -1,0 +1,253 @@
+"""Builds the parts of a run, the same on every rank, and fills them with rank 0's weights."""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_flatten
+
+from mlx_ring.checkpoint.restore import Found, fill
+from mlx_ring.communication.agreement import agree, parameter_shapes, sha256_of
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.run_config import RunConfig
+from mlx_ring.data.dataset import DataSpec
+from mlx_ring.data.loader import Loader
+from mlx_ring.data.manager import DataManager
+from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.models import build_model
+from mlx_ring.models.losses import build_loss
+from mlx_ring.models.precision import build_forward
+from mlx_ring.models.requirements import check_outputs, check_parameters
+from mlx_ring.training import memory_manager
+from mlx_ring.training.evaluator import Evaluator
+from mlx_ring.training.exact import start_check as exactness
+from mlx_ring.training.exact.reproducible import make_reproducible
+from mlx_ring.training.gradient import MicroBatchGradient
+from mlx_ring.training.optimizers import build_optimizer, is_hidden_matrix
+from mlx_ring.training.parameter_authority import ParameterAuthority
+from mlx_ring.training.schedules import build_schedule
+from mlx_ring.training.strategies import Strategy, build_strategy
+from mlx_ring.training.trainer import Progress, Trainer
+from mlx_ring.training.work_split import WorkSplit
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass
+class Run:
+    """The parts of one run on one rank."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    strategy: Strategy
+    authority: ParameterAuthority
+    data: DataManager
+    evaluator: Evaluator
+    trained: Trainer | None  # None where the run only evaluates
+    first_gradient: str | None  # in exact mode: what this kind of machine makes of the first micro-batch
+
+    @property
+    def trainer(self) -> Trainer:
+        """Of a run that trains."""
+        assert self.trained is not None
+        return self.trained
+
+    def verify_replicas(self) -> str | None:
+        """A digest of the weights; None where the strategy lets ranks differ. Collective: every rank must
+        call. Raises: TrainingError where ranks that should hold equal weights do not."""
+        if not self.strategy.replicas_agree:
+            return None
+        return self.authority.verify(self.files()["model"], self.trainer.progress.step)
+
+    def files(self) -> dict[str, Arrays]:
+        """Everything that is saved, by file."""
+        return {
+            "model": dict(tree_flatten(self.model.parameters())),
+            "optimizer": dict(tree_flatten(self.optimizer.state)),
+            "strategy": self.strategy.state(),
+        }
+
+
+def build(config: RunConfig, communicator: Communicator, found: Found | None) -> Run:
+    """Build, agree, restore. Collective: every rank must call.
+
+    Raises: ConfigError or DataError, the same on every rank; ClusterError where the ranks do not agree;
+    CheckpointError where the checkpoint does not fit.
+    """
+    data, model, optimizer = _parts(config, communicator)
+    authority = _authority(config, communicator)
+    agree(communicator, _record(config, data, model))
+    strategy = _strategy(config, communicator, model)
+    forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
+    loss = build_loss(config.trainer.loss)
+    compiled = config.trainer.compile
+    gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=config.seed, compile=compiled)
+    first = _first_gradient(config, communicator, data, gradient)
+    progress = fill(config, communicator, authority, found, data.dataset.digest, model, optimizer, strategy)
+    strategy.setup(model, optimizer)
+    evaluator = Evaluator(
+        model,
+        data.dataset,
+        communicator,
+        forward=forward,
+        loss=loss,
+        micro_batch_size=config.evaluation.micro_batch_size or config.trainer.micro_batch_size,
+        compile=compiled,
+    )
+    trainer = None
+    if not config.evaluation.only:
+        split = _work_split(config, communicator)
+        trainer = Trainer(
+            model,
+            optimizer,
+            strategy,
+            communicator,
+            authority,
+            _loader(config, data, split.share(communicator.rank), progress),
+            gradient,
+            split,
+            progress=progress,
+            total_steps=config.trainer.steps,
+            global_batch_size=config.trainer.global_batch_size,
+            max_skipped_batches=config.trainer.max_skipped_batches,
+            issue_ahead=config.memory.issue_ahead,
+            counts_tokens=config.kind.name == "language",
+        )
+    return Run(model, optimizer, strategy, authority, data, evaluator, trainer, first)
+
+
+def _first_gradient(
+    config: RunConfig, communicator: Communicator, data: DataManager, gradient: MicroBatchGradient
+) -> str | None:
+    """In exact mode, that of the freshly drawn weights: what it depends on is the kind of machine alone."""
+    if config.communicator.name != "exact" or config.evaluation.only:
+        return None
+    digest, repeats, error = "", True, None
+    try:
+        digest, repeats = exactness.first_gradient(
+            gradient,
+            data.dataset.train,
+            seed=config.seed,
+            micro_batch_size=config.trainer.micro_batch_size,
+        )
+    except MlxRingError as caught:  # a sample that is damaged on one host
+        error = caught
+    communicator.agree_on_error(error)
+    exactness.compare(communicator, digest, repeats)
+    return digest
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    if config.optimizer.name == "muon" and not any(is_hidden_matrix(*item) for item in weights.items()):
+        raise ConfigError(
+            "optimizer=muon updates the matrices in the model's list `layers`, and there are none; call the "
+            "list of the model's blocks so, or choose optimizer=adamw"
+        )
+    peak, total_steps = config.optimizer.learning_rate, config.trainer.steps
+    optimizer = build_optimizer(
+        config.optimizer,
+        schedule=build_schedule(config.schedule, peak=peak, total_steps=total_steps),
+        global_batch_size=config.trainer.global_batch_size,
+    )
+    optimizer.init(model.trainable_parameters())
+    return optimizer
+
+
+def _authority(config: RunConfig, communicator: Communicator) -> ParameterAuthority:
+    return ParameterAuthority(
+        communicator,
+        total_steps=config.trainer.steps,
+        verify_every_steps=config.communicator.verify_every_steps,
+        evaluate_every_steps=config.evaluation.every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        save_every_seconds=config.checkpoint.every_seconds,
+    )
+
+
+def _strategy(config: RunConfig, communicator: Communicator, model: nn.Module) -> Strategy:
+    return build_strategy(
+        config.strategy.name,
+        communicator=communicator,
+        codec=config.communicator.name,
+        num_tensors=len(tree_flatten(model.trainable_parameters())),
+        num_micro_batches=config.trainer.num_micro_batches,
+        clip_gradient_norm=config.trainer.clip_gradient_norm,
+        compile=config.trainer.compile,
+    )
+
+
+def _work_split(config: RunConfig, communicator: Communicator) -> WorkSplit:
+    return WorkSplit(
+        config.trainer.num_micro_batches,
+        communicator.world_size,
+        measured=config.trainer.split.name == "measured",
+    )
+
+
+def _loader(config: RunConfig, data: DataManager, micro_batches: range, progress: Progress) -> Loader:
+    return data.loader(
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        micro_batches=micro_batches,
+        next_sample=progress.next_sample,
+    )
+
+
+def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
+    """A run's data on this rank. Collective: every rank must call. Raises: DataError or ConfigError."""
+    return DataManager(
+        config.data,
+        communicator,
+        kind=config.kind.name,
+        seed=config.seed,
+        model_maximum=getattr(config.model, "max_sequence_length", None),
+        targets_are_classes=_classifies(config),
+    )
+
+
+def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
+    """What a user's mistake can spoil; where it does on any rank, all say so together."""
+    data = open_data(config, communicator)
+    spec = data.dataset.spec
+    parts: tuple[nn.Module, Optimizer] | None = None
+    error: MlxRingError | None = None
+    try:
+        memory_manager.apply_limits(config.memory)
+        mx.random.seed(config.seed)  # the first weights are the seed's, whatever the data set drew
+        model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
+        if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
+            make_reproducible(model)
+        if config.memory.activation_checkpointing:
+            memory_manager.checkpoint_activations(model)
+        check_parameters(model)
+        build_loss(config.trainer.loss)
+        _try(config, spec, model)
+        parts = model, _optimizer(config, model)
+    except MlxRingError as caught:
+        error = caught
+    communicator.agree_on_error(error)
+    assert parts is not None
+    return data, *parts
+
+
+def _classifies(config: RunConfig) -> bool:
+    """Whether targets are classes and outputs their logits; a loss of one's own may read both otherwise."""
+    return config.trainer.loss == "cross_entropy"
+
+
+def _try(config: RunConfig, spec: DataSpec, model: nn.Module) -> None:
+    """One sample through the model."""
+    language = spec.kind == "language"
+    inputs = mx.zeros((1, *spec.input_shape), mx.int32 if language else mx.float32)
+    num_classes = spec.num_classes if _classifies(config) else None
+    check_outputs(model, config.model.name, inputs, each_position=language, num_classes=num_classes)
+
+
+def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:
+    """What every rank shows before the first weight moves, beside the program and the configuration."""
+    shapes = parameter_shapes(dict(tree_flatten(model.parameters())))
+    return {"host": socket.gethostname(), "data": data.dataset.digest, "parameters": sha256_of(shapes)}

@@ -1,0 +1,46 @@
+"""The steps between two rows of metrics."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_ring.training import memory_manager
+from mlx_ring.training.trainer import StepResult
+
+
+@dataclass
+class Interval:
+    """The steps between two rows of metrics: times and rates are means over them."""
+
+    results: list[StepResult] = field(default_factory=list[StepResult])
+    tokens_before: int = 0
+
+    def row(self, global_batch_size: int, world_size: int) -> dict[str, Any]:
+        """One `train` row, and the start of the next interval."""
+        last, count = self.results[-1], len(self.results)
+
+        def mean(name: str) -> float:
+            return sum(getattr(result, name) for result in self.results) / count
+
+        step_seconds = mean("step_seconds")
+        tokens = (last.tokens - self.tokens_before) / count
+        row = {
+            "step": last.step,
+            "samples": last.samples,
+            "tokens": last.tokens,
+            "loss": last.loss,
+            "learning_rate": last.learning_rate,
+            "gradient_norm": last.gradient_norm,
+            "step_seconds": step_seconds,
+            "compute_seconds": mean("compute_seconds"),
+            "communication_seconds": mean("communication_seconds"),
+            "data_seconds": mean("data_seconds"),
+            "samples_per_second": global_batch_size / step_seconds,
+            "tokens_per_second": tokens / step_seconds,
+            "peak_memory_bytes": memory_manager.peak_bytes(),
+            "world_size": world_size,
+            "wire_bytes": last.wire_bytes,
+            "wall_time": time.time(),
+        }
+        self.results, self.tokens_before = [], last.tokens
+        return row

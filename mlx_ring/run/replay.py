@@ -1,0 +1,148 @@
+"""Repeats a step of a run on this machine, alone, and holds it against what the run's record says of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_ring.checkpoint.manager import snapshot, to_host
+from mlx_ring.checkpoint.restore import Found
+from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.compose import recorded_run
+from mlx_ring.errors import CheckpointError, ConfigError
+from mlx_ring.run.builder import Run, build
+from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory.sinks.jsonl import read_rows
+
+Facts = dict[str, Any]  # of one step, by name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # told apart by identity
+class Repeated:
+    """One step that the record tells something of: its figures there, and the same ones here."""
+
+    step: int
+    recorded: Facts
+    here: Facts
+
+    @property
+    def agrees(self) -> bool:
+        return self.recorded == self.here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """`steps` are those compared on the way, the one asked for last; the rest is for the report."""
+
+    start: str
+    codec: str
+    world_size: int
+    steps: list[Repeated]
+
+
+def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
+    """Train from the newest checkpoint before `step`, or from the first weights, to `step`; write nothing.
+
+    `overrides` are Hydra's, for what lies elsewhere on this machine, such as data.path.
+
+    Raises: CheckpointError for no run there; ConfigError for a step that its record tells nothing of, and as
+    a resumed run does.
+    """
+    facts, world_sizes = _recorded_facts(directory)
+    if step not in facts:
+        _refuse(directory, step, facts)
+    found, config_record = _start(directory, step)
+    # Issued ahead, the weights would be those of the step after.
+    alone = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
+    config = recorded_run(config_record, *alone, *overrides)
+    if found is None and config.checkpoint.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before it "
+            "is left; choose a later step"
+        )
+    communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    run = build(config, communicator, found)
+    compared: list[Repeated] = []
+    try:
+        for result in run.trainer.steps():
+            recorded = {} if result.skipped else facts.get(result.step, {})
+            if recorded:
+                own = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+                here = {name: own[name] if name in own else _weights(run, name) for name in recorded}
+                compared.append(Repeated(step=result.step, recorded=recorded, here=here))
+            if result.step == step:
+                break
+    finally:
+        run.trainer.close()
+    if not compared or compared[-1].step != step:
+        raise ConfigError(
+            f"--step {step}: the configuration saved with the run ends before it, at trainer.steps="
+            f"{config.trainer.steps}; choose an earlier step"
+        )
+    later = [size for number, size in sorted(world_sizes.items()) if number >= step]
+    return Replay(
+        start=found.path.name if found else "the first weights",
+        codec=config.communicator.name,
+        world_size=[*later, *world_sizes.values(), 1][0],
+        steps=compared,
+    )
+
+
+def _recorded_facts(directory: Path) -> tuple[dict[int, Facts], dict[int, int]]:
+    """What metrics.jsonl, digests.jsonl and the manifests say of each step's outcome; the world sizes."""
+    facts: dict[int, Facts] = {}
+    world_sizes: dict[int, int] = {}
+    try:
+        for row in read_rows(directory / "metrics.jsonl"):
+            if row["kind"] == "train":
+                figures = {name: row[name] for name in ("loss", "gradient_norm")}
+                facts.setdefault(row["step"], {}).update(figures)
+                world_sizes[row["step"]] = row["world_size"]
+        if (directory / "digests.jsonl").exists():
+            for row in read_rows(directory / "digests.jsonl"):
+                facts.setdefault(row["step"], {})["weights_digest"] = row["weights"]
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}; give a run's directory") from None
+    for checkpoint in checkpoint_format.scan(directory / "checkpoints"):
+        try:
+            digest = checkpoint_format.read_manifest(checkpoint).get("parameters_sha256")
+        except CheckpointError:
+            continue
+        facts.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
+    return facts, world_sizes
+
+
+def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
+    known = sorted(facts)
+    near = sorted(known, key=lambda other: abs(other - step))[:2]
+    reached = f"steps {known[0]} to {known[-1]}" if known else "no step"
+    raise ConfigError(
+        f"--step {step}: the record of {directory} tells nothing of it (it tells of {reached}); "
+        f"choose {' or '.join(map(str, sorted(near))) or 'another run'}, or log more often "
+        "(metrics.log_every_steps)"
+    )
+
+
+def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
+    """The newest valid checkpoint before `step`, None for the first weights; and the configuration that the
+    step was made with, which a resume may have changed: that of the first checkpoint not before it."""
+    present = checkpoint_format.scan(directory / "checkpoints")  # newest first
+    before = [path for path in present if checkpoint_format.step_of(path) < step]
+    path, manifest, problems = checkpoint_format.newest_valid(before)
+    found = None if path is None else Found(path=path, manifest=manifest, problems=problems, own=True)
+    for other in [*reversed(present[: len(present) - len(before)]), *before]:
+        try:
+            return found, checkpoint_format.read_manifest(other)["config"]
+        except (CheckpointError, KeyError):
+            continue
+    raise CheckpointError(f"{directory} has no usable checkpoint, which would hold its configuration")
+
+
+def _weights(run: Run, name: str) -> str:
+    """A digest of the weights as they are: what the replicas were compared by, or the checkpoint's."""
+    if name == "weights_digest":
+        return str(run.verify_replicas())
+    arrays = run.files()["model"]
+    return checkpoint_format.parameters_sha256(
+        {path: to_host(snapshot(array), array.dtype) for path, array in arrays.items()}
+    )

@@ -1,0 +1,15 @@
+"""Where metrics go: plain dictionaries in, files and screens out. No mlx here."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+__all__ = ["Row", "Value", "finished_steps"]
+
+Value: TypeAlias = "float | int | str | bool | Sequence[Value] | Mapping[str, Value] | None"
+Row: TypeAlias = Mapping[str, Value]
+
+
+def finished_steps(row: Row) -> int:
+    """Finished updates when the row was made; 0 where it does not say."""
+    step = row.get("step")
+    return step if isinstance(step, int) else 0

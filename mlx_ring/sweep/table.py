@@ -1,0 +1,170 @@
+"""What a sweep leaves in its directory: sweep.csv, a row a job, written whenever a job ends. No mlx here."""
+
+import csv
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_ring.config.redaction import redacted
+from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
+from mlx_ring.run_directory.sinks.jsonl import read_rows
+from mlx_ring.run_directory.status import RunStatus
+
+TABLE = "sweep.csv"
+# Of the last evaluation.
+FIGURES = ("step", "loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
+WORDS = ("null", "true", "false", "nan", "inf")  # that are no text in an override
+COLUMNS = ("job", "overrides", "state", "exit_status", *FIGURES, "message", "directory")
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One job's."""
+
+    number: int
+    overrides: tuple[str, ...]
+    directory: Path
+    state: str = "pending"  # or completed, pruned, stopped, failed
+    exit_status: int | None = None
+    message: str = ""
+    evaluation: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def cells(self) -> dict[str, object]:
+        known = {name: self.evaluation.get(name, "") for name in FIGURES}
+        return {
+            "job": self.number, "overrides": shlex.join(map(redacted, self.overrides)), "state": self.state,
+            "exit_status": "" if self.exit_status is None else self.exit_status, **known,
+            "message": self.message, "directory": self.directory,
+        }  # fmt: skip
+
+
+class SweepRecord:
+    """The table of one sweep."""
+
+    def __init__(self, directory: Path, rows: list[Row]) -> None:
+        """`rows` take what an earlier start of this sweep knew of them.
+
+        Raises: ConfigError where there was another sweep, or where it cannot be written.
+        """
+        self.directory = directory
+        self.rows = {row.number: row for row in rows}
+        try:
+            self._before = {int(row["job"]): row for row in read_table(directory)}
+            for row in rows:
+                self._recall(row, self._before.get(row.number, {"state": "pending"}))
+            self.write()
+        except OSError as error:
+            raise ConfigError(
+                f"hydra.sweep.dir {directory} cannot be written: {error.strerror}; choose another"
+            ) from None
+
+    def _recall(self, row: Row, before: dict[str, str]) -> None:
+        if before["state"] == "pending":
+            return
+        now = row.cells["overrides"]
+        if before["overrides"] != now:
+            raise ConfigError(
+                f"job {row.number} of the sweep in {self.directory} had {before['overrides']!r}, and now has "
+                f"{now!r}; choose another hydra.sweep.dir"
+            )
+        row.state, row.exit_status, row.message = (
+            before["state"],
+            int(before["exit_status"]),
+            before["message"],
+        )
+        row.evaluation = {
+            name: float(before[name]) if "." in before[name] else int(before[name])
+            for name in FIGURES
+            if re.fullmatch(r"[0-9.e+-]+", before[name])
+        }
+
+    def is_finished(self, row: Row) -> bool:
+        """Whether an earlier start of this sweep has done the job, and nobody has removed it since."""
+        status = RunStatus.read(row.directory)
+        if status is None:  # of other hosts, which could not be asked for its record
+            return row.state == "completed" and (row.directory / "hosts.json").exists()
+        return (row.state, status["state"]) in (("completed", "completed"), ("pruned", "stopped"))
+
+    def write(self) -> None:
+        """Keep how the jobs stand; those that belong to other starts of this sweep stay as they are."""
+        rows: dict[int, dict[str, object]] = {number: dict(row) for number, row in self._before.items()}
+        rows |= {number: row.cells for number, row in self.rows.items()}
+        temporary = self.directory / f".{TABLE}-{os.getpid()}"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows([row[name] for name in COLUMNS] for _, row in sorted(rows.items()))
+        temporary.replace(self.directory / TABLE)
+
+
+def read_table(directory: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table, if there is one. Raises: ConfigError for another file; OSError."""
+    path = directory / TABLE
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if any(set(row) != set(COLUMNS) or not row["job"].isdigit() for row in rows):
+        raise ConfigError(f"{path} is not the table of a sweep; choose another hydra.sweep.dir")
+    return rows
+
+
+def failure(row: Row, directory: Path) -> JobFailed | None:
+    """What is to be raised of a job that did not complete."""
+    if row.state in ("completed", "pruned"):
+        return None
+    again = f"the same command with hydra.sweep.dir={quoted(str(directory))} goes on"
+    status = EXIT_STOPPED if row.exit_status is None else row.exit_status
+    why = "not started" if row.exit_status is None else f"{row.state}, status {status}"
+    return JobFailed(f"job {row.number} {why}: {row.message or 'see ' + str(row.directory)}; {again}", status)
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar of overrides wants it."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@:+-]*", value) and value.lower() not in WORDS:
+        return value
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
+    return f"'{escaped}'"
+
+
+def show(directory: Path) -> None:
+    """The table for people: of the overrides those in which jobs differ."""
+    rows = read_table(directory)
+    typed = [shlex.split(row["overrides"]) for row in rows]
+    common = set[str].intersection(*map(set, typed)) if len(rows) > 1 else set[str]()
+    for row, overrides in zip(rows, typed, strict=True):
+        row["overrides"] = " ".join(item for item in overrides if item not in common)
+    shown = [name for name in COLUMNS[:-1] if any(row[name] for row in rows)]
+    table = Table(*shown, title=str(directory / TABLE))
+    for row in rows:
+        table.add_row(*(_short(row[name]) for name in shown))
+    console = Console(width=max(Console().width, 120), markup=False, emoji=False, highlight=False)
+    console.print(table)
+
+
+def _short(cell: str) -> str:
+    return f"{float(cell):.5g}" if re.fullmatch(r"[0-9]+\.[0-9]+(e[+-]?[0-9]+)?", cell) else cell
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    """The figures of a run's evaluations so far, in order; without those that are no numbers."""
+    try:
+        rows = read_rows(run / "metrics.jsonl")
+    except OSError:
+        return []
+    return [
+        {name: row[name] for name in FIGURES if row.get(name) is not None}
+        for row in rows
+        if row["kind"] == "evaluation"
+    ]
+
+
+def last_evaluation(run: Path) -> dict[str, float]:
+    """The figures of the newest one; none where there is none."""
+    return next(reversed(evaluations(run)), {})

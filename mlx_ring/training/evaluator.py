@@ -1,0 +1,112 @@
+"""The continuous evaluator: one mean over the whole held-out set, the same in any split."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_ring.communication.communicator import Communicator
+from mlx_ring.data.sources import Dataset
+from mlx_ring.models.losses import sum_of_losses
+from mlx_ring.models.precision import Forward
+
+Loss = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Means over the held-out set, weighted by targets; accuracy for classes, perplexity for tokens."""
+
+    loss: float
+    samples: int
+    seconds: float
+    accuracy: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+
+    def row(self) -> dict[str, float]:
+        """The figures that this kind of model has."""
+        figures = {
+            "loss": self.loss, "accuracy": self.accuracy, "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte, "samples": self.samples, "seconds": self.seconds,
+        }  # fmt: skip
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+class Evaluator:
+    """Evaluates a model on the held-out set, micro-batches dealt round-robin to ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        communicator: Communicator,
+        *,
+        forward: Forward,
+        loss: Loss,
+        micro_batch_size: int,
+        compile: bool,
+    ) -> None:
+        self._model, self._dataset, self._communicator = model, dataset, communicator
+        self._forward, self._loss, self._micro_batch_size = forward, loss, micro_batch_size
+        self.micro_batches = 0  # evaluated so far: a sign of life
+        self._compiled = mx.compile(self._sums, inputs=[model.state]) if compile else self._sums
+
+    def evaluate(self) -> Evaluation:
+        """Collective: every rank must call, with equal weights.
+
+        The sums of single micro-batches are gathered and added with one exact rounding (`math.fsum`), so
+        their order, and with it the number of ranks, changes nothing.
+        """
+        start = time.perf_counter()
+        samples = len(self._dataset.held_out)
+        self._model.eval()
+        losses: list[float] = []
+        counted = correct = 0
+        step = self._micro_batch_size * self._communicator.world_size
+        for first in range(self._communicator.rank * self._micro_batch_size, samples, step):
+            indices = np.arange(first, min(first + self._micro_batch_size, samples))
+            inputs, targets = self._dataset.held_out.batch(indices)
+            sums: Any = self._compiled(mx.array(inputs), mx.array(targets))
+            mx.eval(sums)
+            self.micro_batches += 1
+            losses.append(sums[0].item())
+            counted += sums[1].item()
+            correct += sums[2].item()
+        self._model.train()
+        total_loss = math.fsum(self._communicator.gather_floats(losses))
+        totals = self._communicator.gather_objects([counted, correct])
+        counted, correct = sum(pair[0] for pair in totals), sum(pair[1] for pair in totals)
+        mean = total_loss / max(counted, 1)
+        seconds = time.perf_counter() - start
+        if self._dataset.spec.kind == "classifier":
+            accuracy = correct / max(counted, 1) if correct >= 0 else None
+            return Evaluation(loss=mean, samples=samples, seconds=seconds, accuracy=accuracy)
+        width = self._dataset.bytes_per_target
+        return Evaluation(
+            loss=mean,
+            samples=samples,
+            seconds=seconds,
+            perplexity=math.exp(min(mean, 700.0)),  # e^700 is the largest float
+            bits_per_byte=None if width is None else mean / math.log(2) / width,
+        )
+
+    def _sums(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Sum of losses, number of targets, number of them predicted right, of one micro-batch.
+
+        The last is negative where targets are no classes: a model with its own loss may learn real numbers.
+        """
+        masters = self._model.parameters()
+        outputs = self._forward(self._model.trainable_parameters(), inputs)
+        self._model.update(masters)
+        loss, count = sum_of_losses(self._loss, outputs, targets)
+        right = mx.array(-1)
+        classes = self._dataset.spec.kind == "classifier" and mx.issubdtype(targets.dtype, mx.integer)
+        if classes and outputs.ndim == targets.ndim + 1:
+            right = ((outputs.argmax(axis=-1) == targets) & (targets >= 0)).sum()
+        return loss, count, right
