@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import ENVIRONMENT_PATH, Cluster
+from emulated_hosts import ENVIRONMENT_PATH, Cluster
 from fault_runs import FOR_EVER, ROOT, TimedRun
 from fault_trials import Seen, Trial, assert_same, at_a_random_step, false_alarms, goes_on
 

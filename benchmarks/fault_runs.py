@@ -20,13 +20,13 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # where faulty.py is
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"  # where broken_data.py is
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run"]
 TINY = (
     "run.dir=run", "communicator=exact", "trainer.global_batch_size=32", "trainer.micro_batch_size=4",
     "trainer.compile=false", "model.hidden_sizes=[16]", "model.dropout=0", "metrics.tensorboard=false",
     "evaluation.every_steps=null", "metrics.log_every_steps=1", "checkpoint.every_steps=20", "data=custom",
-    "data.import_path=faulty:build", "data.prefetch=1", "schedule=constant",
+    "data.import_path=broken_data:build", "data.prefetch=1", "schedule=constant",
 )  # fmt: skip
 STEP = re.compile(r"\] step (\d+)/")
 FOR_EVER = "trainer.steps=1000000"

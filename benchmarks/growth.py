@@ -26,8 +26,8 @@ import psutil
 from page import Curves
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-from cluster import AVAILABLE, ENVIRONMENT_PATH, Cluster  # noqa: E402
+sys.path.insert(0, str(HERE.parent / "tests/support"))
+from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, Cluster  # noqa: E402
 
 RANKS_PROGRAM = str(HERE / "growth_ranks.py")
 TRAIN = [sys.executable, str(HERE.parent / "train.py")]

@@ -1,0 +1,355 @@
+"""Text becomes tokens once, the same everywhere, or the file and line that cannot be read are named."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import SUPPORT
+
+from mlx_ring.config.choices import TextData, Tokenizer
+from mlx_ring.data.documents import BLOCK_BYTES
+from mlx_ring.data.sources import Dataset, open_dataset, prepare
+from mlx_ring.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of texts, written by `write`."""
+    (tmp_path / "texts").mkdir()
+    return tmp_path / "texts"
+
+
+def write(folder: Path, **texts: str | bytes) -> Path:
+    """Files by name; __ stands for a folder's /."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return folder
+
+
+def text_config(path: Path, cache: Path, **changes: Any) -> TextData:
+    values: dict[str, Any] = {
+        "sequence_length": None, "held_out_fraction": 0.25, "distribute": False, "pattern": "**/*.txt",
+        "exclude": [], "tokenizer": Tokenizer["bytes"], "vocabulary_size": 300,
+    }  # fmt: skip
+    return TextData(name="text", prefetch=4, path=str(path), cache_dir=str(cache), **(values | changes))
+
+
+def opened(config: TextData, sequence_length: int = 4) -> Dataset:
+    return open_dataset(
+        config, kind="language", seed=0, sequence_length=sequence_length, files=prepare(config)
+    )
+
+
+def stored(files: dict[str, Path]) -> tuple[dict[str, Any], np.ndarray]:
+    side_car = json.loads(files["side_car"].read_text())
+    return side_car, np.fromfile(files["tokens"], side_car["dtype"])
+
+
+def byte_text(config: TextData) -> bytes:
+    return stored(prepare(config))[1].tobytes()
+
+
+# Bytes
+
+
+def test_bytes_are_the_text_with_a_nul_between_documents(folder: Path, cache: Path) -> None:
+    write(folder, b="zweite Größe\r\n", a="first", c__a="third", empty="")
+    files = prepare(text_config(folder, cache))
+    side_car, tokens = stored(files)
+    expected = "first\0zweite Größe\r\n\0third".encode()
+    assert tokens.tobytes() == expected
+    assert side_car.pop("source") == "3 files of texts"
+    assert side_car == {
+        "format_version": 1,
+        "dtype": "uint8",
+        "vocabulary_size": 256,
+        "vocabulary_sha256": hashlib.sha256(bytes(range(256))).hexdigest(),
+        "tokens": len(expected),
+        "sha256": hashlib.sha256(expected).hexdigest(),
+        "bytes": len(expected),
+        "tokenizer": "bytes",
+    }
+    dataset = opened(text_config(folder, cache))
+    assert dataset.spec.num_classes == 256 and dataset.bytes_per_target == 1.0
+    assert dataset.train.batch(np.array([0]))[0].tolist() == [list(b"firs")]
+
+
+def test_a_text_longer_than_a_block_is_kept_whole(folder: Path, cache: Path) -> None:
+    text = "é" + "x" * (BLOCK_BYTES - 4) + "€" * BLOCK_BYTES  # characters lie across the ends of blocks
+    assert byte_text(text_config(write(folder, a=text), cache)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "exclude", "expected"),
+    [
+        ("**/*.txt", [], "a\0b\0c\0d"),
+        ("*.txt", [], "a\0b"),
+        ("sub/**/*.txt", [], "c\0d"),
+        ("**/*.txt", ["sub/**"], "a\0b"),
+        ("**/*.txt", ["**/deep/**", "b.txt"], "a\0c"),
+        ("**", ["*.md"], "a\0b\0c\0d"),
+    ],
+)
+def test_files_are_chosen_by_globs(
+    folder: Path, cache: Path, pattern: str, exclude: list[str], expected: str
+) -> None:
+    write(folder, a="a", b="b", sub__c="c", sub__deep__d="d")
+    (folder / "notes.md").write_text("not a text")
+    config = text_config(folder, cache, pattern=pattern, exclude=exclude)
+    assert byte_text(config) == expected.encode()
+
+
+def test_a_link_to_a_parent_folder_repeats_nothing(folder: Path, cache: Path) -> None:
+    write(folder, a="a", sub__b="b")
+    (folder / "sub" / "loop").symlink_to(folder)
+    assert byte_text(text_config(folder, cache)) == b"a\0b"
+
+
+def test_one_file_may_have_any_name(folder: Path, cache: Path) -> None:
+    (folder / "book.md").write_text("words")
+    assert byte_text(text_config(folder / "book.md", cache)) == b"words"
+
+
+def test_home_is_expanded(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    write(folder, a="words")
+    files = prepare(text_config(Path("~/a.txt"), Path("~/cache")))
+    assert files["tokens"].parent == folder / "cache"
+
+
+# The cache
+
+
+def test_a_text_is_prepared_once(folder: Path, cache: Path) -> None:
+    config = text_config(write(folder, a="some words"), cache)
+    first = prepare(config)
+    before = {name: path.stat().st_ino for name, path in first.items()}
+    second = prepare(config)
+    assert first == second and before == {name: path.stat().st_ino for name, path in second.items()}
+    assert not list(cache.glob("*.preparing"))
+
+
+def test_a_changed_text_never_gives_stale_tokens(folder: Path, cache: Path) -> None:
+    config = text_config(write(folder, a="some words"), cache)
+    old = opened(config)
+    times = (folder / "a.txt").stat()
+    write(folder, a="same size!")
+    os.utime(folder / "a.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert byte_text(config) == b"same size!" and opened(config).digest != old.digest
+
+
+def test_equal_text_has_an_equal_digest_wherever_it_lies(tmp_path: Path) -> None:
+    for host in ("one", "two"):
+        write(tmp_path / host / "texts", a="the first text, " * 5, b="the second text, " * 5)
+    digests: list[str] = []
+    for tokenizer in Tokenizer:
+        here, there = (
+            opened(text_config(tmp_path / host / "texts", tmp_path / host / "cache", tokenizer=tokenizer))
+            for host in ("one", "two")
+        )
+        assert here.digest == there.digest
+        digests.append(here.digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_cached_file_that_was_damaged_is_made_again(folder: Path, cache: Path) -> None:
+    config = text_config(write(folder, a="some words"), cache)
+    files = prepare(config)
+    for name, damage in (("tokens", b"some"), ("side_car", b"{")):
+        files[name].write_bytes(damage)
+        assert byte_text(config) == b"some words"
+    files["tokens"].with_suffix(".preparing").mkdir()  # as a killed run leaves it
+    files["side_car"].unlink()
+    assert byte_text(config) == b"some words"
+
+
+def test_a_failed_preparation_leaves_nothing_behind(folder: Path, cache: Path) -> None:
+    with pytest.raises(DataError):
+        prepare(text_config(write(folder, a="good", b=b"bad \xff"), cache))
+    assert [path.suffix for path in cache.iterdir()] in ([], [".lock"])
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {support!r})
+from test_text import Tokenizer, prepare, text_config
+print("ready", flush=True)
+sys.stdin.readline()
+files = prepare(text_config(Path({folder!r}), Path({cache!r}), tokenizer=Tokenizer["bpe"]))
+print(files["tokens"].stat().st_ino, files["tokenizer"].stat().st_ino)
+"""
+
+
+def test_processes_that_start_together_prepare_once(folder: Path, cache: Path) -> None:
+    write(folder, a="the cat sat on the mat\n" * 2000)
+    code = PREPARE.format(support=str(SUPPORT), folder=str(folder), cache=str(cache))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    made = {process.communicate()[0] for process in processes}
+    assert len(made) == 1 and all(process.returncode == 0 for process in processes)
+
+
+# BPE
+
+
+def decoded(files: dict[str, Path]) -> list[str]:
+    """The documents, as the saved tokenizer reads the tokens."""
+    from tokenizers import Tokenizer as BPETokenizer
+
+    tokenizer: Any = BPETokenizer.from_file(str(files["tokenizer"]))
+    _, tokens = stored(files)
+    separators = np.flatnonzero(tokens == tokenizer.token_to_id("<|end_of_text|>"))
+    parts = np.split(tokens, separators)
+    ids = [parts[0], *(part[1:] for part in parts[1:])]
+    return [tokenizer.decode(part.tolist(), skip_special_tokens=False) for part in ids]
+
+
+def test_bpe_gives_back_every_document(folder: Path, cache: Path) -> None:
+    texts = [
+        "the cat sat on the mat, the cat sat\n" * 200,
+        "Größe, 猫 and 🎉 with <|end_of_text|> inside\r\n\ttabs  and   spaces ",
+        "one line without an end " * (BLOCK_BYTES // 5),
+    ]
+    config = text_config(write(folder, a=texts[0], b=texts[1], c=texts[2]), cache, tokenizer=Tokenizer["bpe"])
+    files = prepare(config)
+    assert decoded(files) == texts
+    side_car, tokens = stored(files)
+    assert side_car["dtype"] == "uint16" and 257 < side_car["vocabulary_size"] <= 300
+    assert side_car["vocabulary_sha256"] == hashlib.sha256(files["tokenizer"].read_bytes()).hexdigest()
+    assert side_car["bytes"] == sum(len(text.encode()) for text in texts) + 2
+    assert len(tokens) < side_car["bytes"] / 2
+
+
+def test_bytes_per_target_counts_the_held_out_text(folder: Path, cache: Path) -> None:
+    """The end of the text is harder to compress than the rest, so the mean of the whole would be wrong."""
+    texts = {"a": "the cat sat on the mat " * 300, "b": "Qj%7 zK!2 wX#9 pV&4 " * 20}
+    config = text_config(write(folder, **texts), cache, tokenizer=Tokenizer["bpe"], held_out_fraction=0.1)
+    files = prepare(config)
+    side_car, tokens = stored(files)
+    from tokenizers import Tokenizer as BPETokenizer
+
+    tokenizer: Any = BPETokenizer.from_file(str(files["tokenizer"]))
+    targets = tokens[len(tokens) - round(len(tokens) * 0.1) + 1 :].tolist()
+    expected = len(tokenizer.decode(targets).encode()) / len(targets)
+    dataset = opened(config)
+    assert dataset.bytes_per_target == pytest.approx(expected)
+    assert abs(expected - side_car["bytes"] / side_car["tokens"]) > 0.1
+    counted = dataset.held_out.batch(np.arange(len(dataset.held_out)))[1]
+    assert (counted >= 0).sum() == len(targets)
+
+
+def test_bpe_settings_are_part_of_the_cache_name(folder: Path, cache: Path) -> None:
+    write(folder, a="the cat sat on the mat, a cat and a mat\n" * 50)
+    names = {
+        prepare(text_config(folder, cache, tokenizer=Tokenizer[tokenizer], vocabulary_size=size))["tokens"]
+        for tokenizer, size in (("bpe", 260), ("bpe", 270), ("bytes", 260), ("bytes", 270))
+    }
+    assert len(names) == 3
+
+
+def test_a_missing_tokenizers_package_names_the_extra(folder: Path, cache: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    config = text_config(write(folder, a="words"), cache, tokenizer=Tokenizer["bpe"])
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe.*mlx-ring\[text\]"):
+        prepare(config)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("tokenizer", list(Tokenizer))
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"good\nline \xff bad", "line 2: byte 0xff"),
+        (b"good\n\nthe end is cut \xc3", "line 3: byte 0xc3"),
+        (b"a\n" * BLOCK_BYTES + b"\xed\xa0\x80", f"line {BLOCK_BYTES + 1}: byte 0xed"),
+        (b"a\nb\nc\0", "line 3: a NUL byte"),
+        (b"a\n" * BLOCK_BYTES + b"\0", f"line {BLOCK_BYTES + 1}: a NUL byte"),
+    ],
+)
+def test_what_is_not_text_is_named_by_file_and_line(
+    folder: Path, cache: Path, content: bytes, line: str, tokenizer: Tokenizer
+) -> None:
+    write(folder, a="good", b=content)
+    with pytest.raises(DataError, match=rf"b\.txt, {line}"):
+        prepare(text_config(folder, cache, tokenizer=tokenizer))
+
+
+def test_no_text_is_named_by_path_and_pattern(folder: Path, cache: Path) -> None:
+    write(folder, empty="")
+    with pytest.raises(DataError, match=r"texts holds no text.*data\.pattern=\*\*/\*\.txt"):
+        prepare(text_config(folder, cache))
+    with pytest.raises(DataError, match=r"empty\.txt holds no text"):
+        prepare(text_config(folder / "empty.txt", cache))
+    with pytest.raises(DataError, match=r"data\.path=.*absent does not exist"):
+        prepare(text_config(folder / "absent", cache))
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    config = text_config(write(folder, a="words"), tmp_path / "file" / "cache")
+    with pytest.raises(ConfigError, match=r"cannot be kept in .*file/cache.*data\.cache_dir"):
+        prepare(config)
+
+
+def test_text_is_for_language_models(folder: Path, cache: Path) -> None:
+    config = text_config(write(folder, a="words"), cache)
+    with pytest.raises(ConfigError, match=r"data=text .*classifier; choose model=transformer"):
+        open_dataset(config, kind="classifier", seed=0, sequence_length=None, files=prepare(config))
+
+
+# Memory
+
+LARGE_TEXT = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {support!r})
+from test_text import Tokenizer, prepare, text_config
+prepare(text_config(Path({small!r}), Path({cache!r}), tokenizer=Tokenizer[{tokenizer!r}]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prepare(text_config(Path({large!r}), Path({cache!r}), tokenizer=Tokenizer[{tokenizer!r}]))
+growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(growth * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "size_bytes", "most_bytes"),
+    [("bytes", 200e6, 30e6), pytest.param("bpe", 20e6, 100e6, marks=pytest.mark.long)],
+)
+def test_a_large_text_is_prepared_in_little_memory(
+    folder: Path, cache: Path, tokenizer: str, size_bytes: float, most_bytes: float
+) -> None:
+    line = "the cat sat on the mat and looked at the moon\n"
+    write(folder, small=line, large=line * round(size_bytes / len(line)))
+    small, large = str(folder / "small.txt"), str(folder / "large.txt")
+    code = LARGE_TEXT.format(
+        support=str(SUPPORT), small=small, large=large, cache=str(cache), tokenizer=tokenizer
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert int(output) < most_bytes
