@@ -16,12 +16,12 @@ from mlx_ring.checkpoint.disk_copy import RecordCopy
 from mlx_ring.checkpoint.file_transfer import Part, Writing, read, send
 from mlx_ring.checkpoint.restore import refuse_another_run
 from mlx_ring.checkpoint.shared_disks import find_writers
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError, agreed
 from mlx_ring.run_directory.directory import RunDirectory, is_record_name
 
-Arrays = dict[str, mx.array]
 SMALL_BYTES = 2**20  # what the record gained since the last save, where it travels with the facts
 
 

@@ -4,16 +4,14 @@ import contextlib
 import logging
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_ring.checkpoint.file_transfer import Writing
 from mlx_ring.checkpoint.manager import CheckpointManager
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.errors import ConfigError, DirectoryInUse
 from mlx_ring.run_directory.directory import RunDirectory
 from mlx_ring.run_directory.sinks.jsonl import JSONLSink
 
 log = logging.getLogger(__name__)
-Arrays = dict[str, mx.array]
 
 
 class RecordCopy:

@@ -12,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.errors import CheckpointError
 from mlx_ring.run_directory import checkpoint_files as disk
 from mlx_ring.run_directory.checkpoint_files import HostArray, HostArrays
 
 log = logging.getLogger(__name__)
-Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)

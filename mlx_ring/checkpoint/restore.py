@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_ring.checkpoint import manager as checkpoints
 from mlx_ring.cluster.rank.protocol import REACHED
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
 from mlx_ring.config.run_config import RunConfig
@@ -21,8 +21,6 @@ from mlx_ring.run_directory.directory import RunDirectory
 from mlx_ring.training.parameter_authority import ParameterAuthority
 from mlx_ring.training.strategies import Strategy
 from mlx_ring.training.trainer import Progress
-
-Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ import mlx.core as mx
 
 import mlx_ring
 from mlx_ring.cluster.hosts.host_probe import digest
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.communication.machine import MLX_VERSION
 from mlx_ring.errors import ClusterError, agreed
 
-Arrays = dict[str, mx.array]
 REMEDIES = {
     "mlx_ring": "install the same version on every host",
     "source": "a checkout is stale: bring every host to the same commit",

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ring.checkpoint.restore import Found, fill
 from mlx_ring.communication.agreement import agree, parameter_shapes, sha256_of
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.data.dataset import DataSpec
@@ -32,8 +33,6 @@ from mlx_ring.training.schedules import build_schedule
 from mlx_ring.training.strategies import Strategy, build_strategy
 from mlx_ring.training.trainer import Progress, Trainer
 from mlx_ring.training.work_split import WorkSplit
-
-Arrays = dict[str, mx.array]
 
 
 @dataclass

@@ -11,8 +11,9 @@ from typing import Any
 
 from mlx_ring import __version__
 from mlx_ring.checkpoint.copies import Copies, CopyFailure
-from mlx_ring.checkpoint.manager import Arrays, CheckpointManager, Saved
+from mlx_ring.checkpoint.manager import CheckpointManager, Saved
 from mlx_ring.checkpoint.restore import Found
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.machine import MLX_VERSION
 from mlx_ring.config.redaction import flatten, to_yaml
 from mlx_ring.config.resume_rules import look_ups_sha256

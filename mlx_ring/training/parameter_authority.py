@@ -9,7 +9,8 @@ gradient's own reduction.
 import time
 from dataclasses import dataclass
 
-from mlx_ring.communication.agreement import Arrays, checksums, odd_one_out, sha256_of
+from mlx_ring.communication.agreement import checksums, odd_one_out, sha256_of
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import TrainingError, agreed
 

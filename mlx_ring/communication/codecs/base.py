@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 
 import mlx.core as mx
 
-Arrays = dict[str, mx.array]
+from mlx_ring.communication.arrays import Arrays
+
 Total = tuple[Arrays, Arrays]  # what is added over ranks; what `maxima` are taken of
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_ring.communication.codecs.base import Arrays, Codec, Total, added
+from mlx_ring.communication.arrays import Arrays
+from mlx_ring.communication.codecs.base import Codec, Total, added
 from mlx_ring.communication.codecs.fixed_point import (
     LARGEST_EXPONENT,
     LEAST_EXPONENT,

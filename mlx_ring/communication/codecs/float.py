@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from mlx_ring.communication.codecs.base import Arrays, Codec
+from mlx_ring.communication.arrays import Arrays
+from mlx_ring.communication.codecs.base import Codec
 
 
 class NativeCodec(Codec):

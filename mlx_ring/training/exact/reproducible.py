@@ -22,7 +22,7 @@ from mlx_ring.communication.codecs.fixed_point import (
 )
 from mlx_ring.models.transformer import Attention, fused_attention
 
-Arrays = tuple[mx.array, ...]
+Inputs = tuple[mx.array, ...]
 
 
 def make_reproducible(model: nn.Module) -> int:
@@ -111,7 +111,7 @@ def attention(query: mx.array, key: mx.array, value: mx.array, *, scale: float) 
     return _attention(query, key, value, scale=scale)
 
 
-def _attention_gradients(primals: Arrays, cotangent: mx.array, output: mx.array, *, scale: float) -> Arrays:
+def _attention_gradients(primals: Inputs, cotangent: mx.array, output: mx.array, *, scale: float) -> Inputs:
     query, key, value = primals
     batch, _, length, width = query.shape
 
@@ -157,7 +157,7 @@ def embedding_rows(weight: mx.array, tokens: mx.array) -> mx.array:
     return _embedding_rows(weight, tokens)
 
 
-def _embedding_gradients(primals: Arrays, cotangent: mx.array, _: Any) -> Arrays:
+def _embedding_gradients(primals: Inputs, cotangent: mx.array, _: Any) -> Inputs:
     weight, tokens = primals
     # mx.checkpoint asks for a gradient of all arguments.
     return _row_sums(cotangent, tokens, weight.shape).astype(weight.dtype), mx.zeros_like(tokens)

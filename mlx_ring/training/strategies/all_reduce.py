@@ -10,9 +10,10 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.codecs.base import Codec, Total
 from mlx_ring.communication.communicator import Communicator
-from mlx_ring.training.strategies.base import Arrays, Reduced, Share, Strategy
+from mlx_ring.training.strategies.base import Reduced, Share, Strategy
 
 NUMBERS = "numbers of the batch"  # the wire's name for what is no gradient; no parameter's path has spaces
 

@@ -8,9 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.codecs.base import Total
-
-Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)

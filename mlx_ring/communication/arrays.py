@@ -1,0 +1,5 @@
+"""Arrays by name: what travels, what is saved, what is compared."""
+
+import mlx.core as mx
+
+Arrays = dict[str, mx.array]  # by the dotted path of a parameter, or by a name of one's own
