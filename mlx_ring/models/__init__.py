@@ -1,4 +1,10 @@
-"""The models, by name. Each holds its blocks in `layers`, and nothing that depends on the batch."""
+"""The networks, their losses, and what a network must be to be trained here.
+
+`mlp`, `cnn` and `transformer` are ours, `custom` builds one of your own; each holds its blocks in `layers`,
+and nothing that depends on the batch. `losses` gives one loss a target, `precision` the forward pass in
+another dtype, `dropout` masks that depend on the micro-batch alone, and `requirements` refuses a model that
+cannot be trained.
+"""
 
 import mlx.nn as nn
 

@@ -264,7 +264,7 @@ LIMITED = [
 ]  # no file may grow beyond 4 KiB, as on a full disk
 KILLED = """
 import os, signal
-from mlx_ring import file_transfer
+from mlx_ring.checkpoint import file_transfer
 from mlx_ring.train import main
 
 def killed(*arguments):

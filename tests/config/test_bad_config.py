@@ -101,7 +101,8 @@ COMMAND_LINES = [
 # The rank loses patience, and only then hears that its peer did not come: both ways lead to the same words.
 IMPATIENT = """
 import os, threading
-from mlx_ring import patience, train
+from mlx_ring import train
+from mlx_ring.run import patience, process
 from mlx_ring.errors import ClusterError
 
 told, leave = threading.Event(), os._exit
@@ -115,8 +116,8 @@ def meet_nobody(process):
     told.wait()
     raise ClusterError("nobody came")
 
-patience.GRACE_SECONDS = train.MEETING_SECONDS = 0
-os._exit, train.Process._meet = leave_slowly, meet_nobody
+patience.GRACE_SECONDS = process.MEETING_SECONDS = 0
+os._exit, process.Process._meet = leave_slowly, meet_nobody
 train.main()
 """
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]

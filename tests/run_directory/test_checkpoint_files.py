@@ -431,7 +431,7 @@ KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
-from mlx_ring import checkpoint_format as disk
+from mlx_ring.run_directory import checkpoint_files as disk
 from mlx_ring.run_directory.checkpoint_files import HostArray
 
 checkpoints, chance = Path(sys.argv[1]), random.Random(0)

@@ -1,4 +1,9 @@
-"""Gradient codecs: how a gradient travels."""
+"""Gradient codecs: how a gradient travels.
+
+`base` says what a codec is; `float` holds those that send floating-point numbers, `exact` the one whose
+sums do not depend on the order of addition, `fixed_point` its arithmetic. Whoever adds a codec adds it to
+`build_codec`, and its name to `conf/communicator/`.
+"""
 
 from mlx_ring.communication.codecs.base import Codec, Total
 from mlx_ring.communication.codecs.exact import ExactCodec

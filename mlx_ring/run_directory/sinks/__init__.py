@@ -1,4 +1,8 @@
-"""Where metrics go: plain dictionaries in, files and screens out. No mlx here."""
+"""Where metrics go: plain dictionaries in, files and screens out.
+
+`console` prints rows or draws a live view, `jsonl` appends to metrics.jsonl, `tensorboard` writes event
+files. Sinks do not know one another; `MetricsTracker` hands every row to each.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias

@@ -1,4 +1,8 @@
-"""Training strategies: how ranks turn their own gradients into the same new weights."""
+"""Training strategies: how ranks turn their own gradients into the same new weights.
+
+`base` says what a strategy is and what it is given; `all_reduce` sums the gradients of all ranks in every
+step. Whoever adds a strategy adds it to `build_strategy`, and its name to `conf/strategy/`.
+"""
 
 from mlx_ring.communication.codecs import build_codec
 from mlx_ring.communication.communicator import Communicator
