@@ -178,7 +178,7 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
     """Collective: every rank must call."""
     if mx.default_device() != mx.gpu:
         raise harness.Failed("gpt2_124m.py needs a GPU: a step would take minutes here")
-    communicator = Communicator(RankEnvironment.read())
+    communicator = Communicator.join(RankEnvironment.read())
     repeats = 5 if quick else 20
     figures, weights = whole_step(communicator, repeats)
     mx.clear_cache()
@@ -198,7 +198,7 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
     if communicator.world_size > 1:  # beside the backward pass, if all goes well
         gradient = {name: mx.ones_like(array) for name, array in weights.items()}
         mx.eval(gradient)
-        seconds = median_seconds(lambda: communicator.all_reduce(dict(gradient)), repeats)
+        seconds = median_seconds(lambda: communicator.all_reduce(dict(gradient)).arrays, repeats)
         found["all-reduce"] = (seconds, 0.0)
         figures["all_reduce_seconds"] = seconds
     series = {

@@ -42,7 +42,7 @@ Steps = Callable[[int], float]  # so many steps; the last loss
 
 def mlx_ring(config: RunConfig, folder: str) -> Steps:
     Path(folder).mkdir()
-    coordinator = Coordinator(config, Communicator(RankEnvironment.read()), Path(folder))
+    coordinator = Coordinator(config, Communicator.join(RankEnvironment.read()), Path(folder))
     run = coordinator.prepare()
     assert run is not None
     results = run.trainer.steps()
@@ -61,7 +61,7 @@ def mlx_ring(config: RunConfig, folder: str) -> Steps:
 
 def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The run's first global batches, this rank's part of each, drawn ahead."""
-    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    alone = Communicator.alone()
     split, size = open_data(config, alone).dataset.train, config.trainer.global_batch_size
     order = sample_order(config.seed, np.arange(BATCHES * size), len(split)).reshape(BATCHES, ranks, -1)
     return cycle([split.batch(rows[rank]) for rows in order])
@@ -69,7 +69,7 @@ def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.n
 
 def first_model(config: RunConfig) -> tuple[nn.Module, Any]:
     """With the weights that the run draws."""
-    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    alone = Communicator.alone()
     spec = open_data(config, alone).dataset.spec
     mx.random.seed(config.seed)
     return build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes), spec

@@ -105,7 +105,7 @@ class Process:
         mlx_version.refuse_old_mlx()
         if self._heartbeat is not None:
             self._heartbeat.await_others()
-        return communicator.Communicator(self.environment)
+        return communicator.Communicator.join(self.environment)
 
     def run_id(self, *, _root_: DictConfig) -> str:
         """Rank 0's local time, the same on every rank. A look at the configuration touches no cluster.
