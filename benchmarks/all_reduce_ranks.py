@@ -34,16 +34,17 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
         "average_gradients": lambda made: there(nn.average_gradients({NAME: made.pop(NAME)}, group)),
     }
     for name in ("bf16", "exact"):
-        codec = build_codec(name, num_tensors=1, num_micro_batches=communicator.world_size)
+        codec = build_codec(name, parameters=gradient, num_micro_batches=communicator.world_size)
         add = mx.compile(codec.add, inputs=[codec.state])
-        codec.state.update(codec.next_state(codec.maxima(add(None, gradient)[1])))
+        (_, maxima), _ = codec.encode(add(None, gradient))
+        codec.state.update(codec.next_state(maxima))
 
         def with_codec(made: Arrays, codec: Any = codec, add: Any = add) -> Any:
             """What a step does with a gradient: to the wire's form, over it, and back."""
-            sums, largest = add(None, {NAME: made.pop(NAME)})
-            reduced = communicator.all_reduce(codec.encode(sums)).arrays
-            maxima = [communicator.all_max(bits) for bits in codec.maxima(largest).values()]
-            return there([codec.decode(reduced), maxima])
+            (sent, largest), _ = codec.encode(add(None, {NAME: made.pop(NAME)}))
+            sums = communicator.all_reduce(sent).arrays
+            maxima = [communicator.all_max(array) for array in largest.values()]
+            return there([codec.decode(sums), maxima])
 
         found[name] = with_codec
     size = gradient[NAME].nbytes

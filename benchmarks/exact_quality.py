@@ -146,7 +146,8 @@ def summed(codec: Codec, gradients: list[dict[str, mx.array]]) -> Total:
 def errors(codec: Codec, gradients: list[dict[str, mx.array]]) -> tuple[float, float]:
     """Of the elements that are not zero, the share whose sum is off by more than 1 %; the relative error of
     all together, in L2 norm."""
-    decoded = codec.decode(codec.encode(summed(codec, gradients)[0]))
+    (sums, _), _ = codec.encode(summed(codec, gradients))
+    decoded = codec.decode(sums)
     right = {
         name: np.sum([np.array(each[name], np.float64) for each in gradients], axis=0) for name in decoded
     }
@@ -162,9 +163,8 @@ def precision(overrides: tuple[str, ...], weights: Path) -> dict[str, float]:
     for number in MICRO_BATCHES:
         some = gradients[:number]
         exact = ExactCodec(len(tree_flatten(some[0])), number)
-        exact.state.update(
-            exact.next_state(exact.maxima(summed(exact, some)[1]))
-        )  # as in a step that is taken again
+        (_, maxima), _ = exact.encode(summed(exact, some))
+        exact.state.update(exact.next_state(maxima))  # as in a step that is taken again
         for prefix, codec in (("", exact), ("native_", NativeCodec())):
             share, relative = errors(codec, some)
             figures[f"{prefix}share_off_by_1_percent_at_{number}"] = share

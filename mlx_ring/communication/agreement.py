@@ -48,7 +48,7 @@ def checksums(arrays: Arrays) -> list[int]:
     return sums
 
 
-def odd_one_out(values: list[Any]) -> tuple[int, int] | None:
+def first_outlier(values: list[Any]) -> tuple[int, int] | None:
     """The first place that differs from the most common value, and the first place of that; None where all
     are equal. Of equally common values the first counts."""
     usual = values.index(Counter(values).most_common(1)[0][0])

@@ -2,4 +2,4 @@
 
 import mlx.core as mx
 
-Arrays = dict[str, mx.array]  # by the dotted path of a parameter, or by a name of one's own
+Arrays = dict[str, mx.array]  # by the dotted path of a parameter, or by another name

@@ -30,8 +30,9 @@ from mlx_ring.training.gradient import MicroBatchGradient
 from mlx_ring.training.optimizers import build_optimizer, is_hidden_matrix
 from mlx_ring.training.parameter_authority import ParameterAuthority
 from mlx_ring.training.schedules import build_schedule
+from mlx_ring.training.state import TrainingState
 from mlx_ring.training.strategies import Strategy, build_strategy
-from mlx_ring.training.trainer import Progress, Trainer
+from mlx_ring.training.trainer import LoopSettings, Progress, Trainer, Work
 from mlx_ring.training.work_split import WorkSplit
 
 
@@ -45,24 +46,27 @@ class Run:
     authority: ParameterAuthority
     data: DataManager
     evaluator: Evaluator
-    trained: Trainer | None  # None where the run only evaluates
-    first_gradient: str | None  # in exact mode: what this kind of machine makes of the first micro-batch
+    trained: Trainer | None  # None if the run only evaluates
+    first_gradient: str | None  # in exact mode: a digest of the first micro-batch's gradient on this machine
 
     @property
     def trainer(self) -> Trainer:
-        """Of a run that trains."""
+        """The trainer of a run that trains."""
         assert self.trained is not None
         return self.trained
 
     def verify_replicas(self) -> str | None:
-        """A digest of the weights; None where the strategy lets ranks differ. Collective: every rank must
-        call. Raises: TrainingError where ranks that should hold equal weights do not."""
+        """Checks that all ranks hold equal weights. Collective: every rank must call.
+
+        Returns: a digest of the weights; None if the strategy lets ranks differ.
+        Raises: TrainingError if ranks that should hold equal weights do not.
+        """
         if not self.strategy.replicas_agree:
             return None
         return self.authority.verify(self.files()["model"], self.trainer.progress.step)
 
     def files(self) -> dict[str, Arrays]:
-        """Everything that is saved, by file."""
+        """The arrays that a checkpoint holds, by file."""
         return {
             "model": dict(tree_flatten(self.model.parameters())),
             "optimizer": dict(tree_flatten(self.optimizer.state)),
@@ -71,14 +75,21 @@ class Run:
 
 
 def build(config: RunConfig, communicator: Communicator, found: Found | None) -> Run:
-    """Build, agree, restore. Collective: every rank must call.
+    """Builds the parts, checks that the ranks agree, and restores. Collective: every rank must call.
 
-    Raises: ConfigError or DataError, the same on every rank; ClusterError where the ranks do not agree;
-    CheckpointError where the checkpoint does not fit.
+    Args:
+        config: the same on every rank.
+        communicator: joins the ranks.
+        found: the checkpoint to continue from, on rank 0; None on the others, and for a new run.
+
+    Raises:
+        ConfigError, DataError: a part cannot be built; the same on every rank.
+        ClusterError: the ranks do not hold the same.
+        CheckpointError: the checkpoint does not fit.
     """
-    data, model, optimizer = _parts(config, communicator)
+    data, model, optimizer = _build_parts(config, communicator)
     authority = _authority(config, communicator)
-    agree(communicator, _record(config, data, model))
+    agree(communicator, _own_identity(data, model))
     strategy = _strategy(config, communicator, model)
     forward = build_forward(model, getattr(mx, config.trainer.compute_dtype.name))
     loss = build_loss(config.trainer.loss)
@@ -99,21 +110,14 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     trainer = None
     if not config.evaluation.only:
         split = _work_split(config, communicator)
+        loader = _loader(config, data, split.micro_batches_of(communicator.rank), progress)
         trainer = Trainer(
-            model,
-            optimizer,
-            strategy,
+            TrainingState(model, optimizer, strategy),
+            Work(gradient=gradient, loader=loader, split=split),
             communicator,
             authority,
-            _loader(config, data, split.share(communicator.rank), progress),
-            gradient,
-            split,
-            progress=progress,
-            total_steps=config.trainer.steps,
-            global_batch_size=config.trainer.global_batch_size,
-            max_skipped_batches=config.trainer.max_skipped_batches,
-            issue_ahead=config.memory.issue_ahead,
-            counts_tokens=config.kind.name == "language",
+            _loop_settings(config),
+            progress,
         )
     return Run(model, optimizer, strategy, authority, data, evaluator, trainer, first)
 
@@ -121,10 +125,14 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
 def _first_gradient(
     config: RunConfig, communicator: Communicator, data: DataManager, gradient: MicroBatchGradient
 ) -> str | None:
-    """In exact mode, that of the freshly drawn weights: what it depends on is the kind of machine alone."""
+    """A digest of one micro-batch's gradient with the freshly drawn weights; None outside exact mode.
+
+    It depends on nothing but the kind of machine, so ranks of one kind have the same. Collective.
+    """
     if config.communicator.name != "exact" or config.evaluation.only:
         return None
-    digest, repeats, error = "", True, None
+    digest, repeats = "", True
+    error: MlxRingError | None = None
     try:
         digest, repeats = exactness.first_gradient(
             gradient,
@@ -146,11 +154,11 @@ def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
             "optimizer=muon updates the matrices in the model's list `layers`, and there are none; call the "
             "list of the model's blocks so, or choose optimizer=adamw"
         )
-    peak, total_steps = config.optimizer.learning_rate, config.trainer.steps
+    schedule = build_schedule(
+        config.schedule, peak=config.optimizer.learning_rate, total_steps=config.trainer.steps
+    )
     optimizer = build_optimizer(
-        config.optimizer,
-        schedule=build_schedule(config.schedule, peak=peak, total_steps=total_steps),
-        global_batch_size=config.trainer.global_batch_size,
+        config.optimizer, schedule=schedule, global_batch_size=config.trainer.global_batch_size
     )
     optimizer.init(model.trainable_parameters())
     return optimizer
@@ -172,7 +180,7 @@ def _strategy(config: RunConfig, communicator: Communicator, model: nn.Module) -
         config.strategy.name,
         communicator=communicator,
         codec=config.communicator.name,
-        num_tensors=len(tree_flatten(model.trainable_parameters())),
+        parameters=dict(tree_flatten(model.trainable_parameters())),
         num_micro_batches=config.trainer.num_micro_batches,
         clip_gradient_norm=config.trainer.clip_gradient_norm,
         compile=config.trainer.compile,
@@ -196,8 +204,22 @@ def _loader(config: RunConfig, data: DataManager, micro_batches: range, progress
     )
 
 
+def _loop_settings(config: RunConfig) -> LoopSettings:
+    return LoopSettings(
+        total_steps=config.trainer.steps,
+        global_batch_size=config.trainer.global_batch_size,
+        max_skipped_batches=config.trainer.max_skipped_batches,
+        issue_ahead=config.memory.issue_ahead,
+        counts_tokens=config.kind.name == "language",
+    )
+
+
 def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
-    """A run's data on this rank. Collective: every rank must call. Raises: DataError or ConfigError."""
+    """Opens a run's data on this rank. Collective: every rank must call.
+
+    Raises:
+        ConfigError, DataError: as `DataManager.open`.
+    """
     return DataManager.open(
         config.data,
         communicator,
@@ -208,15 +230,15 @@ def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
     )
 
 
-def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
-    """What a user's mistake can spoil; where it does on any rank, all say so together."""
+def _build_parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
+    """Builds data, model and optimizer. If any rank fails, every rank raises the same error. Collective."""
     data = open_data(config, communicator)
     spec = data.dataset.spec
     parts: tuple[nn.Module, Optimizer] | None = None
     error: MlxRingError | None = None
     try:
         memory_manager.apply_limits(config.memory)
-        mx.random.seed(config.seed)  # the first weights are the seed's, whatever the data set drew
+        mx.random.seed(config.seed)  # the first weights follow from the seed, whatever the data set drew
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
             make_reproducible(model)
@@ -224,7 +246,7 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
             memory_manager.checkpoint_activations(model)
         check_parameters(model)
         build_loss(config.trainer.loss)
-        _try(config, spec, model)
+        _check_outputs(config, spec, model)
         parts = model, _optimizer(config, model)
     except MlxRingError as caught:
         error = caught
@@ -234,19 +256,19 @@ def _parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, 
 
 
 def _classifies(config: RunConfig) -> bool:
-    """Whether targets are classes and outputs their logits; a loss of one's own may read both otherwise."""
+    """Whether targets are classes and outputs their logits; a user's own loss may mean something else."""
     return config.trainer.loss == "cross_entropy"
 
 
-def _try(config: RunConfig, spec: DataSpec, model: nn.Module) -> None:
-    """One sample through the model."""
+def _check_outputs(config: RunConfig, spec: DataSpec, model: nn.Module) -> None:
+    """Sends one sample through the model. Raises: ConfigError if that fails or its outputs do not fit."""
     language = spec.kind == "language"
     inputs = mx.zeros((1, *spec.input_shape), mx.int32 if language else mx.float32)
     num_classes = spec.num_classes if _classifies(config) else None
     check_outputs(model, config.model.name, inputs, each_position=language, num_classes=num_classes)
 
 
-def _record(config: RunConfig, data: DataManager, model: nn.Module) -> dict[str, Any]:
-    """What every rank shows before the first weight moves, beside the program and the configuration."""
+def _own_identity(data: DataManager, model: nn.Module) -> dict[str, Any]:
+    """What must be equal on all ranks before the first update, beside the program and the configuration."""
     shapes = parameter_shapes(dict(tree_flatten(model.parameters())))
     return {"host": socket.gethostname(), "data": data.dataset.digest, "parameters": sha256_of(shapes)}

@@ -1,18 +1,18 @@
-"""Rank 0's say: it gives the first weights, makes sure that all ranks run the same program, and decides when
-to act.
+"""What rank 0 decides: the first weights, whether all ranks still hold the same ones, and what is due when.
 
-There is no server: after the first broadcast every rank holds the same weights and keeps them equal by
-applying the same update. What only one rank can know (a clock, a signal) travels as flags inside the
-gradient's own reduction.
+There is no server. After the first broadcast every rank holds the same weights, and keeps them equal by
+applying the same update. What only one rank can know (a clock, a signal) travels as flags in the gradients'
+own reduction.
 """
 
 import time
 from dataclasses import dataclass
 
-from mlx_ring.communication.agreement import checksums, odd_one_out, sha256_of
+from mlx_ring.communication.agreement import checksums, first_outlier, sha256_of
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import TrainingError, agreed
+from mlx_ring.training.rank_flags import RankFlags
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Plan:
 
 
 class ParameterAuthority:
-    """Decides for all ranks; built on every rank, with the same arguments."""
+    """Decides for all ranks what is due. Every rank has one, built with the same arguments."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class ParameterAuthority:
         save_every_steps: int | None,
         save_every_seconds: float | None,
     ) -> None:
+        """None for an interval: not at any interval."""
         self._communicator = communicator
         self._total_steps = total_steps
         self._verify_every_steps = verify_every_steps
@@ -45,22 +46,29 @@ class ParameterAuthority:
         self._save_every_steps = save_every_steps
         self._save_every_seconds = save_every_seconds
         self._last_save = time.monotonic()
-        self.stop_requested = False  # set from a signal
+        self.stop_requested = False  # a signal handler sets it
 
     def broadcast(self, arrays: Arrays) -> Arrays:
         """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of the same shapes."""
         return self._communicator.broadcast(arrays)
 
     def verify(self, parameters: Arrays, step: int) -> str:
-        """Make sure that every rank holds the same parameters. Collective: every rank must call.
+        """Checks that every rank holds the same parameters. Collective: every rank must call.
 
-        Returns: a digest of them (SHA-256, hex, of their checksums).
-        Raises: TrainingError on every rank, naming the odd rank and the first parameter that differs.
+        Args:
+            parameters: this rank's, by dotted path.
+            step: the number of finished updates, for the message.
+
+        Returns: a digest of the parameters (SHA-256, hex, of their checksums).
+
+        Raises:
+            TrainingError: on every rank, naming the rank that differs and the first parameter that does.
         """
         own = checksums(parameters)
-        table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
+        table = self._communicator.gather_objects(own)
+        hosts = self._communicator.hosts
         for path, sums in zip(sorted(parameters), zip(*table, strict=True), strict=True):
-            if pair := odd_one_out(list(sums)):
+            if pair := first_outlier(list(sums)):
                 two = [f"{sums[rank]:08x} on rank {rank} ({hosts[rank]})" for rank in pair]
                 raise agreed(
                     TrainingError(
@@ -71,21 +79,21 @@ class ParameterAuthority:
                 )
         return sha256_of(own)
 
-    def flags(self) -> list[float]:
-        """This rank's wishes, to be summed over ranks: [stop, save by the clock]."""
+    def flags(self) -> RankFlags:
+        """What this rank asks for, to be told to all ranks."""
         by_clock = (
             self._communicator.rank == 0
             and self._save_every_seconds is not None
             and time.monotonic() - self._last_save >= self._save_every_seconds
         )
-        return [float(self.stop_requested), float(by_clock)]
+        return RankFlags(stop=self.stop_requested, save=by_clock)
 
     def saved(self) -> None:
-        """A checkpoint is on its way: the clock of `save_every_seconds` starts anew."""
+        """Notes that a checkpoint is being written: the clock of `save_every_seconds` starts again."""
         self._last_save = time.monotonic()
 
     def may_be_due(self, step: int) -> bool:
-        """Whether the step's number alone asks for something, to be done before any later step is issued."""
+        """Whether something is due after `step` by its number alone: no later step may be issued before."""
         return (
             step >= self._total_steps
             or _due(step, self._verify_every_steps)
@@ -93,13 +101,19 @@ class ParameterAuthority:
             or _due(step, self._save_every_steps)
         )
 
-    def decide(self, step: int, flags: list[float]) -> Plan:
-        """What is due after `step`, from the summed flags: equal on every rank, with no further message."""
-        stop, by_clock = flags[0] > 0, flags[1] > 0
+    def decide(self, step: int, flags: list[RankFlags]) -> Plan:
+        """What is due after `step`. All ranks hold the same flags, so they decide alike, with no message.
+
+        Args:
+            step: the number of finished updates.
+            flags: every rank's, of that step.
+        """
+        stop = any(each.stop for each in flags)
+        by_clock = any(each.save for each in flags)
         last = stop or step >= self._total_steps
         save = last or by_clock or _due(step, self._save_every_steps)
         evaluate = step >= self._total_steps or _due(step, self._evaluate_every_steps)
-        # What is evaluated or saved must be every rank's.
+        # What is evaluated or saved must be what every rank holds.
         verify = evaluate or save or _due(step, self._verify_every_steps)
         return Plan(verify=verify, evaluate=evaluate, save=save, stop=last)
 

@@ -11,26 +11,33 @@ from mlx_ring.training.strategies import Strategy
 
 
 class TrainingState:
-    """The live trees of one run. Holding them copies no array: arrays never change, they are replaced."""
+    """The model, the optimizer and the strategy of one run, and all arrays in them.
+
+    Built after `Strategy.setup`. `trees` are the live dictionaries: the model's parameters, the optimizer's
+    state, the strategy's state.
+    """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, strategy: Strategy) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.strategy = strategy
         self.trees: list[Any] = [model.state, optimizer.state, strategy.state()]
-        self._places = list(_places(self.trees))
+        self._places = list(_array_places(self.trees))
 
-    def held(self) -> list[mx.array]:
-        """The arrays as they are."""
+    def capture(self) -> list[mx.array]:
+        """The arrays as they are. Copies none: an array never changes, an update replaces it."""
         return [container[key] for container, key in self._places]
 
-    def put_back(self, held: list[mx.array]) -> None:
-        """Go back to what was held, in place: `mx.compile` watches these very dictionaries."""
-        for (container, key), array in zip(self._places, held, strict=True):
+    def restore(self, captured: list[mx.array]) -> None:
+        """Puts captured arrays back, in place, because `mx.compile` watches these very dictionaries."""
+        for (container, key), array in zip(self._places, captured, strict=True):
             container[key] = array
 
 
-def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """Of every array its container, and the key or the index there."""
+def _array_places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """The place of every array: its container, and its key or index there."""
     for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if isinstance(value, dict | list):
-            yield from _places(value)
+            yield from _array_places(value)
         else:
             yield tree, key

@@ -1,4 +1,4 @@
-"""Which micro-batches of a global batch each rank computes: evenly many, or as many as its speed allows."""
+"""Which micro-batches of a global batch each rank computes: equally many, or as many as its speed allows."""
 
 import heapq
 import statistics
@@ -7,13 +7,17 @@ from itertools import accumulate, pairwise
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import ConfigError, agreed
 
-WINDOW = 8  # steps that a speed is the median of
-LEAST_GAIN = 0.1  # of the time that a step computes; a smaller one is within the noise of the measurement
+WINDOW = 8  # a rank's speed is the median over this many steps
+LEAST_GAIN = 0.1  # of the time that a step computes; a smaller gain is within the noise of the measurement
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Raises: ConfigError, the same on every rank, for another number of ranks than was asked for, or one
-    that the micro-batches cannot be dealt to."""
+    """Refuses a number of ranks that the configuration does not allow.
+
+    Raises:
+        ConfigError: the number is not the one asked for, or there are more ranks than micro-batches; the
+            same on every rank.
+    """
     asked = config.cluster.ranks
     if asked is not None and asked != world_size:
         raise agreed(
@@ -35,17 +39,21 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         )
 
 
-def deal_evenly(num_micro_batches: int, world_size: int) -> list[int]:
-    """Micro-batches of each rank, one at least, as even as can be."""
+def split_evenly(num_micro_batches: int, world_size: int) -> list[int]:
+    """The number of micro-batches of each rank: at least one, and as even as possible."""
     bounds = [rank * num_micro_batches // world_size for rank in range(world_size + 1)]
     return [stop - start for start, stop in pairwise(bounds)]
 
 
-def deal_by_speed(num_micro_batches: int, seconds: list[float]) -> list[int]:
-    """Micro-batches of each rank, one at least, such that the slowest rank ends as early as can be.
+def split_by_speed(num_micro_batches: int, seconds: list[float]) -> list[int]:
+    """The number of micro-batches of each rank, at least one: the slowest rank ends as early as possible.
 
-    `seconds` are those a rank takes for one micro-batch. Each micro-batch goes to the rank that would have
-    ended it first; for equal jobs on machines of fixed speeds no other way is faster.
+    Each micro-batch goes to the rank that would finish it first. For equal jobs on machines of fixed speeds
+    no other split is faster.
+
+    Args:
+        num_micro_batches: those of a global batch.
+        seconds: how long each rank takes for one micro-batch.
     """
     counts = [1] * len(seconds)
     ends = [(2 * each, rank) for rank, each in enumerate(seconds)]
@@ -58,28 +66,36 @@ def deal_by_speed(num_micro_batches: int, seconds: list[float]) -> list[int]:
 
 
 class WorkSplit:
-    """The split of one run, the same on every rank. Micro-batches of a rank are contiguous, in rank order.
+    """The split of one run, the same on every rank. A rank's micro-batches are contiguous, in rank order.
 
-    A measured split decides on what every rank was told alike, so that all come to the same with no further
-    message. With `communicator.overlap` what is computed while buckets travel counts as waiting: the seconds
-    come out shorter, alike on all ranks.
+    A measured split follows the ranks' speeds. It decides on figures that every rank was told alike, so all
+    come to the same split with no further message. With `communicator.overlap`, what is computed while
+    buckets travel counts as waiting: the seconds are shorter, alike on all ranks.
+
+    Attributes:
+        counts: the number of micro-batches of each rank.
+        measures: whether the split follows the ranks' speeds.
     """
 
     def __init__(self, num_micro_batches: int, world_size: int, *, measured: bool) -> None:
         assert 1 <= world_size <= num_micro_batches, (world_size, num_micro_batches)
-        self.counts = deal_evenly(num_micro_batches, world_size)
-        self._num_micro_batches, self.measures = num_micro_batches, measured and world_size > 1
+        self.counts = split_evenly(num_micro_batches, world_size)
+        self.measures = measured and world_size > 1
+        self._num_micro_batches = num_micro_batches
         self._window: list[list[float]] = []
 
-    def share(self, rank: int) -> range:
-        """The micro-batches of one rank."""
+    def micro_batches_of(self, rank: int) -> range:
+        """The indices, in a global batch, of the micro-batches of one rank."""
         bounds = [0, *accumulate(self.counts)]
         return range(bounds[rank], bounds[rank + 1])
 
-    def observe(self, seconds: list[float]) -> list[float] | None:
-        """Note what each rank took for a micro-batch in one step; 0 where it does not know yet.
+    def rebalance(self, seconds: list[float]) -> list[float] | None:
+        """Takes the ranks' times of one step, and splits anew if they have asked for it for some steps.
 
-        Returns: where the ranks' micro-batches are dealt anew from now on, the seconds that tell why.
+        Args:
+            seconds: how long each rank took for one micro-batch; 0 if it does not know yet.
+
+        Returns: if the split has changed, the typical seconds of each rank, which are the reason; else None.
         """
         if not self.measures or min(seconds) <= 0:
             return None
@@ -88,9 +104,13 @@ class WorkSplit:
             return None
         typical = [statistics.median(each) for each in zip(*self._window, strict=True)]
         self._window = []
-        dealt = deal_by_speed(self._num_micro_batches, typical)
-        now, then = (max(map(float.__mul__, typical, map(float, each))) for each in (self.counts, dealt))
-        if then > (1 - LEAST_GAIN) * now:
+        new_counts = split_by_speed(self._num_micro_batches, typical)
+        if _step_seconds(typical, new_counts) > (1 - LEAST_GAIN) * _step_seconds(typical, self.counts):
             return None
-        self.counts = dealt
+        self.counts = new_counts
         return typical
+
+
+def _step_seconds(seconds_per_micro_batch: list[float], counts: list[int]) -> float:
+    """How long the slowest rank computes."""
+    return max(seconds * count for seconds, count in zip(seconds_per_micro_batch, counts, strict=True))

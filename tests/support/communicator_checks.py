@@ -12,8 +12,9 @@ from mlx_ring.communication import communicator
 from mlx_ring.communication.codecs.float import NativeCodec
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import ClusterError, DataError
+from mlx_ring.training.rank_flags import RankFlags
 from mlx_ring.training.strategies.all_reduce import AllReduce
-from mlx_ring.training.strategies.base import Share
+from mlx_ring.training.strategies.base import Contribution
 
 
 def check_long_messages(wire: Communicator) -> None:
@@ -75,15 +76,17 @@ def check_memory_of_sums(wire: Communicator) -> None:
 
 
 def check_memory_of_gradients(wire: Communicator) -> None:
-    """A strategy uses its share's gradients up."""
+    """A strategy uses the gradients of its contribution up."""
     strategy = AllReduce(wire, NativeCodec(), num_micro_batches=1, clip_gradient_norm=None, compile=True)
     wire.bucket_bytes = 4  # each by itself
     total = strategy.add(None, {"weight": mx.ones((256, 256)), "bias": mx.ones((8,))})
     mx.eval(total)
     places = [np.asarray(array).ctypes.data for array in total[0].values()]
     one = mx.array(1)
-    share = Share(total=total, losses=[one], targets=[one], first_micro_batch=0, flags=[0.0])
-    reduced = strategy.reduce(share).gradients
+    contribution = Contribution(
+        total=total, losses=[one], targets=[one], first_micro_batch=0, flags=RankFlags()
+    )
+    reduced = strategy.reduce(contribution)[1].sums
     mx.eval(reduced)
     assert [np.asarray(array).ctypes.data for array in reduced.values()] == places
 

@@ -14,7 +14,8 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
 from mlx_ring.data.loader import GlobalBatch
 from mlx_ring.run.builder import build
-from mlx_ring.training.strategies import Reduced, Share
+from mlx_ring.training.rank_flags import RankFlags
+from mlx_ring.training.strategies import Contribution, Outcome
 from mlx_ring.training.strategies.all_reduce import AllReduce
 
 UNWAITED = [sys.executable, str(ROOT / "tests/support/collectives_not_waited_for.py")]
@@ -98,9 +99,9 @@ def test_what_is_yielded_with_a_wish_is_the_state_of_that_step(tmp_path: Path, c
         )  # fmt: skip
         communicator = Communicator.alone()
         built = build(config, communicator, None)
-        asked = [[0.0, 0.0]] * calls
-        built.authority.flags = lambda: asked.pop() if asked else [1.0, 0.0]
-        result = next(result for result in built.trainer.steps() if result.flags[0])
+        asked = [RankFlags()] * calls
+        built.authority.flags = lambda: asked.pop() if asked else RankFlags(stop=True)
+        result = next(result for result in built.trainer.steps() if result.flags[0].stop)
         built.trainer.close()
         return result.step, built.verify_replicas()
 
@@ -134,13 +135,15 @@ def test_flags_are_read_only_where_there_is_one() -> None:
     alone = Communicator.alone()
     strategy = AllReduce(alone, NativeCodec(), num_micro_batches=1, clip_gradient_norm=None, compile=True)
 
-    def reduced(*flags: float) -> Reduced:
+    def outcome(flags: RankFlags) -> Outcome:
         total, one = strategy.add(None, {"weight": mx.ones((3,))}), mx.array(1)
         return strategy.reduce(
-            Share(total=total, losses=[one], targets=[one], first_micro_batch=0, flags=[*flags])
-        )
+            Contribution(total=total, losses=[one], targets=[one], first_micro_batch=0, flags=flags)
+        )[0]
 
-    assert reduced(0.0, 1.0, 0.25).read_flags() == [[0.0, 1.0, 0.25]]
-    assert reduced(0.0, 0.0, 0.25).read_flags() == [[0.0, 0.0, 0.25]]
+    asked = RankFlags(save=True, micro_batch_seconds=0.25)
+    measured = RankFlags(micro_batch_seconds=0.25)
+    assert outcome(asked).read_flags() == [asked]
+    assert outcome(measured).read_flags() == [measured]
     unread = mx.ones((2, 3))
-    assert replace(reduced(0.0, 0.0, 0.0), flags=unread).read_flags() == [[0.0] * 3] * 2
+    assert replace(outcome(RankFlags()), flags=unread).read_flags() == [RankFlags()] * 2

@@ -8,16 +8,21 @@ MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 
 
 def power_of_two(exponents: mx.array) -> mx.array:
-    """2^exponents for int32 from -126 to 127, float32, from their bits: a device's pow and exp2 may round."""
+    """2^exponents as float32, for int32 exponents from -126 to 127.
+
+    The numbers are made from their bits, because a device's pow and exp2 may round.
+    """
     return ((exponents + 127) << 23).view(mx.float32)
 
 
 def magnitude_bits(numbers: mx.array) -> mx.array:
-    """The bits of |numbers|, float32, as int32: ordered as the magnitudes are, NaN on top, which a float
-    maximum may lose."""
+    """The bits of |numbers|, float32, as int32.
+
+    They are ordered as the magnitudes are, with NaN above all, which a float maximum may lose.
+    """
     return numbers.view(mx.int32) & MAGNITUDE
 
 
 def exponent_above(bits: mx.array) -> mx.array:
-    """For bits of finite magnitudes m the int32 e with m < 2^e <= 2 m; -126 for zero and denormal numbers."""
+    """The int32 e with m < 2^e <= 2 m, for the bits of finite magnitudes m; -126 for zero and denormals."""
     return (bits >> 23) - 126

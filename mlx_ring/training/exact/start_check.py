@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from mlx_ring.communication.agreement import checksums, odd_one_out, sha256_of
+from mlx_ring.communication.agreement import checksums, first_outlier, sha256_of
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.communication.machine import machine
 from mlx_ring.data.dataset import Split
@@ -48,7 +48,7 @@ def compare(communicator: Communicator, digest: str, repeats: bool) -> None:
                 )
             )
     digests = [found["digest"] for found in table]
-    if pair := odd_one_out(digests):
+    if pair := first_outlier(digests):
         two = [
             f"{digests[rank][:12]} on rank {rank} ({hosts[rank]}: {table[rank]['machine']})" for rank in pair
         ]

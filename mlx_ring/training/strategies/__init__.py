@@ -1,15 +1,17 @@
 """Training strategies: how ranks turn their own gradients into the same new weights.
 
-`base` says what a strategy is and what it is given; `all_reduce` sums the gradients of all ranks in every
-step. Whoever adds a strategy adds it to `build_strategy`, and its name to `conf/strategy/`.
+`base` says what a strategy is, in which order the trainer calls it, and what it is given. `all_reduce` sums
+the gradients of all ranks in every step. A new strategy is also added to `build_strategy`, and its name to
+`conf/strategy/`.
 """
 
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.codecs import build_codec
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.training.strategies.all_reduce import AllReduce
-from mlx_ring.training.strategies.base import Reduced, Share, Strategy
+from mlx_ring.training.strategies.base import Contribution, Outcome, Strategy
 
-__all__ = ["Reduced", "Share", "Strategy", "build_strategy"]
+__all__ = ["Contribution", "Outcome", "Strategy", "build_strategy"]
 
 
 def build_strategy(
@@ -17,16 +19,26 @@ def build_strategy(
     *,
     communicator: Communicator,
     codec: str,
-    num_tensors: int,
+    parameters: Arrays,
     num_micro_batches: int,
     clip_gradient_norm: float | None,
     compile: bool,
 ) -> Strategy:
-    """The strategy of that name, with the codec of that name, for a model with so many trainable tensors."""
+    """The strategy of that name.
+
+    Args:
+        name: one of `conf/strategy/`.
+        communicator: joins the ranks.
+        codec: one of `conf/communicator/`.
+        parameters: the trainable ones, by dotted path, in the model's order.
+        num_micro_batches: those of a global batch, over all ranks.
+        clip_gradient_norm: the largest L2 norm of the mean gradient; None to clip nothing.
+        compile: whether to compile what a step computes.
+    """
     strategies = {"all_reduce": AllReduce}
     return strategies[name](
         communicator,
-        build_codec(codec, num_tensors=num_tensors, num_micro_batches=num_micro_batches),
+        build_codec(codec, parameters=parameters, num_micro_batches=num_micro_batches),
         num_micro_batches=num_micro_batches,
         clip_gradient_norm=clip_gradient_norm,
         compile=compile,

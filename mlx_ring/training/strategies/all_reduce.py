@@ -1,9 +1,10 @@
 """Synchronous data parallelism: one all-reduce of the gradients a step, the same update on every rank."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from typing import final
+from typing import ParamSpec, TypeVar, final
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,14 +14,33 @@ from mlx.utils import tree_unflatten
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.codecs.base import Codec, Total
 from mlx_ring.communication.communicator import Communicator
-from mlx_ring.training.strategies.base import Reduced, Share, Strategy
+from mlx_ring.training.strategies.base import Contribution, Outcome, Strategy
 
+P = ParamSpec("P")
+T = TypeVar("T")
 NUMBERS = "numbers of the batch"  # the wire's name for what is no gradient; no parameter's path has spaces
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingUpdate:
+    """What `AllReduce.update` needs: the gradients of the sum of losses, still as the codec sent them.
+
+    Attributes:
+        sums: the gradients, summed over ranks; the codec's own form.
+        maxima: what the codec wanted the largest over ranks of.
+        scale: what the optimizer gets is the decoded gradients times this; float32 scalar.
+        new_state: entries of the codec's state that this update changes, from `Codec.encode`.
+    """
+
+    sums: Arrays
+    maxima: Arrays
+    scale: mx.array
+    new_state: Arrays
 
 
 @final
 class AllReduce(Strategy):
-    """The mean is weighted by targets over the whole global batch, whatever rank computed them."""
+    """The mean gradient is weighted by targets over the whole global batch, whichever rank computed them."""
 
     def __init__(
         self,
@@ -31,17 +51,20 @@ class AllReduce(Strategy):
         clip_gradient_norm: float | None,
         compile: bool,
     ) -> None:
-        self._communicator, self._codec, self._compiles = communicator, codec, compile
+        self._communicator = communicator
+        self._codec = codec
+        self._compiles = compile
         self._num_micro_batches = num_micro_batches
-        squares = partial(_squares, codec)
         measure = partial(_measure, codec, clip_gradient_norm, num_micro_batches, communicator.world_size)
-        self._add, self._maxima, self._squares, self._measure = codec.add, codec.maxima, squares, measure
-        if compile:
-            self._maxima = mx.compile(codec.maxima)
-            self._add = mx.compile(codec.add, inputs=[codec.state])
-            self._squares = mx.compile(squares, inputs=[codec.state])
-            self._measure = mx.compile(measure, inputs=[codec.state])
-        self._update: Callable[[Arrays, Arrays, mx.array], None]
+        self._add = self._compiled(codec.add)
+        self._encode = self._compiled(codec.encode)
+        self._squares = self._compiled(partial(_squares, codec))
+        self._measure = self._compiled(measure)
+        self._update: Callable[[Arrays, Arrays, mx.array, Arrays], None]
+
+    def _compiled(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, compiled if the configuration says so, with the codec's state as an input."""
+        return mx.compile(function, inputs=[self._codec.state]) if self._compiles else function
 
     @property
     def replicas_agree(self) -> bool:
@@ -55,55 +78,58 @@ class AllReduce(Strategy):
     def add(self, total: Total | None, gradients: Arrays) -> Total:
         return self._add(total, gradients)
 
-    def reduce(self, share: Share) -> Reduced:
-        sums, largest = share.total
-        wire = dict(self._codec.encode(sums))
-        sums.clear()  # spent: what only the wire holds is summed in its own memory
-        wire[NUMBERS] = self._codec.encode_bits(self._own_numbers(share))
-        summed = self._communicator.all_reduce(wire)
-        gradients = summed.arrays
-        maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}
-        numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
-        squares = self._squares(gradients)
+    def reduce(self, contribution: Contribution) -> tuple[Outcome, PendingUpdate]:
+        (sent, largest), new_state = self._encode(contribution.total)
+        for arrays in contribution.total:
+            arrays.clear()  # an array that only the wire holds is summed in its own memory
+        sent[NUMBERS] = self._codec.encode_numbers(self._own_numbers(contribution))
+        summed = self._communicator.all_reduce(sent)
+        maxima = {name: self._communicator.all_max(array) for name, array in largest.items()}
+        sums = summed.arrays
+        numbers = self._codec.decode_numbers(sums.pop(NUMBERS))
+        squares = self._squares(sums)
         summed.compute_meanwhile(squares)
         loss, targets, norm, fits, finite, scale, flags, flagged = self._measure(squares, maxima, numbers)
-        return Reduced(
-            gradients=gradients,
-            maxima=maxima,
-            scale=scale,
+        outcome = Outcome(
             loss=loss,
             targets=targets,
             gradient_norm=norm,
-            fits=fits,
             finite=finite,
+            fits=fits,
             flags=flags,
             flagged=flagged,
+            agreed=maxima,
         )
+        return outcome, PendingUpdate(sums=sums, maxima=maxima, scale=scale, new_state=new_state)
 
-    def _own_numbers(self, share: Share) -> mx.array:
-        """A place for every micro-batch's loss, for its number of targets, and for every rank's flags; this
-        rank fills its own and leaves zeros in the others': whatever the sum, it rounds nothing.
+    def _own_numbers(self, contribution: Contribution) -> mx.array:
+        """All that travels beside the gradients, float32 (2 × micro-batches + ranks × flags,).
+
+        There is a place for the loss of every micro-batch, for its number of targets, and for the flags of
+        every rank. This rank fills its own places and leaves zeros in the others, so that no sum rounds.
 
         The flags are made as scalars, for which MLX keeps memory that GPU and host share. A longer array of
         the host's may get what a GPU's array left, and that is copied first, when the GPU has done all that
         it was given (mlx/backend/cuda/allocator.cpp): every step would wait for the one before.
         """
-        before, own = share.first_micro_batch, len(share.losses)
-        after = self._num_micro_batches - before - own
-        rank, ranks, width = self._communicator.rank, self._communicator.world_size, len(share.flags)
-        flags = mx.stack([mx.array(flag, dtype=mx.float32) for flag in share.flags])
+        own_flags = contribution.flags.to_floats()
+        before = contribution.first_micro_batch
+        after = self._num_micro_batches - before - len(contribution.losses)
+        width = len(own_flags)
+        rank, ranks = self._communicator.rank, self._communicator.world_size
+        flags = mx.stack([mx.array(flag, dtype=mx.float32) for flag in own_flags])
         numbers = [
-            mx.pad(mx.stack(share.losses), (before, after)),
-            mx.pad(mx.stack(share.targets).astype(mx.float32), (before, after)),
+            mx.pad(mx.stack(contribution.losses), (before, after)),
+            mx.pad(mx.stack(contribution.targets).astype(mx.float32), (before, after)),
             mx.pad(flags, (rank * width, (ranks - 1 - rank) * width)),
         ]
         return mx.concatenate(numbers)
 
-    def update(self, reduced: Reduced) -> None:
-        self._update(reduced.gradients, reduced.maxima, reduced.scale)
+    def update(self, pending: PendingUpdate) -> None:
+        self._update(pending.sums, pending.maxima, pending.scale, pending.new_state)
 
-    def refit(self, reduced: Reduced) -> None:
-        self._codec.state.update(self._codec.next_state(reduced.maxima))
+    def adapt(self, outcome: Outcome) -> None:
+        self._codec.state.update(self._codec.next_state(outcome.agreed))
 
     def state(self) -> Arrays:
         return self._codec.state
@@ -112,9 +138,9 @@ class AllReduce(Strategy):
         self._codec.state.update(state)
 
 
-def _squares(codec: Codec, reduced: Arrays) -> Arrays:
+def _squares(codec: Codec, sums: Arrays) -> Arrays:
     """The sum of squares of each gradient."""
-    return {name: mx.square(gradient).sum() for name, gradient in codec.decode(reduced).items()}
+    return {name: mx.square(gradient).sum() for name, gradient in codec.decode(sums).items()}
 
 
 def _measure(
@@ -126,26 +152,37 @@ def _measure(
     maxima: Arrays,
     numbers: mx.array,
 ) -> tuple[mx.array, ...]:
-    """Mean loss, number of targets, L2 norm of the mean gradient, whether the codec's state fits, whether all
-    is finite, the scale, every rank's flags, and whether there is one."""
+    """What the batch came to.
+
+    Returns: the mean loss, the number of targets, the L2 norm of the mean gradient, whether the codec's state
+    fits, whether all is finite, the scale, every rank's flags, and whether there is one.
+    """
     losses, counts, flags = mx.split(numbers, [num_micro_batches, 2 * num_micro_batches])
     targets = counts.astype(mx.int32).sum()
     count = mx.maximum(targets, 1).astype(mx.float32)
-    loss = losses.sum() / count  # in the order of micro-batches, whoever computed them
-    square = reduce(add, squares.values())  # one by one: what stacks scalars copies each of them by itself
-    # Codes do not show an infinity or a NaN.
+    loss = losses.sum() / count  # in the order of micro-batches, whichever rank computed them
+    square = reduce(add, squares.values())  # one by one: stacking scalars copies each of them by itself
+    # The codes of an infinity or a NaN are ordinary integers, so the codec says whether there was one.
     norm = mx.where(codec.is_finite(maxima), mx.sqrt(square) / count, mx.nan)
     finite = mx.isfinite(norm) & mx.isfinite(loss) & (targets > 0)
     scale = 1.0 / count
-    if clip is not None:  # Pascanu et al. 2013: scale by clip / norm where the norm is above it
+    if clip is not None:  # Pascanu et al. 2013: scale by clip / norm if the norm is above clip
         scale = scale * mx.minimum(1.0, clip / mx.maximum(norm, 1e-12))
     flagged = (flags != 0).any()
     return loss, targets, norm, codec.fits(maxima), finite, scale, flags.reshape(world_size, -1), flagged
 
 
 def _update(
-    model: nn.Module, optimizer: Optimizer, codec: Codec, reduced: Arrays, maxima: Arrays, scale: mx.array
+    model: nn.Module,
+    optimizer: Optimizer,
+    codec: Codec,
+    sums: Arrays,
+    maxima: Arrays,
+    scale: mx.array,
+    new_state: Arrays,
 ) -> None:
-    mean = [(path, gradient * scale) for path, gradient in codec.decode(reduced).items()]
+    """Gives the mean gradient to the optimizer, and the codec its next state."""
+    mean = [(path, gradient * scale) for path, gradient in codec.decode(sums).items()]
     optimizer.update(model, tree_unflatten(mean))
     codec.state.update(codec.next_state(maxima))
+    codec.state.update(new_state)
