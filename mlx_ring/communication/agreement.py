@@ -1,4 +1,4 @@
-"""Checks that all ranks hold, and do, the same."""
+"""Checks that all ranks hold the same and run the same program."""
 
 import hashlib
 import json
@@ -33,9 +33,10 @@ def sha256_of(value: Any) -> str:
 
 
 def checksum(array: mx.array) -> mx.array:
-    """A uint32 that changes with any one word: the sum mod 2^32 of the words, each times an odd number.
+    """A uint32 scalar that changes if any one word of the array does.
 
-    Exact on every device, for integers may be added in any order.
+    It is the sum mod 2^32 of the array's words, each times an odd number. It is exact on every device,
+    because integers may be added in any order.
     """
     words = array.reshape(-1).view({1: mx.uint8, 2: mx.uint16}.get(array.itemsize, mx.uint32))
     weights = 2 * mx.arange(words.size, dtype=mx.uint32) + 1
@@ -49,8 +50,11 @@ def checksums(arrays: Arrays) -> list[int]:
 
 
 def first_outlier(values: list[Any]) -> tuple[int, int] | None:
-    """The first place that differs from the most common value, and the first place of that; None where all
-    are equal. Of equally common values the first counts."""
+    """The first place whose value differs from the most common one, and the first place of that one.
+
+    If several values are equally common, the one that comes first counts as the most common. Returns None if
+    all values are equal.
+    """
     usual = values.index(Counter(values).most_common(1)[0][0])
     odd = next((place for place, value in enumerate(values) if value != values[usual]), None)
     return None if odd is None else (odd, usual)
@@ -62,10 +66,15 @@ def parameter_shapes(parameters: Arrays) -> dict[str, str]:
 
 
 def agree(communicator: Communicator, record: dict[str, Any]) -> None:
-    """Refuse to go on unless all ranks show the same record; `host` alone may differ.
+    """Refuses to go on unless all ranks give the same values. Collective: every rank must call.
 
-    Two rounds: the records, then every rank's verdict, so that all leave together.
-    Collective: every rank must call. Raises: ClusterError naming the rank, the host and both values.
+    There are two rounds: the values, then every rank's verdict on them, so that all ranks leave together.
+
+    Args:
+        record: this rank's JSON values, by name. `host`, its host name, is the only one that may differ.
+
+    Raises:
+        ClusterError: on every rank, naming the rank, its host and both values.
     """
     records = communicator.gather_objects(record)
     differences = [text for rank in range(1, len(records)) for text in _differences(rank, records)]
@@ -96,13 +105,13 @@ def _differences(rank: int, records: list[dict[str, Any]]) -> list[str]:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 else text[:80]  # a SHA-256 is told by its beginning
+    return text[:12] if len(text) == 64 else text[:80]  # the beginning of a SHA-256 is enough
 
 
 def program_record() -> dict[str, Any]:
     """What this rank runs: its host, the versions, and a digest of this package's own code.
 
-    A stale checkout bears the same version.
+    The digest is there because a stale checkout has the same version.
     """
     return {
         "host": socket.gethostname(),

@@ -9,19 +9,26 @@ from typing import Any
 import mlx.core as mx
 
 Buckets = tuple[tuple[str, ...], ...]  # names, by bucket
-# How many bytes of gradients are still to be computed when a large first array is sent, over its own. On two
-# H100 154 MB travel for 0.64 ms, and a quarter of as many take about 1 ms to compute. What they are made of,
-# activations and their gradients, stays in memory until then: 1.4 GB there, beside 21.
+# A large first array is sent while this share of its own bytes in gradients is still to be computed. On two
+# H100, 154 MB travel for 0.64 ms, and a quarter as many bytes of gradients take about 1 ms to compute. Until
+# then the activations that they are computed from stay in memory: 1.4 GB there, beside 21 GB.
 SENT_AFTER_THE_FIRST = 0.25
 
 
 @lru_cache(maxsize=8)  # every step sends the same arrays
 def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: int) -> Buckets:
-    """Group arrays, given as (name, dtype, bytes) in the model's order, into buckets, in the order to send.
+    """Groups arrays into buckets, in the order in which they are sent: the last layer first.
 
-    Last layer first, one dtype a bucket. A bucket is sent once it holds `bucket_bytes` or more; what has as
-    many by itself travels alone, and is not copied if it is row-major. The model's first array is ready last:
-    if it is such a one, an embedding, it goes before the last buckets, which are computed while it travels.
+    A bucket holds arrays of one dtype, and is closed once it holds `bucket_bytes` or more. An array that has
+    as many bytes by itself travels alone, and is not copied if it is row-major. The gradient of the model's
+    first array is ready last. If that array is as large (an embedding), it is sent before the last buckets,
+    which are computed while it travels.
+
+    Args:
+        arrays: (name, dtype, bytes) of each, in the model's order.
+        bucket_bytes: the size at which a bucket is full.
+
+    Returns: the names in each bucket. Every name is in exactly one.
     """
     buckets: list[tuple[list[str], int]] = []
     waiting: dict[Hashable, tuple[list[str], int]] = {}
@@ -44,13 +51,16 @@ def plan_buckets(arrays: tuple[tuple[str, Hashable, int], ...], bucket_bytes: in
 
 
 def join(arrays: list[mx.array]) -> mx.array:
-    """A bucket's content, flat. A single row-major array is not copied: on a fast wire that would show."""
+    """A bucket's content: arrays of one dtype, one after another, as a flat array.
+
+    A single row-major array is not copied, because on a fast wire the copy would cost visible time.
+    """
     flat = [array.flatten() for array in arrays]
     return mx.concatenate(flat) if len(flat) > 1 else flat[0]
 
 
 def cut(bucket: mx.array, shapes: list[tuple[int, ...]]) -> list[mx.array]:
-    """The successive pieces of a flat array, in these shapes."""
+    """Cuts what `join` made into its arrays again, in these shapes and in that order."""
     sizes = [math.prod(shape) for shape in shapes]
     pieces: Any = [bucket]
     if len(sizes) > 1:

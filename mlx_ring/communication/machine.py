@@ -1,4 +1,4 @@
-"""What this process computes on: the device, the BLAS, and which MLX is installed and needed."""
+"""What this process computes with: the device, the BLAS, and which MLX is installed and needed."""
 
 import re
 import socket
@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_info
 from mlx_ring.errors import ConfigError
 
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
-MINIMUM_MLX = "0.32.4"  # earlier ones wait for ever when a peer is lost
+MINIMUM_MLX = "0.32.4"  # earlier versions wait for ever when a peer is lost
 
 
 def refuse_old_mlx() -> None:
-    """Raises: ConfigError where the MLX that is installed is older than what is needed."""
+    """Raises: ConfigError if the installed MLX is older than the one needed."""
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
@@ -28,20 +28,20 @@ def refuse_old_mlx() -> None:
 
 
 def device() -> str:
-    """What computes, such as `gpu NVIDIA H200`."""
+    """The device that computes, such as `gpu NVIDIA H200`."""
     found = mx.default_device()
     name = mx.device_info(found).get("device_name", "")
     return f"{'gpu' if found == mx.gpu else 'cpu'} {name}".strip()
 
 
 @cache  # every checkpoint names it
-def machine() -> str:
-    """What decides how this process rounds, in words: chip, BLAS, MLX."""
+def describe_machine() -> str:
+    """A text of all that decides how this process rounds: chip, BLAS and its threads, MLX."""
     return f"{device()}, {_blas()}, MLX {MLX_VERSION}"
 
 
 def _blas() -> str:
-    """The BLAS behind MLX's matrix products on a CPU; NumPy's own is another."""
+    """The BLAS behind MLX's matrix products. NumPy brings another one of its own."""
     if mx.default_device() == mx.gpu:
         return "its own kernels"
     if sys.platform == "darwin":

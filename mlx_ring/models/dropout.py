@@ -9,20 +9,28 @@ import mlx.core as mx
 
 
 def draw_key() -> mx.array:
-    """A new key, shape (2,), from mx.random's global state, which it advances."""
+    """Draws a new key, uint32 (2,), from mx.random's global state, and advances that state."""
     # 24 bits a word: integers are drawn through float32, which holds no more exactly.
     return mx.random.randint(0, 2**24, (2,), dtype=mx.uint32)
 
 
 def split_key(key: mx.array | None, count: int) -> list[mx.array | None]:
-    """`count` independent keys made from one; of no key (evaluation, or no dropout), as many None."""
+    """Makes `count` independent keys, uint32 (2,) each, from one. Without a key, gives as many None."""
     if key is None:
         return [None] * count
     return list(mx.random.split(key, count))
 
 
 def dropout(x: mx.array, probability: float, key: mx.array | None) -> mx.array:
-    """`x` with each element zeroed with `probability` and the others scaled up; `x` itself without a key."""
+    """Sets each element of `x` to zero with a probability, and scales the others so that the mean stays.
+
+    Args:
+        x: floating-point, of any shape.
+        probability: of zero, from 0 to below 1.
+        key: decides the mask; uint32 (2,). None, as in evaluation, returns `x` itself.
+
+    Returns: an array of the shape and dtype of `x`.
+    """
     if key is None:
         return x
     # mx.checkpoint differentiates with respect to all arguments, and random bits have no gradient.

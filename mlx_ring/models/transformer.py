@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(dimensions, kv_heads * self.head_dimensions, bias=False)
         self.output = nn.Linear(dimensions, dimensions, bias=False)
         self.rope = nn.RoPE(self.head_dimensions, base=rope_base)
-        self.attend = fused_attention  # exact mode has another, in models/reproducible.py
+        self.attend = fused_attention  # a caller may put another function of the same signature here
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, D) → (B, T, D)"""

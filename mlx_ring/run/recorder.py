@@ -98,9 +98,7 @@ class RunRecord:
         self._event("resumed", step, f"from {found.path} ({found.manifest.get('world_size')} ranks then)")
         before = found.manifest.get("first_gradient")
         if before and first_gradient and before["sha256"] != first_gradient:
-            message = (
-                f"warning: {exactness.machine()} computes other bits than {before['machine']} did before"
-            )
+            message = f"warning: {exactness.describe_machine()} computes other bits than {before['machine']} did before"
             self._event(
                 "other_machine", step, f"{message}: this is no longer the run that it would have been"
             )
@@ -165,7 +163,7 @@ class RunRecord:
             "line": self._line,
             "world_size": self._world_size,
             "first_gradient": run.first_gradient
-            and {"sha256": run.first_gradient, "machine": exactness.machine()},
+            and {"sha256": run.first_gradient, "machine": exactness.describe_machine()},
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
             "evaluation": evaluation.row() if evaluation is not None and finite else None,

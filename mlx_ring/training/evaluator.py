@@ -1,4 +1,4 @@
-"""The continuous evaluator: one mean over the whole held-out set, the same in any split."""
+"""The continuous evaluator: means over the whole held-out set, the same on any number of ranks."""
 
 import math
 import time
@@ -30,7 +30,7 @@ class Evaluation:
     bits_per_byte: float | None = None
 
     def row(self) -> dict[str, float]:
-        """The figures that this kind of model has."""
+        """The figures that apply to this kind of model, by name."""
         figures = {
             "loss": self.loss, "accuracy": self.accuracy, "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte, "samples": self.samples, "seconds": self.seconds,
@@ -52,15 +52,19 @@ class Evaluator:
         micro_batch_size: int,
         compile: bool,
     ) -> None:
-        self._model, self._dataset, self._communicator = model, dataset, communicator
-        self._forward, self._loss, self._micro_batch_size = forward, loss, micro_batch_size
-        self.micro_batches = 0  # evaluated so far: a sign of life
+        self._model = model
+        self._dataset = dataset
+        self._communicator = communicator
+        self._forward = forward
+        self._loss = loss
+        self._micro_batch_size = micro_batch_size
+        self.micro_batches = 0  # evaluated so far, by which a supervisor sees progress
         self._compiled = mx.compile(self._sums, inputs=[model.state]) if compile else self._sums
 
     def evaluate(self) -> Evaluation:
-        """Collective: every rank must call, with equal weights.
+        """Evaluates the model on the whole held-out set. Collective: every rank must call, with equal weights.
 
-        The sums of single micro-batches are gathered and added with one exact rounding (`math.fsum`), so
+        The sums of single micro-batches are gathered, and added with one exact rounding (`math.fsum`). So
         their order, and with it the number of ranks, changes nothing.
         """
         start = time.perf_counter()
@@ -97,9 +101,9 @@ class Evaluator:
         )
 
     def _sums(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Sum of losses, number of targets, number of them predicted right, of one micro-batch.
+        """One micro-batch's sum of losses, number of targets, and number of targets predicted right.
 
-        The last is negative where targets are no classes: a model with its own loss may learn real numbers.
+        The last is negative if targets are no classes: a model with its own loss may learn real numbers.
         """
         masters = self._model.parameters()
         outputs = self._forward(self._model.trainable_parameters(), inputs)

@@ -1,4 +1,4 @@
-"""What exact mode stands on: one micro-batch's gradient has the same bits on every rank, every time.
+"""What exact mode relies on: one micro-batch's gradient has the same bits on every rank, every time.
 
 `start_check` tries that before the first step, with the real model and data. `reproducible` replaces the
 operations that are not reproducible on a GPU. `operations` lists operations with their gradients, and

@@ -17,14 +17,14 @@ from mlx.utils import tree_flatten
 
 from mlx_ring.cluster.finding import Check, Status
 from mlx_ring.communication.agreement import checksums, sha256_of
-from mlx_ring.communication.machine import machine
+from mlx_ring.communication.machine import describe_machine
 from mlx_ring.training.exact.operations import Operation, operations
 
 REPEATS = 8
 
 
 def exact_checks() -> Iterator[Check]:
-    """One check an operation of the table, as each is done, and one of what all that exact mode uses gave."""
+    """Yields one check for each operation, as soon as it is done, and at last one for all of them together."""
     digests: list[str] = []
     failed = 0
     for operation in operations(gpu=mx.default_device() == mx.gpu):
@@ -38,13 +38,13 @@ def exact_checks() -> Iterator[Check]:
     yield _check(
         "all that exact mode uses",
         "fail" if failed else "ok",
-        f"digest {together} of {len(digests)} operations on {machine()}",
+        f"digest {together} of {len(digests)} operations on {describe_machine()}",
         "train with another communicator than exact, or on another machine" if failed else "",
     )
 
 
 def exact_check(operation: Operation, repeats: int = REPEATS) -> tuple[Check, str]:
-    """Repeat an operation on equal inputs and compare the bits.
+    """Repeats an operation on equal inputs and compares the bits.
 
     Returns: the check, and a digest of the first result's bits, of 8 hexadecimal digits.
     """
@@ -69,7 +69,7 @@ def exact_check(operation: Operation, repeats: int = REPEATS) -> tuple[Check, st
 
 
 def _repeated(operation: Operation, repeats: int) -> tuple[list[str], list[float], Any]:
-    """The digests and the times in seconds of every repeat, and the values where some are expected."""
+    """Every repeat's digest and time in seconds, and the values if the operation expects some."""
     compute = operation.prepare()
     mx.eval(compute())  # kernels are compiled here, and memory is taken
     digests: list[str] = []

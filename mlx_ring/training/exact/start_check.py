@@ -1,7 +1,8 @@
-"""What exact mode stands on: one micro-batch's gradient has the same bits on every rank, every time.
+"""Checks, before the first step, what exact mode relies on.
 
-That holds among machines of one kind (chip, MLX, BLAS and its threads) for reproducible operations. Both are
-tried before the first step, with the real model and data.
+One micro-batch's gradient must have the same bits on every rank, every time. That holds among machines of one
+kind (chip, MLX, BLAS and its threads) and for reproducible operations. Both are tried with the real model and
+data.
 """
 
 import os
@@ -10,7 +11,7 @@ import numpy as np
 
 from mlx_ring.communication.agreement import checksums, first_outlier, sha256_of
 from mlx_ring.communication.communicator import Communicator
-from mlx_ring.communication.machine import machine
+from mlx_ring.communication.machine import describe_machine
 from mlx_ring.data.dataset import Split
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import ClusterError, agreed
@@ -20,8 +21,10 @@ from mlx_ring.training.gradient import MicroBatchGradient
 def first_gradient(
     gradient: MicroBatchGradient, split: Split, *, seed: int, micro_batch_size: int
 ) -> tuple[str, bool]:
-    """A digest (SHA-256, hex) of the gradient of the run's first micro-batch, with the weights as they are;
-    and whether computing it a second time gave the same."""
+    """Computes the gradient of the run's first micro-batch twice, with the weights as they are.
+
+    Returns: the first result's digest (SHA-256, hex), and whether the second result has the same bits.
+    """
     samples = split.batch(sample_order(seed, np.arange(micro_batch_size), len(split)))
     digests: list[str] = []
     for _ in range(2):
@@ -31,12 +34,17 @@ def first_gradient(
 
 
 def compare(communicator: Communicator, digest: str, repeats: bool) -> None:
-    """Refuse ranks that do not compute what the others do. Collective: every rank must call.
+    """Refuses ranks that compute other bits than the others. Collective: every rank must call.
 
-    Raises: ClusterError on every rank, naming the rank, its host and both kinds of machine.
+    Args:
+        digest, repeats: what `first_gradient` returned on this rank.
+
+    Raises:
+        ClusterError: on every rank, naming the rank, its host and both kinds of machine.
     """
-    own = {"machine": machine(), "digest": digest, "repeats": repeats}
-    table, hosts = communicator.gather_objects(own), communicator.hosts
+    own = {"machine": describe_machine(), "digest": digest, "repeats": repeats}
+    table = communicator.gather_objects(own)
+    hosts = communicator.hosts
     rest = "or give up equal bits: communicator=native"
     for rank, found in enumerate(table):
         if not found["repeats"]:
