@@ -37,7 +37,7 @@ class MlxRingLauncher(Launcher):
         atexit.register(self._redact)  # whatever happens: Hydra's sweepers write all secrets to the disk
 
     def _redact(self) -> None:
-        from mlx_ring.config.compose import redacted_yaml
+        from mlx_ring.config.redaction import redacted_yaml
 
         written = self.directory / "multirun.yaml"
         if written.exists():

@@ -77,9 +77,9 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
 
 def refuse_another_run(config: RunConfig, manifest: dict[str, Any]) -> None:
     """Raises: ConfigError for a change that a resumed run may not make."""
-    digest = look_ups_sha256(config.record, config.flat())
+    digest = look_ups_sha256(config.redacted, config.flat())
     alike = manifest.get("look_ups_sha256", digest) == digest
-    refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
+    refuse_changes(manifest.get("config", {}), config.redacted, resolved_alike=alike)
 
 
 def replaces_record(config: RunConfig, found: Found | None) -> bool:

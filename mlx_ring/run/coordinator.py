@@ -18,7 +18,7 @@ from mlx_ring.communication.agreement import agree
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.communication.machine import MLX_VERSION, device
 from mlx_ring.config.run_config import RunConfig
-from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, record_error
+from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, unwritable_record
 from mlx_ring.run.builder import Run, build
 from mlx_ring.run.recorder import RunRecord
 from mlx_ring.run_directory.directory import RunDirectory
@@ -148,7 +148,7 @@ class Coordinator:
         except MlxRingError as caught:
             error = caught
         except OSError as caught:
-            error = record_error(caught)
+            error = unwritable_record(caught)
         self._communicator.agree_on_error(error)
 
     def _find(self) -> None:

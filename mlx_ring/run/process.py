@@ -16,22 +16,21 @@ from mlx_ring.cluster.rank.environment import RankEnvironment, abort_mpi, use_bu
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
 from mlx_ring.cluster.rank.protocol import JOINING, STARTING
 from mlx_ring.cluster.rank.ring_ports import refuse_public_addresses
-from mlx_ring.config.compose import (
-    CONF,
-    LOOKS_ONLY,
+from mlx_ring.config.command_line import (
+    PRINT_ONLY,
     composed_directory,
     evaluates_only,
     hydra_files,
     hydra_options,
-    register_look_ups,
+    to_own_error,
     typed_directory,
-    understood,
 )
+from mlx_ring.config.compose import CONF, register_look_ups
 from mlx_ring.config.parser import parse
-from mlx_ring.config.redaction import flatten, record
+from mlx_ring.config.redaction import flatten, redact
 from mlx_ring.config.resume_rules import HOST_KEYS
 from mlx_ring.config.run_config import RunConfig
-from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError, whereabouts
+from mlx_ring.errors import ClusterError, ConfigError, Interrupted, MlxRingError, locate_error
 from mlx_ring.run.patience import patience
 from mlx_ring.run_directory.directory import RunDirectory, new_run_id
 from mlx_ring.run_directory.status import RunStatus
@@ -130,7 +129,7 @@ class Process:
         from mlx_ring.communication.agreement import agree, program_record
 
         self._agreed = True
-        typed = {key: value for key, value in flatten(record(root)).items() if not key.startswith("hydra.")}
+        typed = {key: value for key, value in flatten(redact(root)).items() if not key.startswith("hydra.")}
         for key in HOST_KEYS - {"run.dir"}:
             typed.pop(key, None)
         agree(self.communicator, {**program_record(), "command": typed})
@@ -141,7 +140,7 @@ class Process:
         self._heartbeat = heartbeat.connect(os.environ, self.environment.rank, self.vitals, self._unwatched)
         use_bundled_open_mpi()
         options = hydra_options()
-        self._looks_only = any(getattr(options, name) for name in LOOKS_ONLY)
+        self._looks_only = any(getattr(options, name) for name in PRINT_ONLY)
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
         register_look_ups()
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes errors on instead of printing its own report
@@ -199,7 +198,7 @@ class Process:
         """
         if self._heartbeat is not None:
             self._heartbeat.report()
-        error = self._met(understood(error, self.directory, before_run=self.coordinator is None))
+        error = self._met(to_own_error(error, self.directory, before_run=self.coordinator is None))
         known = isinstance(error, MlxRingError)
         status = error.exit_status if known else (130 if isinstance(error, KeyboardInterrupt) else 1)
         message = " ".join((str(error) if known else f"{type(error).__name__}: {error}").split())
@@ -215,7 +214,7 @@ class Process:
             named = message.startswith(f"rank {self.environment.rank} ")
             where = f"{self.environment.place}: " if several and not named else ""
             if not known:
-                message += whereabouts(error)
+                message += locate_error(error)
             print(f"error: {where}{message}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

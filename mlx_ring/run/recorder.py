@@ -58,7 +58,7 @@ class RunRecord:
         self._checkpoints = CheckpointManager(
             directory.path, keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
-        own = {**config.record, "run": {"dir": str(directory.path)}}
+        own = {**config.redacted, "run": {"dir": str(directory.path)}}
         directory.write({"config.yaml": to_yaml(own), **hydra_files})
         self._checkpoints.set_aside(progress.step)
         self._metrics = MetricsTracker(
@@ -170,8 +170,8 @@ class RunRecord:
             "data_sha256": run.data.dataset.digest,
             "evaluation": evaluation.row() if evaluation is not None and finite else None,
             "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
-            "config": self._config.record,
-            "look_ups_sha256": look_ups_sha256(self._config.record, self._config.flat()),
+            "config": self._config.redacted,
+            "look_ups_sha256": look_ups_sha256(self._config.redacted, self._config.flat()),
         }
 
     def save(self, files: dict[str, Arrays], facts: dict[str, Any], *, since: float) -> None:
@@ -241,6 +241,6 @@ def _hyperparameters(config: RunConfig) -> dict[str, float | int | str | bool]:
     groups = ("model", "data", "optimizer", "schedule", "trainer", "seed", "strategy", "communicator")
     return {
         key: value
-        for key, value in flatten(config.record).items()
+        for key, value in flatten(config.redacted).items()
         if key.split(".")[0] in groups and isinstance(value, bool | int | float | str)
     }

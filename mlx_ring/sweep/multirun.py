@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
-from mlx_ring.config.compose import name_sweep
+from mlx_ring.config.compose import register_sweep_id
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
 from mlx_ring.run_directory.lock import LockHeld, ProcessLock
@@ -32,7 +32,7 @@ def begin_multirun(config: Any) -> tuple[str, ...]:
             f"--config-name {config.hydra.job.config_name} cannot be given in a multirun; give its values as "
             "overrides, or as a choice of a group in --config-dir"
         )
-    name_sweep(new_run_id())
+    register_sweep_id(new_run_id())
     directory = Path(config.hydra.sweep.dir)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

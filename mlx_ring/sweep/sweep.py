@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
-from mlx_ring.config.redaction import redacted
+from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.sweep.fetch_record import bring_record
 from mlx_ring.sweep.host_dealer import HostDealer
@@ -235,4 +235,4 @@ def run_jobs(
 
 
 def _words(job: Job) -> str:
-    return shlex.join(map(redacted, job.overrides)) or "no overrides"
+    return shlex.join(map(redact_override, job.overrides)) or "no overrides"

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mlx_ring.config.redaction import redacted
+from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
@@ -38,10 +38,14 @@ class Row:
     def cells(self) -> dict[str, object]:
         known = {name: self.evaluation.get(name, "") for name in FIGURES}
         return {
-            "job": self.number, "overrides": shlex.join(map(redacted, self.overrides)), "state": self.state,
-            "exit_status": "" if self.exit_status is None else self.exit_status, **known,
-            "message": self.message, "directory": self.directory,
-        }  # fmt: skip
+            "job": self.number,
+            "overrides": shlex.join(map(redact_override, self.overrides)),
+            "state": self.state,
+            "exit_status": "" if self.exit_status is None else self.exit_status,
+            **known,
+            "message": self.message,
+            "directory": self.directory,
+        }
 
 
 class SweepRecord:

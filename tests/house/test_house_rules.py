@@ -179,9 +179,9 @@ def test_every_experiment_composes(name: str) -> None:
     assert isinstance(settings, dict)
     for default in settings.pop("defaults", []):
         ((group, choice),) = default.items()
-        assert config.record[group.removeprefix("override /")]["name"] == choice
+        assert config.redacted[group.removeprefix("override /")]["name"] == choice
     for group, values in settings.items():
-        assert config.record[group].items() >= values.items()
+        assert config.redacted[group].items() >= values.items()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
     )
     written = OmegaConf.to_container(OmegaConf.load(ROOT / f"conf/{choice}.yaml"), resolve=False)
     assert isinstance(written, dict)
-    assert config.record[group] == written | filled
+    assert config.redacted[group] == written | filled
     assert written.get("name", name) == name
     assert sorted(key for key, value in written.items() if value == "???") == sorted(filled)
 

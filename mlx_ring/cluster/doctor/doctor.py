@@ -56,7 +56,7 @@ class Meant:
         if not any(item.startswith("run.dir=") for item in overrides):
             overrides = [*overrides, "run.dir=outputs/doctor"]  # which is never made
         config = compose_run(*overrides)
-        directory = config.record["run"]["dir"]
+        directory = config.redacted["run"]["dir"]
         distributes = getattr(config.data, "distribute", False)
         return Meant(overrides=overrides, directory=directory, distributes=distributes)
 
