@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from mlx_ring.cluster.hosts.host_json import check_ring_ip, read_json, shown
+from mlx_ring.cluster.hosts.host_json import check_ring_ip, excerpt, read_json
 from mlx_ring.errors import ClusterError, ConfigError
 
 Address = tuple[str, int]  # IPv4 address, port
@@ -203,7 +203,7 @@ def _ring_addresses(path: str) -> list[list[Address]]:
 def _host_addresses(path: str, rank: int, entry: object) -> list[Address]:
     where = f"MLX_HOSTFILE {path}, rank {rank}"
     if not isinstance(entry, list) or not entry:
-        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {shown(entry)}')
+        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {excerpt(entry)}')
     return [_address(where, item) for item in entry]
 
 
