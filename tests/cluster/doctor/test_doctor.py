@@ -72,7 +72,7 @@ def test_this_machine() -> None:
     assert checks["launch"]["detail"].startswith("2 ranks joined and left")
     for name, figure in (("latency", r"\d+ µs"), ("bandwidth", r"\d+\.\d\d Gbit/s")):
         assert re.match(figure, checks[name]["detail"]), checks[name]
-    assert checks["exit status"]["detail"] == "rank 1 left with 42, and so it was told"
+    assert checks["exit status"]["detail"] == "rank 1 left with 42, and that status arrived here"
 
 
 def test_lines_for_a_reader() -> None:
