@@ -33,7 +33,7 @@ from page import Curves
 from mlx_ring.cluster.hosts.host_file import read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import on_hosts
 from mlx_ring.errors import ConfigError, MlxRingError
-from mlx_ring.sweep.fetch_record import bring_record
+from mlx_ring.sweep.fetch_record import fetch_record
 
 TRAIN = [sys.executable, str(Path(__file__).parent.parent / "train.py")]
 RUN = [sys.executable, "-m", "mlx_ring.cli", "run"]
@@ -121,7 +121,7 @@ class Bench:
             if process.wait():
                 raise harness.Failed(f"a run ended with status {process.returncode}; its errors are above")
             if self.hostfile is not None:  # the record is on the host of rank 0
-                asyncio.run(bring_record(read_hostfile(run.with_suffix(".json")), run))
+                asyncio.run(fetch_record(read_hostfile(run.with_suffix(".json")), run))
             return Seen.of(run, self.target_loss)
 
         return wait
