@@ -109,7 +109,7 @@ class _Result(JobReturn):
 
 
 def _job_return(config: DictConfig, row: "Row", directory: Path) -> JobReturn:
-    """Returns a job's result: for other sweepers, the last loss as a number to minimize; for ours, the row."""
+    """Returns a job's result: the last loss, which other sweepers minimize, and the row, for ours."""
     from mlx_ring.sweep.table import failure
 
     error = failure(row, directory)

@@ -23,11 +23,9 @@ async def fetch_record(file: HostFile, directory: Path) -> None:
     Copies nothing if a record that came as far is here already.
     """
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
+    environment = file.envs | {"COPYFILE_DISABLE": "1"}  # keeps the tar of macOS from adding files
     answers = await asyncio.gather(
-        *(
-            ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}, seconds=FETCH_SECONDS)
-            for name in file.names
-        )
+        *(ask(name, command, environment, seconds=FETCH_SECONDS) for name in file.names)
     )
     records = [files for files in map(_unpack, answers) if STATUS in files]
     best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))

@@ -140,13 +140,13 @@ class Study:
         return failures
 
     def _next_trials(self, parallel: int) -> list[Trial]:
-        """Returns the next trials, with consecutive numbers: first those that an earlier start left, then new ones."""
+        """Returns trials with consecutive numbers: first those that an earlier start left, then new ones."""
         known = self._study.get_trials(deepcopy=False)
         unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
         if unfinished:
             first = unfinished[0].number
-            row = [each for place, each in enumerate(unfinished) if each.number == first + place]
-            return [Trial(self._study, each._trial_id) for each in row[:parallel]]  # pyright: ignore[reportPrivateUsage]
+            consecutive = [each for place, each in enumerate(unfinished) if each.number == first + place]
+            return [Trial(self._study, each._trial_id) for each in consecutive[:parallel]]  # pyright: ignore[reportPrivateUsage]
         return [self._study.ask(self._space) for _ in range(min(parallel, self._n_trials - len(known)))]
 
     def _overrides(self, trial: Trial) -> list[str]:

@@ -96,7 +96,7 @@ class Sweep:
         await asyncio.wait(tasks.values())  # a stop cancels jobs that have not begun
 
     async def _run_job(self, job: Job, table: SweepTable) -> None:
-        """Runs one job, unless an earlier start finished it, and writes how it ended. Never raises its error."""
+        """Runs one job, unless an earlier start finished it, and writes how it ended. Raises nothing."""
         row = table.rows[job.number]
         if table.is_finished(row):
             self._say(f"job {job.number} was {row.state} before: {_describe(job)}")
@@ -130,7 +130,7 @@ class Sweep:
         self._say(f"job {job.number} {row.state}{row.message and ': ' + row.message}")
 
     async def _train(self, job: Job, row: Row) -> int:
-        """Trains a job; if its hosts are lost, gives it others, up to MOST_DEALS times. Returns: its exit status."""
+        """Trains a job and returns its exit status. If its hosts are lost, gives it others."""
         if job.hostfile is None:
             return await self._supervised(job, ["-n", str(job.ranks or 1)], row)
         dealer = self._dealers[job.hostfile]
