@@ -33,7 +33,8 @@ class HostDealer:
     """
 
     def __init__(self, path: Path, parallel: int, busy: set[str], say: Callable[[str], None]) -> None:
-        """
+        """Reads the host file.
+
         Args:
             path: the host file; it is read again before every deal.
             parallel: jobs that run at the same time.

@@ -31,7 +31,7 @@ class Job:
     """One run of a sweep."""
 
     number: int
-    overrides: tuple[str, ...]  # as they were typed or drawn
+    overrides: tuple[str, ...]  # as they were typed or chosen
     searchpath: tuple[str, ...]  # the override that names further folders with configurations, if any
     directory: Path  # of its run
     ranks: int | None  # None: one without a host file, else an equal share of the hosts
@@ -51,7 +51,8 @@ class Sweep:
         is_hopeless: IsHopeless | None,
         output: ConsoleOutput,
     ) -> None:
-        """
+        """Prepares the jobs; `run` starts them.
+
         Args:
             jobs: the jobs, in the order in which they start.
             parallel: jobs that run at the same time.
@@ -106,9 +107,11 @@ class Sweep:
             try:
                 row.exit_status = await self._train(job, row)
             except MlxRingError as error:
-                row.exit_status, row.message = error.exit_status, str(error)
+                row.exit_status = error.exit_status
+                row.message = str(error)
             except Exception as error:  # noqa: BLE001 - the other jobs go on
-                row.exit_status, row.message = 1, f"{type(error).__name__}: {error}"
+                row.exit_status = MlxRingError.exit_status
+                row.message = f"{type(error).__name__}: {error}"
         self._conclude(job, row)
         try:
             table.write()

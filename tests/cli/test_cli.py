@@ -1,4 +1,4 @@
-"""The command mlx-ring, as a process, on the checkpoints of a real run."""
+"""The command mlx-ring, run as a process, on the checkpoints of a real run."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def mlx_ring(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in `folder`."""
+    """Runs the command in `folder`."""
     return subprocess.run(
         [*CLI, *arguments],
         cwd=folder,
@@ -56,7 +56,7 @@ def damage(folder: Path, step: str) -> None:
 
 
 def assert_error(ended: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    """One line on stderr, after what was told before it."""
+    """The last line on stderr is the only error, with this status and these words."""
     assert ended.returncode == status, ended
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), ended.stderr
@@ -232,7 +232,7 @@ def test_completion(folder: Path, shell: str) -> None:
 
 
 def test_it_needs_no_mlx(folder: Path) -> None:
-    """Looking at checkpoints must work while a run holds the machine's memory, and at once."""
+    """The command must work at once, also while a run uses all the memory of the machine."""
     program = "import sys; import mlx_ring.cli; print('mlx.core' in sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""A wrong configuration or command line: one line that names the key, status 2, and nothing touched."""
+"""A wrong configuration or command line ends with one line and status 2, and changes nothing."""
 
 import json
 import sys
@@ -125,7 +125,7 @@ ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
-    """A folder whose `run` holds an earlier run's record."""
+    """A folder whose `run` holds the record of an earlier run."""
     record = tmp_path / "run"
     (record / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/notes"):
@@ -192,7 +192,7 @@ def test_a_mistake_that_all_ranks_see_is_told_once(tmp_path: Path) -> None:
     [("trainer.steps=-1", "trainer.steps must be"), ("trainer.stepz=1", "unknown configuration key")],
 )
 def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str, words: str) -> None:
-    """Its exit status says nothing; what the earlier run reached stays."""
+    """mlx.launch always exits with 0, so status.json says it; what the earlier run reached stays."""
     before = contents(earlier)
     ranks = train(earlier, override, world_size=2)
     assert ranks.statuses == [2, 2], ranks.report()
@@ -202,7 +202,7 @@ def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str
 
 
 def rank_whose_peer_never_comes(earlier: Path, program: list[str]) -> None:
-    """It tells its mistake once, and leaves the verdict in the run's directory."""
+    """The rank prints its mistake once and writes it to status.json."""
     (earlier / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
     command = [*SMALL, "run.dir=run", "trainer.stepz=1"]

@@ -1,4 +1,4 @@
-"""The composed configuration: what is understood, refused and recorded, and what a resume may change."""
+"""The composed configuration: what is accepted, refused and saved, and what a resumed run may change."""
 
 import copy
 import re
@@ -33,7 +33,7 @@ def parse(*overrides: str) -> RunConfig:
     return config_parser.parse(composed(*overrides))
 
 
-# Understood
+# Accepted
 
 
 def test_the_default_run() -> None:
@@ -193,7 +193,7 @@ def test_any_value_of_any_section_is_taken_or_refused_in_one_line(value: Any) ->
     for section in ("trainer", "model", "run"):
         try:
             whole[section] = value
-        except GrammarParseError:  # such as `${`: OmegaConf holds no such value, so none comes to be parsed
+        except GrammarParseError:  # such as `${`: OmegaConf itself refuses the value
             return
         try:
             config_parser.parse(whole)
@@ -222,7 +222,7 @@ def test_the_nearest_key_is_told(key: str, hint: str) -> None:
     assert nearest_key(key, BASE).startswith(hint)
 
 
-# Recorded
+# Saved
 
 
 SECRETS = [
@@ -332,7 +332,7 @@ def test_a_resumed_run_may_change(override: str) -> None:
 
 
 def test_the_list_of_what_a_resumed_run_may_change_is_whole() -> None:
-    """Every section and every key of the contract's list is tried above, and nothing else."""
+    """MAY_CHANGE tries every section and every key that a resumed run may change, and nothing else."""
     tried = {re.split("[.=]", override)[0] for override in MAY_CHANGE}
     assert tried == set(SECTIONS) | {"communicator"}
     both = {

@@ -1,4 +1,4 @@
-"""Text becomes tokens once, the same everywhere, or the file and line that cannot be read are named."""
+"""Text is turned into tokens once, the same on every host; a mistake names its file and line."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, **texts: str | bytes) -> Path:
-    """Files by name; __ stands for a folder's /."""
+    """Writes files by name; __ stands for the / after a folder."""
     for name, text in texts.items():
         path = folder / f"{name.replace('__', '/')}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def test_processes_that_start_together_prepare_once(folder: Path, cache: Path) -
 
 
 def decoded(files: dict[str, Path]) -> list[str]:
-    """The documents, as the saved tokenizer reads the tokens."""
+    """The documents, decoded from the tokens with the saved tokenizer."""
     from tokenizers import Tokenizer as BPETokenizer
 
     tokenizer: Any = BPETokenizer.from_file(str(files["tokenizer"]))
@@ -245,7 +245,7 @@ def test_bpe_gives_back_every_document(folder: Path, cache: Path) -> None:
 
 
 def test_bytes_per_target_counts_the_held_out_text(folder: Path, cache: Path) -> None:
-    """The end of the text is harder to compress than the rest, so the mean of the whole would be wrong."""
+    """The end of the text has shorter tokens than the rest, so the mean of the whole would be wrong."""
     texts = {"a": "the cat sat on the mat " * 300, "b": "Qj%7 zK!2 wX#9 pV&4 " * 20}
     config = text_config(write(folder, **texts), cache, tokenizer=Tokenizer["bpe"], held_out_fraction=0.1)
     files = prepare(config)

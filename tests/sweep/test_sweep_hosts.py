@@ -1,4 +1,4 @@
-"""A sweep over hosts that share no disk, one of which is lost: its job is done by another."""
+"""A sweep over hosts that share no disk: if one is lost, another host does its job."""
 
 import json
 import subprocess

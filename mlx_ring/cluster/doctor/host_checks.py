@@ -10,7 +10,7 @@ from typing import Any
 from mlx_ring.cluster.finding import Check, fail, ok, warn
 from mlx_ring.cluster.hosts.probe_link import ByHost, Facts
 
-PYTHONS = ((3, 11), (3, 14))  # from the first, and below the second
+PYTHONS = ((3, 11), (3, 14))  # the first is supported, the second no longer
 LIBRARIES = ("numpy", "hydra-core", "omegaconf", "safetensors")
 SYNC = "mlx-ring hosts sync FILE brings every host to what is here"
 FULL_BYTES = 64 * 2**20  # less free than this is too little for any checkpoint
