@@ -67,7 +67,7 @@ class TrainingError(MlxRingError):
 
 
 class CheckpointError(MlxRingError):
-    """Raised if no checkpoint can be used where one was asked for, or none can be written. Exit status 5."""
+    """Raised if a checkpoint was asked for and none can be used, or none can be written. Exit status 5."""
 
     exit_status = 5
 

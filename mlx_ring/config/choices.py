@@ -117,7 +117,7 @@ class BundledData(Section):
 class FashionMNISTData(BundledData):
     path: str | None  # folder of the four IDX files; null: the folder of the Debian package
     distribute: bool  # rank 0 sends its files to the hosts that lack them
-    cache_dir: str  # folder for files that are made or received
+    cache_dir: str  # folder for files that are made or received here
 
 
 @dataclass(kw_only=True)
@@ -253,7 +253,7 @@ class ConstantSchedule(Section):
 
 @dataclass(kw_only=True)
 class DecaySchedule(ConstantSchedule):
-    final_fraction: float  # of the peak: the rate at trainer.steps
+    final_fraction: float  # the rate at trainer.steps, as a part of the peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,7 +280,7 @@ class CommunicatorSection(Section):
     name: str  # the codec: in which form gradients travel
     backend: Backend  # what MLX sends with; auto takes what the launcher prepared
     bucket_bytes: int  # gradients are reduced in groups of about this size
-    verify_every_steps: int | None  # compares replicas; null: only before evaluations, saves
+    verify_every_steps: int | None  # steps between comparisons of replicas; null: before saves, evaluations
     overlap: bool  # reduces the last layers while the backward pass still computes the first
 
     def __post_init__(self) -> None:
