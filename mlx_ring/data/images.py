@@ -45,7 +45,9 @@ class LabelledImages:
 def open_digits() -> Dataset:
     """Opens the 1,797 optical digits of 8 × 8 pixels; a fifth of each class is held out."""
     arrays = load_file(DIGITS)
-    images, labels, held_out = arrays["images"], arrays["labels"], arrays["held_out"]
+    images = arrays["images"]
+    labels = arrays["labels"]
+    held_out = arrays["held_out"]
     return _dataset(
         LabelledImages(images=images[~held_out], labels=labels[~held_out], mean=8, deviation=8),
         LabelledImages(images=images[held_out], labels=labels[held_out], mean=8, deviation=8),
@@ -116,7 +118,8 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; get the file again") from error
-    magic, expected = content[:4].hex(), f"000008{dimensions:02x}"
+    magic = content[:4].hex()
+    expected = f"000008{dimensions:02x}"
     if magic != expected:
         raise DataError(
             f"{path} starts with {magic or 'nothing'}, but must start with {expected}; get the file again"

@@ -80,7 +80,9 @@ def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterato
     try:
         yield from map(_with_own_name, _examine(file, hostfile, python, planned))
     except MlxRingError as error:
-        yield fail("doctor", socket.gethostname(), str(error), "ask again; if it stays, look at that host")
+        yield fail(
+            "doctor", socket.gethostname(), str(error), "run the doctor again; if it stays, look at that host"
+        )
 
 
 def _this_machine() -> HostFile:
@@ -90,12 +92,13 @@ def _this_machine() -> HostFile:
 
 
 def _examine(file: HostFile, hostfile: Path | None, python: str, planned: PlannedRun) -> Iterator[Check]:
+    """Yields the findings about hosts, then about data, then about a launch."""
     checks, able = asyncio.run(_examine_hosts(file, python, planned))
     yield from checks
     data_checks = asyncio.run(_compare_data(file, python, planned, able))
     yield from data_checks
     if failed([*checks, *data_checks]):
-        yield warn("launch", HERE[1], "not tried", "mend what failed above, then ask again")
+        yield warn("launch", HERE[1], "not tried", "mend what failed above, then run the doctor again")
     else:
         yield from asyncio.run(launch(hostfile, python))
 

@@ -105,7 +105,8 @@ async def _listen_on(links: Probes, name: str, addresses: list[Address]) -> None
     for address in addresses:
         if not address.problem:
             answer, address.token = await listen(links, name, address.ip)
-            address.port, address.problem = answer["port"], answer["error"]
+            address.port = answer["port"]
+            address.problem = answer["error"]
 
 
 async def _time(links: Probes, before: str, name: str, addresses: list[Address]) -> None:

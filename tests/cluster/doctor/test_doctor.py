@@ -82,7 +82,7 @@ def test_lines_for_a_reader() -> None:
         "reachable … [fail] /nowhere/python cannot be run: No such file or directory",
         "    give an interpreter that is there, with --python",
         "launch … [warn] not tried",
-        "    mend what failed above, then ask again",
+        "    mend what failed above, then run the doctor again",
     ]
 
 
