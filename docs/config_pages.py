@@ -1,6 +1,7 @@
 """Makes the site's page of every configuration group from the dataclasses and the YAML files.
 
-This is a hook of mkdocs, named in mkdocs.yml. The pages live in memory: nothing is written into the source tree.
+This is a hook of mkdocs, named in mkdocs.yml. The pages live in memory; nothing is written into the source
+tree.
 """
 
 import ast
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parent.parent / "conf"
 WHOLE = (CONF / "config.yaml").read_text(encoding="utf-8")
 SHOWN_WHOLE = {  # folders of conf/ that hold no group of ours
-    "experiment": "Whole runs that have a name: `experiment=NAME`. Values on the command line override those of the file.",
+    "experiment": "Whole runs that have a name: `experiment=NAME`. Values on the command line come last.",
     "hydra": "How a multirun runs its jobs, and how Optuna draws their values. See [Sweeps](../sweeps.md).",
 }
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null"}
@@ -119,7 +120,7 @@ def _table(group: str, schema: type, texts: dict[str, str]) -> str:
 
 
 def _words(field: str, schema: type, beside: list[str], siblings: Iterable[type]) -> str:
-    """Return the first comment on a field: in its class, a YAML file, a class it inherits from, or a sibling."""
+    """Return the first comment on a field: in its class, a YAML file, a base class, or a sibling."""
     own, *bases = [_comments().get(each.__name__, {}) for each in schema.__mro__]
     others = [_comments()[base.__name__] for each in siblings for base in each.__mro__[:-2]]
     said = [own.get(field), *beside, *(each.get(field) for each in [*bases, *others])]
