@@ -1,5 +1,4 @@
-"""Checks that exact mode learns as well as native mode: by the final evaluation loss of `text_small`, on three
-seeds.
+"""Checks that exact mode learns as well as native mode: the final loss of `text_small`, on three seeds.
 
 The two runs of one seed are a pair: they start from the same weights and see the same batches and dropout.
 `difference` is the mean over the pairs of exact's loss minus native's. `difference_over_spread` is its
@@ -86,7 +85,7 @@ def train(folder: Path, *overrides: str, device: str | None) -> float:
 
 
 def train_all(folder: Path, overrides: tuple[str, ...], parallel: int) -> dict[tuple[str, int], float]:
-    """Trains with every codec and seed, each run on the next free GPU if there are any. Returns the losses."""
+    """Trains with every codec and seed, each run on a free GPU if there are any. Returns the losses."""
     devices: list[str | None] = [None]
     if GPU:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

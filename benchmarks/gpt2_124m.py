@@ -1,13 +1,14 @@
 """Measures a training step of the 124M GPT on a GPU: tokens a second, MFU, memory, and where the time goes.
 
-MFU is the share of the GPU's floating-point operations that the model uses. A token takes 6 · N_matmul +
-12 · L · D · T operations (torchtitan's formula: forward and backward, attention counted whole, no discount for
-the causal mask); N_matmul counts the tied head but not the embedding. Two peaks are compared with: that of the
+MFU is the share of the GPU's floating-point operations that the model uses. A token takes 6 · N_matmul + 12 ·
+L · D · T operations (torchtitan's formula: forward and backward, attention counted whole, no discount for the
+causal mask); N_matmul counts the tied head but not the embedding. Two peaks are compared with: that of the
 data sheet, if the GPU is known, and what a large matrix product of the step's dtype reaches in this run. Each
 part is timed by itself at the shapes of the step, forward, and forward with backward. With several ranks
 (`mlx.launch --backend nccl -n 2 -- python benchmarks/gpt2_124m.py`) the gradient's all-reduce is timed too.
 
-On a CPU a tiny model takes the place of the GPT: it shows that the program works, and its figures mean nothing.
+On a CPU a tiny model takes the place of the GPT: it shows that the program works, and its figures mean
+nothing.
 """
 
 import statistics
@@ -55,7 +56,8 @@ GPT2_124M = Shape(
     dtype=mx.bfloat16, square=8192, overrides=harness.GPT2_124M,
 )  # fmt: skip
 TINY = Shape(
-    batch=2, length=32, vocabulary=256, layers=2, dimensions=32, heads=2, hidden=64, dtype=mx.float32, square=256,
+    batch=2, length=32, vocabulary=256, layers=2, dimensions=32, heads=2, hidden=64,
+    dtype=mx.float32, square=256,
     overrides=(
         "data=synthetic", "data.vocabulary_size=256", "data.sequence_length=32", "model=transformer",
         "model.layers=2", "model.dimensions=32", "model.heads=2", "model.kv_heads=2",
@@ -76,8 +78,10 @@ Arrays = dict[str, mx.array]
 
 
 def median_seconds(compute: Callable[[], Any], repeats: int) -> float:
-    """Returns the seconds of one computation out of several in a row, between which the device need not wait for
-    Python."""
+    """Returns the seconds of one computation out of several in a row.
+
+    The device need not wait for Python between them.
+    """
     times: list[float] = []
     for repeat in range(repeats + 2):
         mx.synchronize()
@@ -127,8 +131,10 @@ def whole_step(communicator: Communicator, repeats: int) -> tuple[dict[str, floa
 
 
 def both_ways(scalar: Callable[..., mx.array], inputs: tuple[Any, ...], repeats: int) -> tuple[float, float]:
-    """Returns the seconds of a function to a scalar: those of its forward pass, and those of its backward pass to
-    all inputs. The latter are the seconds of both together minus the forward's."""
+    """Returns the seconds of a scalar function's forward pass, and of its backward pass to all inputs.
+
+    The latter are the seconds of both together minus those of the forward pass alone.
+    """
     forward = mx.compile(scalar)
     both = mx.compile(mx.value_and_grad(scalar, argnums=tuple(range(len(inputs)))))
     first = median_seconds(lambda: forward(*inputs), repeats)

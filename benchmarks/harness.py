@@ -43,7 +43,7 @@ class Failed(Exception):
 
 
 def numbers(least: int) -> Callable[[str], list[int]]:
-    """Returns the type of an option such as `--ranks 1,2,4`: different whole numbers, each `least` or more."""
+    """Returns the type of an option such as `--ranks 1,2,4`: different numbers, each `least` or more."""
     number = at_least(least)
 
     def parse_numbers(text: str) -> list[int]:

@@ -49,7 +49,7 @@ def ring_variables(world_size: int, hostfile: Path) -> list[dict[str, str]]:
 
 
 def gpu(place: int) -> dict[str, str]:
-    """Returns the variable that shows a process one GPU alone: number `place` of those that this process sees.
+    """Returns the variable that shows a process one GPU only: number `place` of those this process sees.
 
     Raises: Failed if this process sees fewer GPUs.
     """

@@ -3,8 +3,8 @@
 Trains every model, with dropout, with AdamW and with SGD with momentum, on 1, 2, 3, 4 and 7 ranks: over the
 ring with an even split; with a measured split while some ranks share a core (Linux); over MPI. One run more
 has all its ranks killed several times and goes on with fewer or more: 4, 2, 3, 1. The weights' SHA-256 and
-the column of losses must be one and the same for all runs of an experiment. A quick run has fewer experiments,
-steps and world sizes.
+the column of losses must be one and the same for all runs of an experiment. A quick run has fewer
+experiments, steps and world sizes.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def by_hand(config: RunConfig, run: Run) -> Callable[[], None]:
         return loss, norm
 
     order = np.random.default_rng(0).permutation(len(run.data.dataset.train))[: 8 * trainer.global_batch_size]
-    # Drawn in advance: steps are compared, and the loop by hand has no loader thread that would draw meanwhile.
+    # Drawn in advance: steps are compared, and the loop by hand has no thread that would draw meanwhile.
     batches = cycle([run.data.dataset.train.batch(rows) for rows in order.reshape(8, -1)])
 
     def one_step() -> None:
