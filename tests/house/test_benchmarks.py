@@ -52,13 +52,12 @@ def test_ci_runs_every_program_that_is_a_benchmark() -> None:
     assert run_by_ci() <= set(FILES)
 
 
-@pytest.mark.parametrize(
-    "trial", [fault for fault in faults.FAULTS if isinstance(fault[2], faults.SuiteTests)]
-)
-def test_faults_that_are_tests_of_the_suite_are_there(trial: faults.Fault) -> None:
-    """Each file exists and has a test of which pytest's -k finds a word, so that none is left out unnoticed."""
-    tests = trial[2]
-    assert isinstance(tests, faults.SuiteTests)
+OF_THE_SUITE = [trial for _, _, trial in faults.FAULTS if isinstance(trial, faults.SuiteTests)]
+
+
+@pytest.mark.parametrize("tests", OF_THE_SUITE, ids=lambda tests: tests.files)
+def test_faults_that_are_tests_of_the_suite_are_there(tests: faults.SuiteTests) -> None:
+    """Each file exists and has a test that pytest's -k selects."""
     words = tests.words.split(" or ")
     for file in tests.files.split():
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
