@@ -30,9 +30,12 @@ SLOW = "{fault: slow, rank: 1, at_call: 1, repeats: 1000000000}"
 def overrides(interval_steps: int) -> tuple[str, ...]:
     """Returns the overrides of a run that saves every `interval_steps` steps and logs ten times as often."""
     return (
-        FOR_EVER, f"metrics.log_every_steps={interval_steps // 10}", f"checkpoint.every_steps={interval_steps}",
-        "model.hidden_sizes=[128,128]", "trainer.micro_batch_size=2",
-    )  # fmt: skip
+        FOR_EVER,
+        f"metrics.log_every_steps={interval_steps // 10}",
+        f"checkpoint.every_steps={interval_steps}",
+        "model.hidden_sizes=[128,128]",
+        "trainer.micro_batch_size=2",
+    )
 
 
 def measure(
