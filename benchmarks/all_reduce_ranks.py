@@ -70,7 +70,8 @@ def by_mpi4py(size: int) -> dict[str, Way]:
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    total, ranks = np.zeros(size // 4, np.float32), MPI.COMM_WORLD
+    total = np.zeros(size // 4, np.float32)
+    ranks = MPI.COMM_WORLD
     return {
         "mpi4py": lambda made: ranks.Allreduce(np.asarray(made[NAME]), total),
         "mpi4py_in_place": lambda made: ranks.Allreduce(MPI.IN_PLACE, np.asarray(made[NAME])),
@@ -119,7 +120,8 @@ def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, lis
     for way in candidates.values():
         way(make())
         communicator.barrier()
-    made, start = make(), time.perf_counter()
+    made = make()
+    start = time.perf_counter()
     candidates["raw"](made)
     seconds = max(communicator.gather_floats([time.perf_counter() - start]))
     repeats = int(min(MOST_REPEATS, max(FEWEST_REPEATS, SECONDS_PER_SIZE[quick] / seconds)))
@@ -138,7 +140,8 @@ def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, lis
 
 
 def main() -> None:
-    sizes, quick = json.loads(sys.argv[1]), sys.argv[2] == "quick"
+    sizes = json.loads(sys.argv[1])
+    quick = sys.argv[2] == "quick"
     communicator = Communicator(RankEnvironment.read())
     found = {size: measure(communicator, size, quick) for size in sizes}
     if communicator.rank == 0:

@@ -76,7 +76,8 @@ def tokens_per_second(dataset: Dataset, seconds: float) -> float:
         for _ in islice(loader, 10):
             pass
         for _ in range(5):
-            start, batches = time.perf_counter(), 0
+            start = time.perf_counter()
+            batches = 0
             while time.perf_counter() - start < seconds:
                 next(loader)
                 batches += 1

@@ -112,7 +112,8 @@ def figures_of(losses: dict[tuple[str, int], float]) -> dict[str, float]:
     figures = {f"{codec}_seed_{seed}_loss": loss for (codec, seed), loss in losses.items()}
     native, exact = ([losses[codec, seed] for seed in SEEDS] for codec in CODECS)
     differences = [after - before for before, after in zip(native, exact, strict=True)]
-    difference, deviation = statistics.mean(differences), statistics.stdev(native)
+    difference = statistics.mean(differences)
+    deviation = statistics.stdev(native)
     return figures | {
         "native_mean_loss": statistics.mean(native),
         "exact_mean_loss": statistics.mean(exact),
@@ -133,7 +134,8 @@ def gradients_of(overrides: tuple[str, ...], weights: Path) -> list[dict[str, mx
     )  # fmt: skip
     model = build_model(config.model, input_shape=data.spec.input_shape, num_classes=data.spec.num_classes)
     model.load_weights(str(weights))
-    forward, loss = build_forward(model, mx.float32), build_loss("cross_entropy")
+    forward = build_forward(model, mx.float32)
+    loss = build_loss("cross_entropy")
     gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=config.seed, compile=True)
     order = np.random.default_rng(0).permutation(len(data.train))
     size = config.trainer.micro_batch_size

@@ -139,7 +139,8 @@ def stopped(*, second_death: bool) -> Trial:
     def trial() -> Seen:
         with TimedRun("-n", "3", "--deadline", f"{deadline:g}", overrides=(FOR_EVER,)) as run:
             at_a_random_step(run)
-            ranks, at = run.ranks(), time.monotonic()
+            ranks = run.ranks()
+            at = time.monotonic()
             ranks[1].suspend()
             if second_death:
                 ranks[2].kill()

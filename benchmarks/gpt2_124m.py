@@ -108,7 +108,8 @@ def whole_step(communicator: Communicator, repeats: int) -> tuple[dict[str, floa
         run = coordinator.prepare()
         assert run is not None
         weights = dict(tree_flatten(run.model.parameters()))
-        results, times = run.trainer.steps(), list[float]()
+        results = run.trainer.steps()
+        times = list[float]()
         for block in range(repeats + 1):
             start = time.perf_counter()
             for _ in range(STEPS_IN_A_BLOCK):

@@ -124,7 +124,7 @@ def run(
         notes: sentences for whoever reads the table, such as that the figures mean nothing on this device.
     """
     assert leads or quick_attempts == 1, "rank 0 alone would measure again, and the others would not"
-    if options.quick and quick_goals is not None:
+    if options.quick and quick_goals is not None and quick_goals != goals:
         goals = quick_goals
         notes = (*notes, "The goals of this quick run are looser than those of a full run.")
     result, missed = _attempt(options, measure, goals, notes)

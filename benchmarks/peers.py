@@ -158,20 +158,6 @@ def compare(
                     seen = peers[name].steps(steps)
                     times[name].append(seen["seconds"] / steps)
                     peaks[name] = seen["peak_bytes"]
-    figures: dict[str, float] = {}
-    for name in names:
-        figures[f"{name}_step_seconds"] = statistics.median(times[name])
-        figures[f"{name}_peak_bytes"] = peaks[name]
-        if name != "mlx_ring":
-            ratios = [other / own for other, own in zip(times[name], times["mlx_ring"], strict=True)]
-            figures[f"speed_over_{name}"] = statistics.median(ratios)
-            if launches > 1:
-                each = [
-                    statistics.median(ratios[start : start + rounds])
-                    for start in range(0, len(ratios), rounds)
-                ]
-                figures[f"speed_over_{name}_lowest"] = min(each)
-                figures[f"speed_over_{name}_highest"] = max(each)
     curves = Curves(
         title=f"A step of each peer, {ranks} rank(s)",
         x_label="round",
@@ -180,7 +166,29 @@ def compare(
         series=times,
         logarithmic=False,
     )
-    return figures, [curves]
+    return figures_of(times, peaks, rounds), [curves]
+
+
+def figures_of(times: dict[str, list[float]], peaks: dict[str, float], rounds: int) -> dict[str, float]:
+    """Returns the figures, given each peer's seconds of a step by round and its peak memory in bytes.
+
+    `rounds` is the number in a launch. If there were several launches, their lowest and highest medians are
+    among the figures.
+    """
+    figures: dict[str, float] = {}
+    for name, seconds in times.items():
+        figures[f"{name}_step_seconds"] = statistics.median(seconds)
+        figures[f"{name}_peak_bytes"] = peaks[name]
+        if name == "mlx_ring":
+            continue
+        ratios = [other / own for other, own in zip(seconds, times["mlx_ring"], strict=True)]
+        figures[f"speed_over_{name}"] = statistics.median(ratios)
+        if len(ratios) > rounds:
+            launches = [ratios[start : start + rounds] for start in range(0, len(ratios), rounds)]
+            medians = [statistics.median(launch) for launch in launches]
+            figures[f"speed_over_{name}_lowest"] = min(medians)
+            figures[f"speed_over_{name}_highest"] = max(medians)
+    return figures
 
 
 def main() -> None:

@@ -64,7 +64,8 @@ def mlx_ring(config: RunConfig, folder: str) -> Steps:
 def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws the run's first global batches in advance, and repeats this rank's part of each for ever."""
     alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
-    split, size = open_data(config, alone).dataset.train, config.trainer.global_batch_size
+    split = open_data(config, alone).dataset.train
+    size = config.trainer.global_batch_size
     order = sample_order(config.seed, np.arange(BATCHES * size), len(split)).reshape(BATCHES, ranks, -1)
     return cycle([split.batch(rows[rank]) for rows in order])
 
@@ -127,7 +128,6 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     """Returns a loop of PyTorch's DDP or FSDP2: float32 weights, with autocast if the run is in bfloat16."""
     import torch
     import torch.distributed as distributed
-    from peers_torch import Transformer
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.cuda.is_available()
@@ -138,26 +138,14 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     distributed.init_process_group("nccl" if gpu else "gloo")
     torch.set_float32_matmul_precision("high")
-    weights, spec = first_model(config)
+    model = torch_model(config, device, shard=shard)
     low = config.trainer.compute_dtype.name == "bfloat16"
-    model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
-    model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
-    model.to(device)
-    if shard:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
-        for layer in (*model.layers, model):
-            fully_shard(layer, mp_policy=policy)
-    elif ranks > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
 
     def loss_of(inputs: Any, targets: Any) -> Any:
         return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
-    forward = (
-        torch.compile(loss_of) if compiled else loss_of
-    )  # the loss is inside, so that no logits are kept
+    # The loss is compiled too, so that no logits are kept.
+    forward = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, fused=gpu
     )
@@ -182,6 +170,31 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
         return loss.item()
 
     return steps
+
+
+def torch_model(config: RunConfig, device: Any, *, shard: bool) -> Any:
+    """Returns the run's model in PyTorch, with its first weights.
+
+    It is sharded, or wrapped in DDP if there are several ranks. The process group must be open.
+    """
+    import torch
+    from peers_torch import Transformer
+
+    weights, spec = first_model(config)
+    model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
+    model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
+    model.to(device)
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        low = config.trainer.compute_dtype.name == "bfloat16"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
+        for layer in (*model.layers, model):
+            fully_shard(layer, mp_policy=policy)
+    elif torch.distributed.get_world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return model
 
 
 def by_mlx_lm(config: RunConfig) -> None:
@@ -251,7 +264,8 @@ def send(words: str) -> None:
 
 
 def main() -> None:
-    name, overrides = sys.argv[1], sys.argv[2:]
+    name = sys.argv[1]
+    overrides = sys.argv[2:]
     status = 0
     try:
         follow_orders(name, overrides)

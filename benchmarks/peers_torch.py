@@ -25,7 +25,9 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     def __init__(self, dimensions: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = heads, kv_heads, dimensions // heads
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.width = dimensions // heads
         self.query = nn.Linear(dimensions, dimensions, bias=False)
         self.key = nn.Linear(dimensions, kv_heads * self.width, bias=False)
         self.value = nn.Linear(dimensions, kv_heads * self.width, bias=False)

@@ -69,7 +69,8 @@ class Seen:
             raise harness.Failed(f"{run} is {status['state']}: {status['message']}")
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [row for row in rows if row["kind"] == "train"]
-        batch, measured = steps[0]["samples"], steps[WARM_UP_STEPS:]
+        batch = steps[0]["samples"]
+        measured = steps[WARM_UP_STEPS:]
         began = steps[0]["wall_time"] - steps[0]["step_seconds"]
         reached = [
             row["wall_time"]
@@ -240,7 +241,7 @@ def measure(bench: Bench, worlds: list[int], repeats: int) -> tuple[dict[str, fl
     return figures, [curves]
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", type=harness.numbers(1), help="world sizes, such as 1,2,4,8")
     own.add_argument("--backend", choices=("ring", "mpi", "nccl"), default="ring")
@@ -253,16 +254,26 @@ def main() -> None:
     own.add_argument(
         "--override", action="append", default=[], help="of train.py; may be given several times"
     )
-    options = harness.parse("scaling", own)
+    return harness.parse("scaling", own)
+
+
+def experiment_of(options: argparse.Namespace, batch: int) -> tuple[str, ...]:
+    """Returns the overrides of what is trained."""
+    if options.experiment:
+        chosen = (f"experiment={options.experiment}",)
+    elif options.backend == "nccl":
+        chosen = harness.GPT2_124M
+    else:  # on the hosts of a host file the path is relative to the folder of the run there
+        folder = "docs" if options.hostfile else Path(__file__).parent.parent / "docs"
+        chosen = (*USUAL, f"data.path={folder}")
+    return (*chosen, f"trainer.micro_batch_size={batch}", *options.override)
+
+
+def main() -> None:
+    options = parse_options()
     worlds: list[int] = options.ranks or ([2] if options.quick else [1, 2])
     gpu = options.backend == "nccl"
-    usual, batch = (harness.GPT2_124M, 16) if gpu else (USUAL, 8)
-    batch = options.batch or batch
-    if options.experiment:
-        usual = (f"experiment={options.experiment}",)
-    elif not gpu:  # on the hosts of a host file the path is relative to the folder of the run there
-        usual = (*usual, f"data.path={'docs' if options.hostfile else Path(__file__).parent.parent / 'docs'}")
-    overrides = (*usual, f"trainer.micro_batch_size={batch}", *options.override)
+    batch = options.batch or (16 if gpu else 8)
     unusual = gpu or options.experiment or options.override
 
     def scale(quick: bool) -> tuple[dict[str, float], list[Curves]]:
@@ -272,7 +283,7 @@ def main() -> None:
             )
         with tempfile.TemporaryDirectory(prefix="mlx_ring-scaling-", dir=Path.cwd()) as folder:
             bench = Bench(
-                overrides=overrides,
+                overrides=experiment_of(options, batch),
                 batch=batch,
                 steps=options.steps or (8 if quick else 40),
                 target_loss=options.target_loss or (None if unusual else TARGET_LOSS[quick]),

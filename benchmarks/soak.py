@@ -148,7 +148,8 @@ def _beat_seconds(beats: int = 5000) -> float:
 def _by_hand(options: tuple[str, ...]) -> float:
     """Returns the seconds of a step of the same run whose ranks nobody supervises."""
     with tempfile.TemporaryDirectory() as name:
-        run, ring = Path(name) / "run", Path(name) / "ring.json"
+        run = Path(name) / "run"
+        ring = Path(name) / "ring.json"
         os.environ["PYTHONPATH"] = PYTHONPATH
         command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.arguments={fault: none}", *options]
         local_ranks.end(local_ranks.start_ring([*command, f"run.dir={run}"], 2, ring))
