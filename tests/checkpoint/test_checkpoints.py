@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
 EVERY = ("checkpoint.every_steps=1", "schedule=constant")
 
 

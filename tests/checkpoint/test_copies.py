@@ -15,6 +15,7 @@ from mlx_ring.checkpoint import file_transfer
 from mlx_ring.checkpoint.file_transfer import Part, Writing
 from mlx_ring.run_directory.directory import is_record_name
 
+pytestmark = pytest.mark.ranks
 OPTIONS = (
     "communicator=exact", "checkpoint.every_steps=2", "checkpoint.keep_last=9", "schedule=constant",
     "model.dropout=0.3",

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from mlx_ring import __version__
 from mlx_ring.cli.commands import cli
 
+pytestmark = pytest.mark.ranks
 CLI = [sys.executable, "-c", "from mlx_ring.cli import main; main()"]
 STEPS = ["step_00000003", "step_00000006"]
 

@@ -10,6 +10,7 @@ from refusals import CHECKPOINT, CONFIGURATION, TRAINING, assert_refused, conten
 
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
 EXACT = [*SMALL, "communicator=exact", "model.dropout=0.2", "trainer.steps=9", "checkpoint.every_steps=4",
          "communicator.verify_every_steps=3", "run.dir=run"]  # fmt: skip
 

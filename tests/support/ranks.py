@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fork_server import ForkedProcess, can_fork
+
 ROOT = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent  # where the parts of a user's own are that tests name as import paths
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -22,13 +24,14 @@ SMALL = (
     "evaluation.every_steps=null",
 )  # fmt: skip
 TIMEOUT_SECONDS = 120
+Process = subprocess.Popen[str] | ForkedProcess
 
 
 @dataclass
 class Rank:
     """One started rank."""
 
-    process: subprocess.Popen[str]
+    process: Process
     stdout: str = ""
     stderr: str = ""
 
@@ -131,15 +134,24 @@ def start(
         launched = {"MLX_RANK": str(number), "MLX_HOSTFILE": str(hostfile)} if world_size > 1 else {}
         own = variables[number] if variables else {}
         where, what = folders[number] if folders else folder, programs[number] if programs else program
-        ranks.members.append(
-            Rank(
-                subprocess.Popen(
-                    [*what, *command], cwd=where, env=environment(**launched, **own), text=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )
-        )  # fmt: skip
+        ranks.members.append(Rank(process([*what, *command], where, environment(**launched, **own))))
     return ranks
+
+
+def process(command: Sequence[str], folder: Path, variables: dict[str, str]) -> Process:
+    """Start a program in `folder`, its standard input empty."""
+    if can_fork(command, variables):
+        return ForkedProcess(command, folder, variables)
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def mlx_ring(folder: Path, *arguments: str) -> Ranks:
+    """Run the command `mlx-ring` in `folder` to its end."""
+    program = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
+    return Ranks([Rank(process([*program, *arguments], folder, environment()))]).wait()
 
 
 def train(folder: Path, *overrides: str, world_size: int = 1, run: str = "run") -> Ranks:

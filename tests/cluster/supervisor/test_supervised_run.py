@@ -15,6 +15,7 @@ import psutil
 import pytest
 from ranks import ROOT, SMALL, SUPPORT, environment, rows, start, status
 
+pytestmark = pytest.mark.ranks
 STEPS = 60
 FAULTY = (
     *SMALL, "run.dir=run", "data=custom", "data.import_path=broken_data:build", f"trainer.steps={STEPS}",
