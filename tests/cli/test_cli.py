@@ -13,13 +13,14 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import pytest
+import ranks
 from ranks import environment, status, train
 from safetensors.numpy import load_file
 
 from mlx_ring import __version__
 from mlx_ring.cli.commands import cli
 
-CLI = [sys.executable, "-c", "from mlx_ring.cli import main; main()"]
+pytestmark = pytest.mark.ranks
 STEPS = ["step_00000003", "step_00000006"]
 
 
@@ -39,15 +40,8 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 def mlx_ring(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in `folder`."""
-    return subprocess.run(
-        [*CLI, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    (ended,) = ranks.mlx_ring(folder, *arguments).members
+    return subprocess.CompletedProcess(arguments, ended.status, ended.stdout, ended.stderr)
 
 
 def damage(folder: Path, step: str) -> None:

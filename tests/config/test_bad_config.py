@@ -11,6 +11,7 @@ from refusals import CONFIGURATION, assert_refused, contents
 
 from mlx_ring.run import patience
 
+pytestmark = pytest.mark.ranks
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
 UNKNOWN = [
     (["trainer.stepz=3"], ["unknown configuration key trainer.stepz", "did you mean trainer.steps?"]),

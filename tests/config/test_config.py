@@ -379,6 +379,7 @@ def test_a_new_argument_of_ones_own_part_is_a_change(arguments: str) -> None:
 OWN_DATA = "from mlx_ring.data.images import open_digits\n\ndef build(api_key):\n    return open_digits()\n"
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("arguments", ["{api_key: hunter2}", "{api_key: hunter2, more: 1}"])
 def test_a_secret_is_in_no_file_of_a_run(tmp_path: Path, arguments: str) -> None:
     (tmp_path / "own.py").write_text(OWN_DATA)

@@ -9,6 +9,7 @@ import pytest
 from ranks import start
 from refusals import CLUSTER, CONFIGURATION, assert_refused, contents
 
+pytestmark = pytest.mark.ranks
 SMALL = (
     "trainer.steps=1",
     "trainer.global_batch_size=8",

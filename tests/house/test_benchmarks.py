@@ -168,6 +168,7 @@ def test_the_other_ranks_have_their_last_word(tmp_path: Path) -> None:
         local_ranks.end(ranks)
 
 
+@pytest.mark.ranks
 def test_a_mistake_in_what_peers_are_to_train_is_told() -> None:
     told = subprocess.run(
         [sys.executable, "benchmarks/peers.py", "--quick", "--ranks=1", "--override=data.sequence_length=-1"],

@@ -4,12 +4,14 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from ranks import ROOT, rows, start, status
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 YOUR_OWN = (ROOT / "docs/your-own.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.ranks
 def test_the_example_of_own_parts_learns(tmp_path: Path) -> None:
     """Its data, model and loss, with its own command's overrides, in a folder that holds nothing else."""
     (program,) = re.findall(r"```python\n(.*?)```", YOUR_OWN, re.DOTALL)

@@ -9,6 +9,7 @@ from ranks import SMALL
 from sweeps import sweep, table
 
 pytest.importorskip("optuna")
+pytestmark = pytest.mark.ranks
 OPTUNA = (
     *SMALL[1:-1], "evaluation.every_steps=3", "trainer.steps=6", "communicator=exact",
     "hydra.sweep.dir=sweep", "hydra/sweeper=optuna", "hydra.sweeper.seed=1",

@@ -17,6 +17,7 @@ from tensorboard_server import Server
 
 from mlx_ring.sweep.table import quoted
 
+pytestmark = pytest.mark.ranks
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
 
 

@@ -15,7 +15,10 @@ import pytest
 from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, SETTINGS, Cluster
 from ranks import ROOT, environment
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
 Found = dict[str, str]
 

@@ -13,7 +13,10 @@ import pytest
 from emulated_hosts import AVAILABLE, Cluster
 from ranks import ROOT, SMALL, environment, rows, status
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 BIN = Path(sys.executable).parent
 
 
