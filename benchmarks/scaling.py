@@ -306,8 +306,9 @@ def main() -> None:
     }
     if gpu:
         goals |= {f"strong_efficiency_{ranks}_ranks": (">=", 0.95) for ranks in fitting}
-    # The best of the repeats counts: other work on the machine makes single short runs slow.
-    quick_goals: harness.Goals = {f"weak_efficiency_highest_{ranks}_ranks": (">=", 0.75) for ranks in fitting}
+    # A quick run is one repeat of a few steps, which other work on the machine slows; ranks that take turns
+    # instead of working side by side would give 0.5.
+    quick_goals: harness.Goals = {f"weak_efficiency_{ranks}_ranks": (">=", 0.6) for ranks in fitting}
     harness.run(options, scale, goals, goals if gpu else quick_goals, quick_attempts=3)
 
 
