@@ -1,7 +1,6 @@
 """What a sweep leaves in its directory: sweep.csv, a row a job, written whenever a job ends. No mlx here."""
 
 import csv
-import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mlx_ring.config.redaction import redacted
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
+from mlx_ring.run_directory.whole_file import whole_file
 
 TABLE = "sweep.csv"
 # Of the last evaluation.
@@ -95,12 +95,13 @@ class SweepRecord:
         """Keep how the jobs stand; those that belong to other starts of this sweep stay as they are."""
         rows: dict[int, dict[str, object]] = {number: dict(row) for number, row in self._before.items()}
         rows |= {number: row.cells for number, row in self.rows.items()}
-        temporary = self.directory / f".{TABLE}-{os.getpid()}"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(self.directory / TABLE) as new,
+            new.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([row[name] for name in COLUMNS] for _, row in sorted(rows.items()))
-        temporary.replace(self.directory / TABLE)
 
 
 def read_table(directory: Path) -> list[dict[str, str]]:
