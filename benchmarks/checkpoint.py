@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_ring.checkpoint.manager import CheckpointManager
+from mlx_ring.checkpoint.saved_state import SavedArrays
 
 
 def digest(weights: dict[str, mx.array]) -> str:
@@ -62,7 +63,8 @@ def save_state(size_bytes: int, repeats: int) -> dict[str, float]:
             files["model"] = {name: weight * 0.999 for name, weight in files["model"].items()}
             mx.eval(files)
             at_rest += [step_seconds() for _ in range(20)]
-            manager.save(step, files, {"progress": {"step": step}}, since=time.perf_counter())
+            state = SavedArrays(files, files["model"])
+            manager.save(step, state, {"progress": {"step": step}}, since=time.perf_counter())
             while not (ended := manager.poll()):
                 beside.append(step_seconds())
             (saved,) = ended

@@ -13,6 +13,8 @@ from mlx_ring.cluster.hosts.host_file import HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import fetch, on_hosts
 from mlx_ring.errors import CheckpointError
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory.manifest import Lineage
+from mlx_ring.run_directory.whole_file import whole_file
 
 # One checkpoint: path and step; also host if hosts were asked, and error if it is damaged.
 Row = dict[str, Any]
@@ -167,7 +169,7 @@ def _read_manifest(path: Path) -> Row:
     manifest = checkpoint_format.read_manifest(path)
     return {
         "step": manifest["step"],
-        "generation": manifest["line"]["generation"],
+        "generation": Lineage.of(manifest).generation,
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "samples": manifest["progress"].get("next_sample"),
         "world_size": manifest.get("world_size"),
@@ -187,14 +189,11 @@ READERS: dict[str, Callable[[Path], Row]] = {"list": _read_manifest, "verify": _
 
 def _write(source: Path, output: Path, hosts: HostFile | None, host: str | None) -> None:
     """Copies the model's file, here or from a host. Leaves no partial file behind."""
-    temporary = output.with_name(f".{output.name}.part")
     try:
-        if hosts is None or host is None:
-            shutil.copyfile(source, temporary)
-        else:
-            fetch(hosts, host, source, temporary)
-        temporary.replace(output)
+        with whole_file(output) as new:
+            if hosts is None or host is None:
+                shutil.copyfile(source, new)
+            else:
+                fetch(hosts, host, source, new)
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

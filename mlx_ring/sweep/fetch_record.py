@@ -12,6 +12,7 @@ from mlx_ring.cluster.hosts.on_hosts import Answer, ask
 from mlx_ring.run_directory.directory import is_record_name
 from mlx_ring.run_directory.status import FILE_NAME as STATUS
 from mlx_ring.run_directory.status import RunStatus
+from mlx_ring.run_directory.whole_file import whole_file
 
 FETCH_SECONDS = 600.0  # for one record; a host that hangs must not hold up the sweep
 RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
@@ -58,6 +59,5 @@ def _write(files: dict[str, bytes], directory: Path) -> None:
     for name in sorted(files, key=lambda name: name == STATUS):
         path = directory / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_bytes(files[name])
-        temporary.replace(path)
+        with whole_file(path) as new:
+            new.write_bytes(files[name])

@@ -1,7 +1,6 @@
 """The table of a sweep, sweep.csv in its directory: one row a job, written whenever a job ends."""
 
 import csv
-import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
+from mlx_ring.run_directory.whole_file import whole_file
 
 TABLE = "sweep.csv"
 # Columns for the figures of a job's last evaluation.
@@ -103,12 +103,13 @@ class SweepTable:
         """Writes the table. Rows that belong to other starts of this sweep stay as they are."""
         rows: dict[int, dict[str, object]] = {number: dict(row) for number, row in self._before.items()}
         rows |= {number: row.cells for number, row in self.rows.items()}
-        temporary = self.directory / f".{TABLE}-{os.getpid()}"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(self.directory / TABLE) as new,
+            new.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([row[name] for name in COLUMNS] for _, row in sorted(rows.items()))
-        temporary.replace(self.directory / TABLE)
 
 
 def read_table(directory: Path) -> list[dict[str, str]]:

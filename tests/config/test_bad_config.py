@@ -9,7 +9,7 @@ import pytest
 from ranks import SMALL, TRAIN, free_ports, start, status, train
 from refusals import CONFIGURATION, assert_refused, contents
 
-from mlx_ring.run import patience
+from mlx_ring.run import failure
 
 pytestmark = pytest.mark.ranks
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
@@ -99,11 +99,11 @@ COMMAND_LINES = [
     (["--config-dir=nowhere"], ["nowhere", "not found"]),
     (["hydra.mode=MULTIRUN", "seed=1,2", "run.dir=one"], ["run.dir=one", "hydra.sweep.dir=FOLDER"]),
 ]
-# The rank loses patience, and only then hears that its peer did not come: both ways lead to the same words.
+# The time limit is over before the rank hears that its peer did not come: both ways lead to the same words.
 IMPATIENT = """
 import os, threading
 from mlx_ring import train
-from mlx_ring.run import patience, process
+from mlx_ring.run import failure, process
 from mlx_ring.errors import ClusterError
 
 told, leave = threading.Event(), os._exit
@@ -117,8 +117,8 @@ def meet_nobody(process):
     told.wait()
     raise ClusterError("nobody came")
 
-patience.GRACE_SECONDS = process.MEETING_SECONDS = 0
-os._exit, process.Process._meet = leave_slowly, meet_nobody
+failure.GRACE_SECONDS = failure.MEETING_SECONDS = 0
+os._exit, process.Process.meet = leave_slowly, meet_nobody
 train.main()
 """
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]
@@ -217,14 +217,14 @@ def test_a_mistake_whose_peers_never_come_is_told_alone(earlier: Path) -> None:
     rank_whose_peer_never_comes(earlier, TRAIN)
 
 
-def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_patience_ends(earlier: Path) -> None:
+def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_the_time_ends(earlier: Path) -> None:
     rank_whose_peer_never_comes(earlier, [sys.executable, "-c", IMPATIENT])
 
 
 @pytest.mark.parametrize(("grace", "over", "called"), [(60, True, []), (0, False, ["otherwise"])])
-def test_patience(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
+def test_a_time_limit(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
     """What ends within the grace has the last word."""
-    monkeypatch.setattr(patience, "GRACE_SECONDS", grace)
+    monkeypatch.setattr(failure, "GRACE_SECONDS", grace)
     found: list[str] = []
     ended = threading.Event()
 
@@ -232,7 +232,7 @@ def test_patience(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, cal
         found.append("otherwise")
         ended.set()
 
-    with patience.patience(0, otherwise):
+    with failure.time_limit(0, otherwise):
         assert over or ended.wait(60)
     assert found == called
 

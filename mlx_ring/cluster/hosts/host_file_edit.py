@@ -1,9 +1,7 @@
 """Changes a host file: adds and removes hosts, changes addresses, and leaves its other settings alone."""
 
-import contextlib
 import json
 import os
-import secrets
 import stat
 import sys
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from mlx_ring.cluster.hosts.host_file import HostFile, check_ssh_name, parse_hostfile, read_hostfile
 from mlx_ring.cluster.hosts.host_json import read_json
 from mlx_ring.errors import ConfigError
+from mlx_ring.run_directory.whole_file import whole_file
 
 SYSTEM_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 
@@ -102,18 +101,14 @@ class HostFileEdit:
         entries = ",\n".join(f"    {json.dumps(entry)}" for entry in hosts[1])
         lines.append(f'  "hosts": [\n{entries}\n  ]')
         path = self.path.resolve()  # a link stays a link
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-            if path.exists():  # its variables may be secrets
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-            temporary.replace(path)
+            # A host's variables may be secrets: the file keeps its permissions.
+            mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+            with whole_file(path, mode=mode) as new:
+                new.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{self._subject} cannot be written: {error.strerror}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 def path_variable(python: str = sys.executable) -> str:
