@@ -60,14 +60,9 @@ class Study:
         study_name: str,
         storage: str | None,
     ) -> None:
-        """Opens the study, or makes one.
+        """Opens the study, or makes one; conf/hydra/sweeper/optuna.yaml explains its settings.
 
-        Args:
-            directory: the sweep's directory.
-            fixed: overrides that every job has.
-            space: the keys that vary, each with what it may be.
-
-        The settings are explained in conf/hydra/sweeper/optuna.yaml.
+        `fixed` are overrides that every job has, `space` holds the keys that vary, each with what it may be.
 
         Raises: ConfigError if a setting is wrong or nothing varies.
         """
