@@ -129,11 +129,7 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
     path = files["tokens"]
     side_car = SideCar.read(files["side_car"])
     size_bytes = path.stat().st_size
-    if size_bytes != side_car.size_bytes:
-        raise DataError(
-            f"{path} holds {size_bytes} bytes, but {files['side_car']} describes {side_car.tokens} tokens of "
-            f"{side_car.dtype} ({side_car.size_bytes} bytes); make the pair again"
-        )
+    _check_size(files, size_bytes, side_car)
     _check_small_file(path, side_car)
     held_out = round(side_car.tokens * held_out_fraction)
     first_held_out = side_car.tokens - held_out
@@ -169,6 +165,15 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
         held_out=evaluation,
         bytes_per_target=_bytes_per_target(files, side_car, first_held_out + 1),
     )
+
+
+def _check_size(files: dict[str, Path], size_bytes: int, side_car: SideCar) -> None:
+    """Raises: DataError unless the file is as large as its side-car says."""
+    if size_bytes != side_car.size_bytes:
+        raise DataError(
+            f"{files['tokens']} holds {size_bytes} bytes, but {files['side_car']} describes "
+            f"{side_car.tokens} tokens of {side_car.dtype} ({side_car.size_bytes} bytes); make the pair again"
+        )
 
 
 def _check_small_file(path: Path, side_car: SideCar) -> None:

@@ -60,22 +60,9 @@ class Study:
         study_name: str,
         storage: str | None,
     ) -> None:
-        """Opens the study, or makes one.
+        """Opens the study, or makes one; conf/hydra/sweeper/optuna.yaml explains its settings.
 
-        Args:
-            directory: the sweep's directory.
-            fixed: overrides that every job has.
-            space: the keys that vary, each with what it may be.
-            n_trials: trials in total, with those of earlier starts.
-            n_jobs: jobs that run at the same time; None: as the launcher.
-            metric: the figure of the last evaluation to optimize.
-            direction: "minimize" or "maximize".
-            sampler: "tpe" or "random".
-            seed: of the sampler; None: another one at each start.
-            prune: whether to end jobs whose evaluations are worse than the median of earlier jobs.
-            prune_after_trials: trials that end by themselves before any is ended early.
-            study_name: the study's name in its storage.
-            storage: a URL; None: a journal in the sweep's directory.
+        `fixed` are overrides that every job has, `space` holds the keys that vary, each with what it may be.
 
         Raises: ConfigError if a setting is wrong or nothing varies.
         """

@@ -185,7 +185,7 @@ def test_a_failed_preparation_leaves_nothing_behind(folder: Path, cache: Path) -
 PREPARE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {support!r})
+sys.path[:0] = {support!r}
 from test_text import Tokenizer, prepare, text_config
 print("ready", flush=True)
 sys.stdin.readline()
@@ -196,7 +196,9 @@ print(files["tokens"].stat().st_ino, files["tokenizer"].stat().st_ino)
 
 def test_processes_that_start_together_prepare_once(folder: Path, cache: Path) -> None:
     write(folder, a="the cat sat on the mat\n" * 2000)
-    code = PREPARE.format(support=str(SUPPORT), folder=str(folder), cache=str(cache))
+    code = PREPARE.format(
+        support=[str(SUPPORT), str(Path(__file__).parent)], folder=str(folder), cache=str(cache)
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -328,7 +330,7 @@ def test_text_is_for_language_models(folder: Path, cache: Path) -> None:
 LARGE_TEXT = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, {support!r})
+sys.path[:0] = {support!r}
 from test_text import Tokenizer, prepare, text_config
 prepare(text_config(Path({small!r}), Path({cache!r}), tokenizer=Tokenizer[{tokenizer!r}]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -349,7 +351,11 @@ def test_a_large_text_is_prepared_in_little_memory(
     write(folder, small=line, large=line * round(size_bytes / len(line)))
     small, large = str(folder / "small.txt"), str(folder / "large.txt")
     code = LARGE_TEXT.format(
-        support=str(SUPPORT), small=small, large=large, cache=str(cache), tokenizer=tokenizer
+        support=[str(SUPPORT), str(Path(__file__).parent)],
+        small=small,
+        large=large,
+        cache=str(cache),
+        tokenizer=tokenizer,
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(output) < most_bytes
