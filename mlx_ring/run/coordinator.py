@@ -12,7 +12,7 @@ from mlx_ring import __version__
 from mlx_ring.checkpoint.copies import Copies
 from mlx_ring.checkpoint.restore import Found, find, replaces_record
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
-from mlx_ring.cluster.rank.protocol import FIRST_STEP, JOINING, Vitals
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.cluster.rank.stop_signal import StopSignal
 from mlx_ring.communication.agreement import agree
 from mlx_ring.communication.communicator import Communicator
@@ -44,7 +44,7 @@ class Coordinator:
         heartbeat: Heartbeat | None = None,
     ) -> None:
         """`hydra_files`: what Hydra would have written to .hydra, by name; kept beside config.yaml."""
-        self._heartbeat, self.phase = heartbeat, JOINING
+        self._heartbeat, self.phase = heartbeat, Phase.JOINING
         self._hydra_files = hydra_files or {}
         self._config, self._communicator = config, communicator
         self.directory = RunDirectory(run_directory, lock_seconds=LOCK_SECONDS if heartbeat else 0.0)
@@ -71,7 +71,7 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             stopped = False
-            self._run, self.phase = run, FIRST_STEP
+            self._run, self.phase = run, Phase.FIRST_STEP
             for result in run.trainer.steps():
                 plan = self.follow(run, result)
                 stopped = plan.stop and result.step < self._config.trainer.steps
@@ -86,7 +86,7 @@ class Coordinator:
 
         Collective: every rank must call.
         """
-        self.phase = "preparing"
+        self.phase = Phase.PREPARING
         host = self._communicator.hosts[self._communicator.rank]
         agree(self._communicator, {"host": host, "config": self._config.flat()})
         self.job = self._communicator.broadcast_object(self.job)
@@ -120,16 +120,22 @@ class Coordinator:
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
-        self.phase = "training"
+        self.phase = Phase.TRAINING
         return plan
 
     def vitals(self) -> Vitals:
-        """Where this run is, for whoever watches; may be called from any thread."""
-        vitals: Vitals = {"phase": self.phase, "saved_step": self._record and self._record.kept_step}
-        if (run := self._run) is not None:
-            vitals |= {"step": run.trainer.progress.step, "work": run.evaluator.micro_batches}
-            vitals["busy_seconds"] = run.trainer.busy_seconds
-        return vitals
+        """Returns: where this run is, without the communicator's part. May be called from any thread."""
+        saved_step = (self._record.kept_step or 0) if self._record is not None else 0
+        run = self._run
+        if run is None:
+            return Vitals(phase=self.phase, saved_step=saved_step)
+        return Vitals(
+            phase=self.phase,
+            step=run.trainer.progress.step,
+            work=run.evaluator.micro_batches,
+            saved_step=saved_step,
+            busy_seconds=run.trainer.busy_seconds,
+        )
 
     # Opening
 
@@ -221,7 +227,7 @@ class Coordinator:
     # What is due
 
     def _evaluate(self, run: Run) -> Evaluation:
-        self.phase = "evaluating"
+        self.phase = Phase.EVALUATING
         evaluation = run.evaluator.evaluate()
         if self._record is not None:
             self._record.evaluation(run.trainer.progress.step, evaluation)
@@ -229,7 +235,7 @@ class Coordinator:
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
         since = time.perf_counter()
-        self.phase = "saving"
+        self.phase = Phase.SAVING
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
         assert self._copies is not None
@@ -246,7 +252,7 @@ class Coordinator:
 
     def _finish(self, run: Run, stopped: bool) -> int:
         """The last checkpoint is on disk, and rank 0's verdict known everywhere, before any rank leaves."""
-        self.phase = "finishing"
+        self.phase = Phase.FINISHING
         run.trainer.close()
         if self._saved_step is None:
             # Restored at its end into another directory: that, too, ends with an evaluation and a checkpoint.

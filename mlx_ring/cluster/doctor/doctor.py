@@ -18,9 +18,10 @@ from mlx_ring.cluster.doctor.link_checks import LOCAL_NETWORK, address_checks, l
 from mlx_ring.cluster.doctor.trial_launch import LOCAL_RANKS, launch
 from mlx_ring.cluster.finding import Check, fail, failed, found_in, ok, warn
 from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
+from mlx_ring.cluster.hosts.host_link import HostLost
 from mlx_ring.cluster.hosts.on_hosts import ask
-from mlx_ring.cluster.hosts.probe_link import Facts, HostLost, ProbeLink, Probes, probes
-from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
+from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import ConfigError, MlxRingError
 
@@ -79,7 +80,7 @@ def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterato
 
 
 def _this_machine() -> HostFile:
-    here = Host(ssh=HERE[1], ips=(HERE[1],))
+    here = Host(ssh=LOOPBACK, ips=(LOOPBACK,))
     return HostFile(hosts=(here,) * LOCAL_RANKS, envs={}, backend=None)
 
 
@@ -89,7 +90,7 @@ def _examine(file: HostFile, hostfile: Path | None, python: str, meant: Meant) -
     of_data = asyncio.run(_data(file, python, meant, able))
     yield from of_data
     if failed([*checks, *of_data]):
-        yield warn("launch", HERE[1], "not tried", "mend what failed above, then ask again")
+        yield warn("launch", LOOPBACK, "not tried", "mend what failed above, then ask again")
     else:
         yield from asyncio.run(launch(hostfile, python))
 
@@ -101,8 +102,8 @@ def _named(check: Check) -> Check:
 
 async def _look(file: HostFile, python: str, meant: Meant) -> tuple[list[Check], list[str]]:
     """Returns: also the hosts that have what is installed here."""
-    async with probes([HERE[1]], python=sys.executable, environment={}) as (own, _):
-        here = await own[HERE[1]].ask("facts", folder=meant.directory)
+    async with probes([LOOPBACK], python=sys.executable, environment={}) as (own, _):
+        here = await own[LOOPBACK].ask("facts", folder=meant.directory)
     async with probes(file.names, python=python, environment=file.envs) as (links, problems):
         found = await _facts(links, problems, meant.directory)
         checks = [_reached(name, problems, found) for name in file.names]

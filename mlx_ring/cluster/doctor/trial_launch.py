@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_ring.cluster.finding import Check, fail, found_in, ok, warn
 from mlx_ring.cluster.hosts.host_file import Host
-from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.hosts.ssh import LOOPBACK
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.host_pool import HostPool
 from mlx_ring.errors import ClusterError, ConfigError
@@ -53,7 +53,7 @@ async def launch(hostfile: Path | None, python: str) -> list[Check]:
             outcome = await attempt.run([])
     except (ClusterError, ConfigError, TimeoutError) as error:
         why = str(error) or f"no end after {LAUNCH_SECONDS:g} s"
-        return [fail("launch", HERE[1], why, REMEDY)]
+        return [fail("launch", LOOPBACK, why, REMEDY)]
     finally:
         await pool.close()
     return _of_launch(outcome, output.lines, hosts, time.monotonic() - start)
@@ -64,12 +64,12 @@ def _of_launch(outcome: Outcome, lines: list[str], hosts: list[Host], seconds: f
     if found is None:
         failure = outcome.failure
         why = failure.message if failure else "; ".join(["the ranks said nothing", *lines[-3:]])
-        guilty = failure.host if failure and failure.host else HERE[1]
+        guilty = failure.host if failure and failure.host else LOOPBACK
         if failure and failure.rank is not None:
             guilty = hosts[failure.rank].ssh
         return [fail("launch", guilty, why, REMEDY)]
     several = f"{len(hosts)} rank{'s' if len(hosts) > 1 else ''}"
-    checks = [ok("launch", HERE[1], f"{several} joined and left in {seconds:.1f} s")]
+    checks = [ok("launch", LOOPBACK, f"{several} joined and left in {seconds:.1f} s")]
     if len(hosts) > 1:
         checks += _of_collectives(found)
     return [*checks, _of_exit(outcome, len(hosts) - 1, hosts[-1].ssh)]
@@ -86,7 +86,7 @@ def _of_exit(outcome: Outcome, rank: int, host: str) -> Check:
 
 def _of_collectives(found: dict[str, Any]) -> list[Check]:
     bits, microseconds = found["bytes_per_second"] * 8, found["latency_seconds"] * 1e6
-    size, here = found["bytes"] // 2**20, HERE[1]
+    size, here = found["bytes"] // 2**20, LOOPBACK
     right = ok("all-reduce", here, "a sum of integers is right on every rank")
     if not found["right"]:
         remedy = "a machine or its memory computes wrongly, or MLX does: do not train on these hosts"

@@ -52,7 +52,7 @@ def facts(folder: str) -> dict[str, Any]:
     versions = {name: version(name) for name in (*PACKAGES, *BUILDS)}
     return {
         "host": socket.gethostname(),
-        "machine": machine(),
+        "machine": machine_id(),
         "system": platform.system(),
         "chip": chip(),
         "cores": os.cpu_count() or 1,
@@ -79,7 +79,7 @@ def version(name: str) -> str:
         return ""
 
 
-def machine() -> str:
+def machine_id() -> str:
     """Equal for two names of one host alone. Containers are told apart by their networks."""
     network = Path("/proc/self/ns/net")
     return f"{uuid.getnode():x}-{network.stat().st_ino if network.exists() else 0}"
@@ -322,12 +322,12 @@ def clock() -> dict[str, float]:
 
 def main() -> None:
     sys.path[:] = [path for path in sys.path if path]  # what is installed, not what lies in this folder
-    orders = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
+    functions = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
     print(json.dumps({"probe": os.getpid()}), flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
+        question = json.loads(line)
         try:
-            result = orders[order.pop("do")](**order)
+            result = functions[question["function"]](**question["arguments"])
         except Exception as error:  # noqa: BLE001 - the other side tells it
             result = {"problem": f"{type(error).__name__}: {error}"}
         print(json.dumps({"probe": result}), flush=True)
