@@ -2,7 +2,8 @@
 
 `host_file` reads what `mlx.launch` reads and `host_file_edit` changes it; `ssh` says how a command gets to
 a host; `host_probe` is sent to hosts as text, so it imports nothing but the standard library, and
-`probe_link` talks to it; `on_hosts` runs one command on many hosts. `sync`, `thunderbolt` and
+`probe_link` talks to it; `host_link` is what it shares with
+the link to an agent; `on_hosts` runs one command on many hosts. `sync`, `thunderbolt` and
 `address_choice` are the work behind `mlx-ring hosts`.
 """
 
