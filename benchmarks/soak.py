@@ -20,7 +20,9 @@ import psutil
 from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
 from fault_trials import false_alarms
 
-from mlx_ring.cluster.rank.heartbeat import PULSE_SECONDS, Heartbeat
+from mlx_ring.cluster.limits import PULSE_SECONDS
+from mlx_ring.cluster.rank.heartbeat import Heartbeat
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 
 KILL_SECONDS = 120.0  # between two kills
 KILL_MINUTES = 30.0  # at most, which is fifteen kills
@@ -119,20 +121,10 @@ def heartbeats(pairs: int, steps: int, interval_steps: int) -> dict[str, float]:
 
 def _beat_seconds(beats: int = 5000) -> float:
     """Returns the seconds for which one heartbeat keeps a rank's interpreter busy while an agent reads it."""
-    vitals = {
-        "phase": "training",
-        "step": 123456,
-        "calls": 1234567,
-        "call": "all_sum",
-        "work": 0,
-        "saved_step": 1,
-    }
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as agent:
         agent.bind(f"{name}/ranks")
         agent.listen()
-        heartbeat = Heartbeat(
-            Path(name) / "ranks", 0, lambda: {**vitals, "busy_seconds": 0.01}, lambda _: None
-        )
+        heartbeat = Heartbeat(Path(name) / "ranks", 0, _vitals, lambda _: None)
         reader, _ = agent.accept()
         drain = threading.Thread(target=lambda: all(iter(lambda: reader.recv(65536), b"")), daemon=True)
         drain.start()
@@ -143,6 +135,12 @@ def _beat_seconds(beats: int = 5000) -> float:
         heartbeat.close()
         reader.close()
         return seconds
+
+
+def _vitals() -> Vitals:
+    return Vitals(
+        phase=Phase.TRAINING, step=123456, calls=1234567, call="all_sum", saved_step=1, busy_seconds=0.01
+    )
 
 
 def _by_hand(options: tuple[str, ...]) -> float:

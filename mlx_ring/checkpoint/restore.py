@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_ring.checkpoint import manager as checkpoints
 from mlx_ring.checkpoint.saved_state import SavedState
-from mlx_ring.cluster.rank.protocol import REACHED
+from mlx_ring.cluster.rank.protocol import REACHED_STEP
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
@@ -54,7 +54,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
                 "checkpoint.resume=PATH"
             )
-        if reached := os.environ.get(REACHED):
+        if reached := os.environ.get(REACHED_STEP):
             raise ClusterError(
                 f"none of these hosts has a checkpoint of this run, which had reached step {reached}; bring "
                 "back one that has, or start anew with checkpoint.resume=never"

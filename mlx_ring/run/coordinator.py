@@ -11,7 +11,7 @@ from mlx_ring import __version__
 from mlx_ring.checkpoint.copies import Copies
 from mlx_ring.checkpoint.restore import Found, find, replaces_record
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
-from mlx_ring.cluster.rank.protocol import FIRST_STEP, JOINING, Vitals
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.cluster.rank.stop_signal import StopSignal
 from mlx_ring.communication.agreement import agree
 from mlx_ring.communication.communicator import Communicator
@@ -50,7 +50,8 @@ class Coordinator:
             hydra_files: what Hydra would have written to .hydra, by name; it is kept beside config.yaml.
             heartbeat: tells of the supervisor's events, if there is a supervisor.
         """
-        self._heartbeat, self.phase = heartbeat, JOINING
+        self._heartbeat = heartbeat
+        self.phase = Phase.JOINING
         self._hydra_files = hydra_files or {}
         self._config = config
         self._communicator = communicator
@@ -79,7 +80,7 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             stopped = False
-            self._run, self.phase = run, FIRST_STEP
+            self._run, self.phase = run, Phase.FIRST_STEP
             for result in run.trainer.steps():
                 plan = self.follow(run, result)
                 stopped = plan.stop and result.step < self._config.trainer.steps
@@ -95,7 +96,7 @@ class Coordinator:
         Returns: the run, ready for its next step; None if it has completed already.
         Raises: MlxRingError, the same on every rank.
         """
-        self.phase = "preparing"
+        self.phase = Phase.PREPARING
         host = self._communicator.hosts[self._communicator.rank]
         agree(self._communicator, {"host": host, "config": self._config.flat()})
         self.job = self._communicator.broadcast_object(self.job)
@@ -128,16 +129,22 @@ class Coordinator:
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
-        self.phase = "training"
+        self.phase = Phase.TRAINING
         return plan
 
     def vitals(self) -> Vitals:
-        """Where this run is, for whoever watches; may be called from any thread."""
-        vitals: Vitals = {"phase": self.phase, "saved_step": self._record and self._record.kept_step}
-        if (run := self._run) is not None:
-            vitals |= {"step": run.trainer.progress.step, "work": run.evaluator.micro_batches}
-            vitals["busy_seconds"] = run.trainer.busy_seconds
-        return vitals
+        """Returns: where this run is, without the communicator's part. May be called from any thread."""
+        saved_step = (self._record.kept_step or 0) if self._record is not None else 0
+        run = self._run
+        if run is None:
+            return Vitals(phase=self.phase, saved_step=saved_step)
+        return Vitals(
+            phase=self.phase,
+            step=run.trainer.progress.step,
+            work=run.evaluator.micro_batches,
+            saved_step=saved_step,
+            busy_seconds=run.trainer.busy_seconds,
+        )
 
     # Opening
 
@@ -236,14 +243,14 @@ class Coordinator:
     # What is due
 
     def _evaluate(self, run: Run) -> Evaluation:
-        self.phase = "evaluating"
+        self.phase = Phase.EVALUATING
         evaluation = run.evaluator.evaluate()
         if self._record is not None:
             self._record.evaluation(run.trainer.progress.step, evaluation)
         return evaluation
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
-        self.phase = "saving"
+        self.phase = Phase.SAVING
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
         assert self._storage is not None
@@ -254,7 +261,7 @@ class Coordinator:
     def _finish(self, run: Run, stopped: bool) -> int:
         """End a run well: its last checkpoint is on the disk, and every rank knows whether rank 0 succeeded,
         before any rank leaves. Collective: every rank must call."""
-        self.phase = "finishing"
+        self.phase = Phase.FINISHING
         run.trainer.close()
         if self._saved_step is None:
             # Restored at its last step from another directory: it still needs an evaluation and a checkpoint.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hydra
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mlx_ring.cluster.rank import heartbeat
 from mlx_ring.cluster.rank.environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
-from mlx_ring.cluster.rank.protocol import JOINING, STARTING
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.cluster.rank.ring_ports import refuse_public_addresses
 from mlx_ring.config.command_line import (
     PRINT_ONLY,
@@ -58,14 +59,14 @@ class Process:
         self._exit_status = 0
         self._heartbeat: Heartbeat | None = None
 
-    def vitals(self) -> heartbeat.Vitals:
-        """Say where this rank is, for its supervisor. In the heartbeat's thread."""
+    def vitals(self) -> Vitals:
+        """Returns: where this rank is, for its supervisor. Called from the heartbeat's thread."""
         coordinator, communicator = self.coordinator, self.communicator
-        vitals: heartbeat.Vitals = {"phase": JOINING if self.joining else STARTING}
-        if communicator is not None:
-            vitals |= {"calls": communicator.calls, "call": communicator.call}
+        vitals = Vitals(phase=Phase.JOINING if self.joining else Phase.STARTING)
         if coordinator is not None:
-            vitals |= coordinator.vitals()
+            vitals = coordinator.vitals()
+        if communicator is not None:
+            vitals = replace(vitals, calls=communicator.calls, call=communicator.call)
         return vitals
 
     def report(self) -> None:

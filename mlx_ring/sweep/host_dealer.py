@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import ask, problem
-from mlx_ring.cluster.supervisor.agent_link import READY_SECONDS
+from mlx_ring.cluster.limits import AGENT_READY_SECONDS
 from mlx_ring.errors import ClusterError, ConfigError
 
 WAIT_SECONDS = 60.0  # how long to wait for hosts to answer if no job is running that could free some
@@ -110,7 +110,7 @@ class HostDealer:
         """Returns those of these hosts that are free and answer; says of each host once that it does not."""
         free = [name for name in names if name not in self._busy]
         answers = await asyncio.gather(
-            *(ask(name, ["true"], self._file.envs, seconds=READY_SECONDS) for name in free)
+            *(ask(name, ["true"], self._file.envs, seconds=AGENT_READY_SECONDS) for name in free)
         )
         for name, answer in zip(free, answers, strict=True):
             if not answer.status:

@@ -18,9 +18,10 @@ from mlx_ring.cluster.doctor.link_checks import LOCAL_NETWORK, address_checks, l
 from mlx_ring.cluster.doctor.trial_launch import LOCAL_RANKS, launch
 from mlx_ring.cluster.finding import Check, fail, failed, ok, read_result, warn
 from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
+from mlx_ring.cluster.hosts.host_link import HostLost
 from mlx_ring.cluster.hosts.on_hosts import ask
-from mlx_ring.cluster.hosts.probe_link import Facts, HostLost, ProbeLink, Probes, probes
-from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
+from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import ConfigError, MlxRingError
 
@@ -87,7 +88,7 @@ def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterato
 
 def _this_machine() -> HostFile:
     """Returns a host file with the ranks of a trial launch, all on this machine."""
-    here = Host(ssh=HERE[1], ips=(HERE[1],))
+    here = Host(ssh=LOOPBACK, ips=(LOOPBACK,))
     return HostFile(hosts=(here,) * LOCAL_RANKS, envs={}, backend=None)
 
 
@@ -98,7 +99,7 @@ def _examine(file: HostFile, hostfile: Path | None, python: str, planned: Planne
     data_checks = asyncio.run(_compare_data(file, python, planned, able))
     yield from data_checks
     if failed([*checks, *data_checks]):
-        yield warn("launch", HERE[1], "not tried", "mend what failed above, then run the doctor again")
+        yield warn("launch", LOOPBACK, "not tried", "mend what failed above, then run the doctor again")
     else:
         yield from asyncio.run(launch(hostfile, python))
 
@@ -110,8 +111,8 @@ def _with_own_name(check: Check) -> Check:
 
 async def _examine_hosts(file: HostFile, python: str, planned: PlannedRun) -> tuple[list[Check], list[str]]:
     """Examines hosts and links. Returns: the findings; and the hosts that have what is installed here."""
-    async with probes([HERE[1]], python=sys.executable, environment={}) as (own, _):
-        here = await own[HERE[1]].ask("facts", folder=planned.directory)
+    async with probes([LOOPBACK], python=sys.executable, environment={}) as (own, _):
+        here = await own[LOOPBACK].ask("facts", folder=planned.directory)
     async with probes(file.names, python=python, environment=file.envs) as (links, problems):
         found = await _ask_facts(links, problems, planned.directory)
         checks = [_reached(name, problems, found) for name in file.names]

@@ -11,8 +11,9 @@ from typing import Any
 
 from mlx_ring.cluster.finding import Check, fail, failed, ok, warn
 from mlx_ring.cluster.hosts.host_file import Host
-from mlx_ring.cluster.hosts.link_timing import MEASURE_SECONDS, listen, rate, speed
+from mlx_ring.cluster.hosts.link_timing import listen, rate, speed
 from mlx_ring.cluster.hosts.probe_link import Answer, Facts, Probes
+from mlx_ring.cluster.limits import LINK_MEASURE_SECONDS
 
 LAUNCH_PORT = 32323  # the first port of mlx.launch
 LOCAL_NETWORK = (
@@ -116,7 +117,7 @@ async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[st
     timed: list[tuple[Edge, Answer]] = []
     for edge in tried:
         if edge.name not in bad:
-            _, result = await _try_edge(edge, probes, 0, MEASURE_SECONDS)
+            _, result = await _try_edge(edge, probes, 0, LINK_MEASURE_SECONDS)
             if result["error"]:
                 checks.append(unreachable(edge, result, found[edge.source]))
             else:

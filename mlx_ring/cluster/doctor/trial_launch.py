@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_ring.cluster.finding import Check, fail, ok, read_result, warn
 from mlx_ring.cluster.hosts.host_file import Host
-from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.hosts.ssh import LOOPBACK
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.host_pool import HostPool
 from mlx_ring.errors import ClusterError, ConfigError
@@ -55,7 +55,7 @@ async def launch(hostfile: Path | None, python: str) -> list[Check]:
             outcome = await attempt.run([])
     except (ClusterError, ConfigError, TimeoutError) as error:
         why = str(error) or f"no end after {LAUNCH_SECONDS:g} s"
-        return [fail("launch", HERE[1], why, REMEDY)]
+        return [fail("launch", LOOPBACK, why, REMEDY)]
     finally:
         await pool.close()
     return _judge_launch(outcome, output.lines, hosts, time.monotonic() - start)
@@ -67,12 +67,12 @@ def _judge_launch(outcome: Outcome, lines: list[str], hosts: list[Host], seconds
     if measured is None:
         failure = outcome.failure
         why = failure.message if failure else "; ".join(["the ranks said nothing", *lines[-3:]])
-        guilty = failure.host if failure and failure.host else HERE[1]
+        guilty = failure.host if failure and failure.host else LOOPBACK
         if failure and failure.rank is not None:
             guilty = hosts[failure.rank].ssh
         return [fail("launch", guilty, why, REMEDY)]
     several = f"{len(hosts)} rank{'s' if len(hosts) > 1 else ''}"
-    checks = [ok("launch", HERE[1], f"{several} joined and left in {seconds:.1f} s")]
+    checks = [ok("launch", LOOPBACK, f"{several} joined and left in {seconds:.1f} s")]
     if len(hosts) > 1:
         checks += _judge_collectives(measured)
     return [*checks, _judge_exit(outcome, len(hosts) - 1, hosts[-1].ssh)]
@@ -94,7 +94,7 @@ def _judge_collectives(measured: dict[str, Any]) -> list[Check]:
     bits = measured["bytes_per_second"] * 8
     microseconds = measured["latency_seconds"] * 1e6
     size_mib = measured["bytes"] // 2**20
-    here = HERE[1]
+    here = LOOPBACK
     right = ok("all-reduce", here, "a sum of integers is right on every rank")
     if not measured["right"]:
         remedy = "a machine, its memory or MLX computes wrongly: do not train on these hosts"

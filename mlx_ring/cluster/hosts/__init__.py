@@ -3,7 +3,8 @@
 `host_file` reads the host file that `mlx.launch` reads too, and `host_file_edit` changes it; `host_json`
 holds what every form of it shares. `ssh` builds the command that reaches a host, and `on_hosts` runs one
 command on many hosts. `host_probe` is the program that looks at a host: its text is sent there, so it
-imports only the standard library; `probe_link` starts it and asks it, and `link_timing` times a connection.
+imports only the standard library; `probe_link` starts it and asks it, `host_link` is what that shares with
+the link to an agent, and `link_timing` times a connection.
 `sync`, `thunderbolt` and `address_choice` do the work of `mlx-ring hosts`.
 """
 

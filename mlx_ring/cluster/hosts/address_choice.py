@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_ring.cluster.hosts.link_timing import MEASURE_SECONDS, listen, speed
-from mlx_ring.cluster.hosts.probe_link import Facts, HostLost, Probes, probes
+from mlx_ring.cluster.hosts.host_link import HostLost
+from mlx_ring.cluster.hosts.link_timing import listen, speed
+from mlx_ring.cluster.hosts.probe_link import Facts, Probes, probes
+from mlx_ring.cluster.limits import LINK_MEASURE_SECONDS
 from mlx_ring.errors import ClusterError
 
 NEARLY_AS_FAST = 0.8  # of the fastest address: such a one wins if more hosts reach it
@@ -124,7 +126,11 @@ async def _time(links: Probes, before: str, name: str, addresses: list[Address])
     for address in usable:
         if before in address.reached_by:
             result = await links[before].ask(
-                "connect", address=address.ip, port=address.port, token=address.token, seconds=MEASURE_SECONDS
+                "connect",
+                address=address.ip,
+                port=address.port,
+                token=address.token,
+                seconds=LINK_MEASURE_SECONDS,
             )
             address.problem = result["error"]
             address.seconds = result.get("seconds", 0.0)
