@@ -30,7 +30,7 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
     group, stream = communicator._group, communicator._stream
     found: dict[str, Way] = {
         "raw": lambda made: computed(mx.distributed.all_sum(made.pop(NAME), group=group, stream=stream)),
-        "native": lambda made: computed(communicator.all_reduce(made)),
+        "native": lambda made: computed(communicator.all_reduce(made).arrays),
         "average_gradients": lambda made: computed(nn.average_gradients({NAME: made.pop(NAME)}, group)),
     }
     for name in ("bf16", "exact"):
@@ -41,7 +41,7 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
         def with_codec(made: Arrays, codec: Any = codec, add: Any = add) -> Any:
             """Does what a step does: to the form on the wire, over the wire, and back."""
             sums, largest = add(None, {NAME: made.pop(NAME)})
-            reduced = communicator.all_reduce(codec.encode(sums))
+            reduced = communicator.all_reduce(codec.encode(sums)).arrays
             maxima = [communicator.all_max(bits) for bits in codec.maxima(largest).values()]
             return computed([codec.decode(reduced), maxima])
 
@@ -142,7 +142,7 @@ def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, lis
 def main() -> None:
     sizes = json.loads(sys.argv[1])
     quick = sys.argv[2] == "quick"
-    communicator = Communicator(RankEnvironment.read())
+    communicator = Communicator.join(RankEnvironment.read())
     found = {size: measure(communicator, size, quick) for size in sizes}
     if communicator.rank == 0:
         print(FOUND + json.dumps(found), flush=True)

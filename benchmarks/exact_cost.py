@@ -120,7 +120,7 @@ def compare(
 
 def measure_rank(folder: Path, quick: bool) -> dict[str, float]:
     """Measures every case. Collective: every rank must call."""
-    communicator = Communicator(RankEnvironment.read())
+    communicator = Communicator.join(RankEnvironment.read())
     figures: dict[str, float] = {}
     for name, case in (GPU_CASES if GPU else CPU_CASES).items():
         rounds = [

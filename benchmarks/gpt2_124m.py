@@ -227,7 +227,7 @@ def peak_flops(repeats: int) -> float:
 
 def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
     """Collective: every rank must call."""
-    communicator = Communicator(RankEnvironment.read())
+    communicator = Communicator.join(RankEnvironment.read())
     repeats = 5 if quick else 20
     figures, weights = whole_step(communicator, repeats)
     mx.clear_cache()
@@ -250,7 +250,7 @@ def measure(quick: bool) -> tuple[dict[str, float], list[Bars]]:
     ):  # in a step this runs beside the backward pass, so it is no part of the sum
         gradient = {name: mx.ones_like(array) for name, array in weights.items()}
         mx.eval(gradient)
-        seconds = median_seconds(lambda: communicator.all_reduce(dict(gradient)), repeats)
+        seconds = median_seconds(lambda: communicator.all_reduce(dict(gradient)).arrays, repeats)
         found["all-reduce"] = (seconds, 0.0)
         figures["all_reduce_seconds"] = seconds
     series = {

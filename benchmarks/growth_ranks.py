@@ -55,7 +55,7 @@ def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[st
     ours, raw = timed(
         communicator,
         make,
-        lambda made: communicator.all_reduce(made["ours"]),
+        lambda made: communicator.all_reduce(made["ours"]).arrays,
         lambda made: mx.distributed.all_sum(made["raw"].pop("all"), group=group, stream=stream),
     )
     return {
@@ -88,7 +88,7 @@ def by_ranks(communicator: Communicator) -> dict[int, dict[str, float]]:
 
 
 def main() -> None:
-    communicator = Communicator(RankEnvironment.read())
+    communicator = Communicator.join(RankEnvironment.read())
     found = {"size": by_size, "tensors": by_tensors, "ranks": by_ranks}[sys.argv[1]](communicator)
     if communicator.rank == 0:
         print(FOUND + json.dumps(found), flush=True)

@@ -43,7 +43,7 @@ Steps = Callable[[int], float]  # trains this many steps; returns the last loss
 
 def mlx_ring(config: RunConfig, folder: str) -> Steps:
     Path(folder).mkdir()
-    coordinator = Coordinator(config, Communicator(RankEnvironment.read()), Path(folder))
+    coordinator = Coordinator(config, Communicator.join(RankEnvironment.read()), Path(folder))
     run = coordinator.prepare()
     assert run is not None
     results = run.trainer.steps()
@@ -63,7 +63,7 @@ def mlx_ring(config: RunConfig, folder: str) -> Steps:
 
 def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws the run's first global batches in advance, and repeats this rank's part of each for ever."""
-    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    alone = Communicator.alone()
     split = open_data(config, alone).dataset.train
     size = config.trainer.global_batch_size
     order = sample_order(config.seed, np.arange(BATCHES * size), len(split)).reshape(BATCHES, ranks, -1)
@@ -72,7 +72,7 @@ def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.n
 
 def first_model(config: RunConfig) -> tuple[nn.Module, Any]:
     """Returns the model with the first weights of the run, and the specification of its data."""
-    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    alone = Communicator.alone()
     spec = open_data(config, alone).dataset.spec
     mx.random.seed(config.seed)
     return build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes), spec

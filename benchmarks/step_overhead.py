@@ -25,7 +25,6 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map_with_path
 
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
 from mlx_ring.config.run_config import RunConfig
@@ -113,7 +112,7 @@ def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -
             *overrides,
             f"trainer.micro_batch_size={batch}",
         )
-        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        communicator = Communicator.alone()
         coordinator = Coordinator(config, communicator, Path(folder))
         run = coordinator.prepare()
         assert run is not None

@@ -1,6 +1,6 @@
 """The one wire: every collective of the program, on one group, one thread and one stream, in one order.
 
-What each backend does by itself, and what is built here from smaller collectives:
+This table says what each backend does by itself, and what is built here from smaller collectives:
 
     collective      ring     mpi      nccl     jaccl    built as
     all_sum         native   native   native   native
@@ -10,13 +10,14 @@ What each backend does by itself, and what is built here from smaller collective
     gather_objects  built    built    built    built    all_gather of lengths, then of padded bytes
     barrier         built    built    built    built    all_sum of one integer
 
-One stream, because a ring group has one set of sockets and no lock: two sums of equal size on two streams
-give wrong numbers without an error. One collective at a time, because a ring that loses a peer can leave
-queued ones waiting for ever, so the first failure is the last one (over NCCL MLX ends the process).
+All collectives go over one stream, because a ring group has one set of sockets and no lock: two sums of equal
+size on two streams give wrong numbers without an error. There is one collective at a time, and none after the
+first failure, because a ring that loses a peer can leave queued collectives waiting for ever. (Over NCCL, MLX
+ends the process when a peer is lost.)
 
-What is summed over NCCL is evaluated by itself before its collective is. Within one evaluation that goes from
-one GPU stream to another MLX's host waits until the first has got there (mlx/backend/cuda/fence.cpp); between
-two it is the other stream that waits, and the host issues on.
+Over NCCL an array is evaluated by itself before its collective is evaluated. If one evaluation crosses from
+one GPU stream to another, MLX's host waits until the first stream has reached that point
+(mlx/backend/cuda/fence.cpp). Between two evaluations the other stream waits, and the host goes on issuing.
 """
 
 import hashlib
@@ -28,7 +29,9 @@ import struct
 import threading
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
@@ -36,62 +39,125 @@ import numpy as np
 from mlx_ring import errors
 from mlx_ring.cluster.rank.environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.cluster.rank.ring_ports import claim_ports
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.buckets import cut, join, plan_buckets
 from mlx_ring.communication.machine import MLX_VERSION
 from mlx_ring.errors import ClusterError, MlxRingError
 from mlx_ring.run_directory.lock import ProcessLock
 
+BUCKET_BYTES = 16 * 2**20  # of gradients, until the configuration says otherwise
 BROADCAST_BYTES = 64 * 2**20  # arrays are broadcast in buckets of this size
 MESSAGE_BYTES = 2**30  # no message is longer: MPI counts elements in 31 bits
 
 
-class Communicator:
-    """Every collective of one process. One rank uses it too: there each is the identity.
+@dataclass(frozen=True)
+class Sums:
+    """What `Communicator.all_reduce` returns.
 
-    `sent_bytes` counts what this rank sent, `wait_seconds` how long its sums took the host. Gradients travel
-    in buckets of about `bucket_bytes`; with `overlap` the last layers' are sent while the first layers' are
-    still computed. `host_waits`: a collective has ended when its call returns; over NCCL it is only issued.
+    Attributes:
+        arrays: the sums over ranks, by name, in the order in which the arrays were given.
+        travelling: names of the sums in the last bucket, which may still be on its way. Empty if the host
+            has waited for all buckets, and with one rank.
     """
 
-    def __init__(self, environment: RankEnvironment) -> None:
-        """Join the group. Collective: every rank must call.
+    arrays: Arrays
+    travelling: frozenset[str] = frozenset()
 
-        Raises: ClusterError when the ranks cannot be joined or are another job's; ConfigError for an address
-        or a port that this host cannot listen on.
+    def compute_meanwhile(self, made: Arrays) -> None:
+        """Starts computing what was made of the sums that have arrived, while the last bucket travels.
+
+        Does nothing if no bucket travels: then the next evaluation computes all of it anyway.
+
+        Args:
+            made: by the name of a sum, an array that was made of this sum alone.
         """
-        self.rank, self.world_size = environment.rank, environment.world_size
+        if self.travelling:
+            mx.async_eval([array for name, array in made.items() if name not in self.travelling])
+
+
+class Communicator:
+    """Every collective of one process. A run of one rank uses this class too: there each is the identity.
+
+    `Communicator.join` makes one that is connected, `Communicator.alone` one for a single rank.
+
+    Attributes:
+        rank, world_size, backend: this process's place in the group, and what the group is made of.
+        hosts: the host name of every rank, by rank.
+        bucket_bytes: gradients travel in buckets of about this size.
+        overlap: whether the last layers' gradients are sent while the first layers' are still computed.
+        host_waits: whether a collective has ended when its call returns. Over NCCL it is only issued then.
+        sent_bytes: what this rank has sent so far.
+        wait_seconds: how long the host has waited for sums so far.
+        calls, call: how many collectives this rank has entered; the name of the one that it is in, or "".
+    """
+
+    def __init__(
+        self, environment: RankEnvironment, group: Any = None, port_locks: Sequence[ProcessLock] = ()
+    ) -> None:
+        """Stores what `join` has set up; connects nothing.
+
+        Args:
+            environment: this rank's place in the job, as the launcher told it.
+            group: MLX's group of all ranks; None for a single rank.
+            port_locks: the locks on the ports that this rank listens on.
+        """
+        self.rank = environment.rank
+        self.world_size = environment.world_size
         self.backend = environment.backend
-        self.sent_bytes, self.wait_seconds = 0, 0.0
-        self.bucket_bytes, self.overlap = 16 * 2**20, False
-        self.host_waits = self.world_size > 1 and self.backend != "nccl"
-        self._thread, self._failed = threading.get_ident(), False
-        self.calls, self.call = 0, ""  # collectives entered so far; the one that this rank is in
-        self._last_bucket: tuple[str, ...] = ()  # of the last `all_reduce`
-        self._locks: list[ProcessLock] = []
-        self._group: Any = None
-        self._stream: Any = None
         self.hosts = [socket.gethostname()]
-        if self.world_size > 1:
-            self._locks = claim_ports(environment)
-            self._group = _join(environment)
+        self.bucket_bytes = BUCKET_BYTES
+        self.overlap = False
+        self.host_waits = self.world_size > 1 and self.backend != "nccl"
+        self.sent_bytes = 0
+        self.wait_seconds = 0.0
+        self.calls = 0
+        self.call = ""
+        self._group = group
+        self._stream: Any = None
+        if group is not None:
             self._stream = mx.new_stream(mx.gpu if self.backend == "nccl" else mx.cpu)
-            self._identify(environment.job)
-            self.hosts = self.gather_objects(socket.gethostname())
+        self._port_locks = list(port_locks)
+        self._thread = threading.get_ident()
+        self._failed = False
+
+    @classmethod
+    def join(cls, environment: RankEnvironment) -> Self:
+        """Joins the group of all ranks of this job. Collective: every rank must call.
+
+        Raises:
+            ClusterError: the ranks cannot be joined, or are another job's.
+            ConfigError: this host cannot listen on the rank's address or port.
+        """
+        if environment.world_size == 1:
+            return cls(environment)
+        port_locks = claim_ports(environment)
+        communicator = cls(environment, _join_group(environment), port_locks)
+        communicator._refuse_other_jobs(environment.job)
+        communicator.hosts = communicator.gather_objects(socket.gethostname())
+        return communicator
+
+    @classmethod
+    def alone(cls) -> Self:
+        """The communicator of a single rank, whatever the launcher started."""
+        return cls(RankEnvironment(rank=0, world_size=1, backend="single"))
 
     def free_ports(self) -> None:
-        """Let another job have this rank's ports. What is connected stays connected."""
-        while self._locks:
-            self._locks.pop().release()
+        """Lets another job have this rank's ports. What is connected stays connected."""
+        while self._port_locks:
+            self._port_locks.pop().release()
 
     def close(self) -> None:
-        """A good end. MLX finalizes MPI when the group is freed; where that never is, mpirun fails."""
+        """Frees the group at a good end. MLX then finalizes MPI; without that, mpirun reports a failure."""
         self.free_ports()
         self._group = None
 
     # Sums
 
     def all_sum(self, array: mx.array) -> mx.array:
-        """The sum over ranks, of the same shape and dtype. Collective: every rank must call."""
+        """The sum of `array` over ranks, of the same shape and dtype. Collective: every rank must call.
+
+        Every rank gives an array of the same shape and dtype: MLX does not detect a difference.
+        """
         if self.world_size == 1:
             return array
         if array.nbytes > MESSAGE_BYTES:
@@ -102,13 +168,14 @@ class Communicator:
         if not self.host_waits:
             mx.async_eval(array)
         total = mx.distributed.all_sum(array, group=self._group, stream=self._stream)
-        del array  # where nobody else holds it, the sum takes its memory
+        del array  # if nobody else holds it, the sum takes its memory
         return self._call("all_sum", total)
 
     def all_max(self, array: mx.array) -> mx.array:
-        """The largest over ranks of each integer, of the same shape; computes it first, see `all_reduce`.
+        """The largest value over ranks of each element, of the same shape and dtype.
 
-        Of integers alone: a float maximum loses NaN on some backends. Collective: every rank must call.
+        Takes integers only, because a float maximum loses NaN on some backends. Computes the array before it
+        is sent, for the reasons that `all_reduce` gives. Collective: every rank must call.
         """
         assert mx.issubdtype(array.dtype, mx.integer), array.dtype
         if self.world_size == 1:
@@ -121,23 +188,28 @@ class Communicator:
         self.wait_seconds += time.perf_counter() - start
         return largest
 
-    def all_reduce(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The sums over ranks of a dictionary of arrays, sent in buckets. Collective: every rank must call.
+    def all_reduce(self, arrays: Arrays) -> Sums:
+        """Sums many arrays over ranks, in buckets. Collective: every rank must call.
 
-        Uses `arrays` up: what only this dictionary held is summed in its own memory, if it goes in one
-        message. Where the host waits, computes them first, so that waiting for the own gradients does not
-        count as communication, and no GPU work waits for the network (Metal kills what waits for 5 s).
+        Uses `arrays` up: an array that only this dictionary holds is summed in its own memory, if it fits
+        into one message. If the host waits for collectives, the arrays are computed first. So the time for
+        this rank's own gradients does not count as communication, and no GPU work waits for the network
+        (Metal ends a command that waits for 5 s).
+
+        Args:
+            arrays: by name; on every rank the same names in the same order, with the same shapes and dtypes.
+
+        Returns: the sums, with the same names, shapes and dtypes.
         """
         if self.world_size == 1:
-            return arrays
+            return Sums(arrays)
         sizes = tuple((name, array.dtype, array.nbytes) for name, array in arrays.items())
         buckets = plan_buckets(sizes, self.bucket_bytes)
         shapes = {name: array.shape for name, array in arrays.items()}
         flat = deque([join([arrays.pop(name) for name in names]) for names in buckets])
         if self.host_waits:  # the first buckets, of the last layers, are ready while others are computed
             (mx.async_eval if self.overlap else mx.eval)(*flat)
-        self._last_bucket = buckets[-1] if buckets else ()
-        reduced: dict[str, mx.array] = {}
+        reduced: Arrays = {}
         for names in buckets:
             if self.host_waits and self.overlap:
                 mx.eval(flat[0])
@@ -145,24 +217,21 @@ class Communicator:
             total = self.all_sum(flat.popleft())
             self.wait_seconds += time.perf_counter() - start
             reduced |= zip(names, cut(total, [shapes[name] for name in names]), strict=True)
-        return {name: reduced[name] for name in shapes}
+        travelling = frozenset(buckets[-1] if buckets and not self.host_waits else ())
+        return Sums({name: reduced[name] for name in shapes}, travelling)
 
-    def compute_meanwhile(self, made: dict[str, mx.array]) -> None:
-        """Have the device compute what was made of each sum of the last `all_reduce`, but for those of the
-        last bucket, which may still be on its way."""
-        if self.world_size > 1 and not self.host_waits:
-            mx.async_eval([array for name, array in made.items() if name not in self._last_bucket])
+    # Rank 0's values, every rank's values
 
-    # Rank 0's values, everybody's values
+    def broadcast(self, arrays: Arrays) -> Arrays:
+        """Rank 0's arrays, bit for bit. Collective: every rank must call.
 
-    def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rank 0's arrays, bit for bit. Collective: every rank must call, with arrays of its kind."""
+        Every rank gives arrays of the same names, shapes and dtypes; only rank 0's values are used.
+        """
         if self.world_size == 1:
             return arrays
-        received: dict[str, mx.array] = {}
-        for names in plan_buckets(
-            tuple((name, "", array.nbytes) for name, array in arrays.items()), BROADCAST_BYTES
-        ):
+        received: Arrays = {}
+        sizes = tuple((name, "", array.nbytes) for name, array in arrays.items())
+        for names in plan_buckets(sizes, BROADCAST_BYTES):
             parts = [arrays[name].reshape(-1).view(mx.uint8) for name in names]
             content = mx.concatenate(parts)
             content = self.all_sum(content if self.rank == 0 else mx.zeros_like(content))
@@ -174,7 +243,7 @@ class Communicator:
         return {name: received[name] for name in arrays}
 
     def broadcast_bytes(self, content: bytes, root: int = 0) -> bytes:
-        """Rank `root`'s bytes. Collective: every rank must call; what the others give is not read."""
+        """Rank `root`'s bytes. Collective: every rank must call; what the others give is ignored."""
         if self.world_size == 1:
             return content
         length = mx.array([len(content) if self.rank == root else 0], dtype=mx.int32)
@@ -183,7 +252,7 @@ class Communicator:
         return _raw_bytes(self.all_sum(mx.array(own))) if size else b""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's JSON value. Collective: every rank must call; what the others give is not read."""
+        """Rank 0's JSON value. Collective: every rank must call; what the others give is ignored."""
         return json.loads(self.broadcast_bytes(json.dumps(value).encode()))
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -191,14 +260,26 @@ class Communicator:
         return [json.loads(part) for part in self._gather_bytes(json.dumps(value).encode())]
 
     def gather_floats(self, values: list[float]) -> list[float]:
-        """Every rank's float32 values, rank after rank. Collective: every rank must call."""
+        """Every rank's numbers, rounded to float32, in one list: rank 0's first, then rank 1's, and so on.
+
+        Ranks may give different numbers of them. Collective: every rank must call.
+        """
         parts = self._gather_bytes(np.asarray(values, dtype=np.float32).tobytes())
         return [float(value) for part in parts for value in np.frombuffer(part, dtype=np.float32)]
 
     def agree_on_error(self, error: MlxRingError | None) -> None:
-        """Raise rank 0's or, failing that, the first rank's error on every rank; return where there is none.
+        """Makes every rank raise the same error if any rank has one. Collective: every rank must call.
 
-        Collective: every rank must call. For steps that one rank can fail alone, such as reading a file.
+        For work that one rank can fail at alone, such as reading a file: the rank catches its error and
+        passes it here instead of raising it, so that no rank goes on to a collective that the failed rank
+        never enters.
+
+        Args:
+            error: what this rank's work raised; None if it succeeded.
+
+        Raises:
+            MlxRingError: the error of the lowest rank that has one, of that error's own class, with
+                `agreed` set. If it is not rank 0's, the message begins with that rank and its host.
         """
         entry = None if error is None else [type(error).__name__, str(error)]
         for rank, found in enumerate(self.gather_objects(entry)):
@@ -208,7 +289,7 @@ class Communicator:
                 raise errors.agreed(kind(where + found[1])) from error
 
     def barrier(self) -> None:
-        """Return once every rank has come here. Collective: every rank must call."""
+        """Returns once every rank has called it. Collective: every rank must call."""
         mx.eval(self.all_sum(mx.array([1], dtype=mx.int32)))
 
     def _gather_bytes(self, content: bytes) -> list[bytes]:
@@ -228,11 +309,12 @@ class Communicator:
     # The rules of the wire
 
     def _call(self, name: str, result: mx.array) -> mx.array:
-        """Run one collective, where the host waits to its end, and never another one after a failure."""
+        """Runs one collective. If the host waits, returns at its end. Refuses to run one after a failure."""
         assert threading.get_ident() == self._thread, "collectives belong to one thread"
         if self._failed:
             raise ClusterError(f"rank {self.rank}: no collective is possible after a peer was lost")
-        self.calls, self.call = self.calls + 1, name
+        self.calls += 1
+        self.call = name
         try:
             (mx.eval if self.host_waits else mx.async_eval)(result)
         except RuntimeError as error:
@@ -245,10 +327,13 @@ class Communicator:
         self.call = ""
         return result
 
-    def _identify(self, job: str) -> None:
-        """Find out whether the ranks behind the sockets are those of this job: rank, size, job and one random
-        number each; then whether all saw the same table. Fixed sizes, for crossed rings could not even agree
-        on lengths."""
+    def _refuse_other_jobs(self, job: str) -> None:
+        """Checks that the ranks behind the sockets are those of this job.
+
+        Each rank shows its rank, the world size, the job and a random number; then all compare whether they
+        saw the same table. The sizes are fixed, because ranks of two jobs in one ring could not even agree on
+        lengths.
+        """
         shown = hashlib.sha256(job.encode()).digest()[:8] if job else bytes(8)  # some launchers show none
         places = [struct.pack("<II", rank, self.world_size) for rank in range(self.world_size)]
         mine = places[self.rank] + shown + secrets.token_bytes(16)
@@ -269,8 +354,9 @@ def _raw_bytes(array: Any) -> bytes:
     return bytes(memoryview(array))  # Any: MLX's stubs do not say that an array is a buffer
 
 
-def _join(environment: RankEnvironment) -> Any:
-    backend, claimed = environment.backend, environment.world_size
+def _join_group(environment: RankEnvironment) -> Any:
+    backend = environment.backend
+    claimed = environment.world_size
     if backend == "mpi":
         use_bundled_open_mpi()
     try:

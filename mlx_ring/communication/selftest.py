@@ -77,7 +77,7 @@ def main() -> None:
         beat = heartbeat.connect(os.environ, environment.rank, observe, lambda _: None)
         if beat is not None:
             beat.await_others()
-        communicator = Communicator(environment)
+        communicator = Communicator.join(environment)
         found = measure(communicator)
         if communicator.rank == 0:
             print(f"{FOUND}{json.dumps(found)}", flush=True)

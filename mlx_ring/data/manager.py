@@ -1,23 +1,36 @@
-"""The data of one rank: found or made on its host, or received from rank 0, then opened and dealt."""
+"""The data of one rank: found or made on its host, or received from rank 0, then opened and loaded."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 32 * 2**20  # of a file that rank 0 sends
 
 
 class DataManager:
-    """Opens a data set on every rank; builds the loader of this rank's share."""
+    """Holds the data set that `open` opened on this rank, and builds the loader of this rank's part."""
 
-    def __init__(
-        self,
+    def __init__(self, dataset: Dataset, *, seed: int, prefetch: int) -> None:
+        """Stores an open data set.
+
+        Args:
+            dataset: the same on every rank.
+            seed: decides the order of samples.
+            prefetch: global batches that a loader prepares ahead.
+        """
+        self.dataset = dataset
+        self._seed = seed
+        self._prefetch = prefetch
+
+    @classmethod
+    def open(
+        cls,
         config: Any,
         communicator: Communicator,
         *,
@@ -25,32 +38,45 @@ class DataManager:
         seed: int,
         model_maximum: int | None,
         targets_are_classes: bool,
-    ) -> None:
-        """Collective: every rank must call.
+    ) -> Self:
+        """Opens the same data set on every rank. Collective: every rank must call.
 
-        `targets_are_classes`: whether a target beyond the number of classes is refused when drawn.
+        With `data.distribute=true`, ranks that have other data, or none, first receive rank 0's files.
 
-        Raises: DataError or ConfigError, the same on every rank, for data that is absent, damaged or does not
-        fit.
+        Args:
+            config: the `data` group.
+            communicator: joins the ranks.
+            kind: "classifier" or "language", as in `DataSpec`.
+            seed: of generated data, of the split and of the order.
+            model_maximum: the most tokens that a sample may have; None if the model sets no limit.
+            targets_are_classes: whether to refuse, when it is drawn, a target that is no class.
+
+        Raises:
+            ConfigError, DataError: the data is absent or damaged, or does not fit; the same on every rank.
         """
-        self._config, self._communicator = config, communicator
-        self._kind, self._seed = kind, seed
-        self._sequence_length: int | None = None
-        self._files: dict[str, Path] = {}
-        dataset, error = self._try(lambda: self._own_files(model_maximum))
+        opener = _Opener(config, communicator, kind=kind, seed=seed)
+        dataset, error = opener.attempt(lambda: opener.prepare_files(model_maximum))
         if getattr(config, "distribute", False) and communicator.world_size > 1:
             communicator.agree_on_error(error if communicator.rank == 0 else None)
-            dataset, error = self._receive_missing(dataset)
+            dataset, error = opener.receive_missing(dataset)
         communicator.agree_on_error(error)
         assert dataset is not None
-        self.dataset = dataset.checked() if targets_are_classes else dataset
+        dataset = dataset.checked() if targets_are_classes else dataset
+        return cls(dataset, seed=seed, prefetch=config.prefetch)
 
     def loader(
         self, *, global_batch_size: int, micro_batch_size: int, micro_batches: range, next_sample: int
     ) -> Loader:
-        """These micro-batches of every global batch from `next_sample` on.
+        """A loader of this rank's micro-batches of every global batch.
 
-        Raises: DataError, the same on every rank, for fewer samples than a global batch.
+        Args:
+            global_batch_size: samples of a global batch, over all ranks.
+            micro_batch_size: samples of a micro-batch.
+            micro_batches: the indices of this rank's micro-batches within a global batch.
+            next_sample: the global position of the first sample to draw.
+
+        Raises:
+            DataError: there are fewer samples than a global batch has; the same on every rank.
         """
         try:
             return Loader(
@@ -60,39 +86,58 @@ class DataManager:
                 micro_batch_size=micro_batch_size,
                 micro_batches=micro_batches,
                 next_sample=next_sample,
-                prefetch=self._config.prefetch,
+                prefetch=self._prefetch,
             )
         except DataError as error:
             raise agreed(error) from None
 
-    def _open(self, files: dict[str, Path]) -> Dataset:
-        return open_dataset(
-            self._config, kind=self._kind, seed=self._seed, sequence_length=self._sequence_length, files=files
-        )
 
-    def _own_files(self, model_maximum: int | None) -> dict[str, Path]:
+class _Opener:
+    """Finds, makes or receives the files of a data set, and opens it."""
+
+    def __init__(self, config: Any, communicator: Communicator, *, kind: str, seed: int) -> None:
+        self._config = config
+        self._communicator = communicator
+        self._kind = kind
+        self._seed = seed
+        self._sequence_length: int | None = None
+        self._files: dict[str, Path] = {}
+
+    def prepare_files(self, model_maximum: int | None) -> dict[str, Path]:
+        """This host's own files, made if they are not there yet."""
         self._sequence_length = _sequence_length(self._config, model_maximum)
         self._files = prepare(self._config)
         return self._files
 
-    def _try(self, find: Callable[[], dict[str, Path]]) -> tuple[Dataset | None, MlxRingError | None]:
-        """The data in the files found, or what is wrong with them."""
+    def attempt(self, find: Callable[[], dict[str, Path]]) -> tuple[Dataset | None, MlxRingError | None]:
+        """Opens the data in the files that `find` gives. Returns it, or what is wrong with them."""
         try:
-            return self._open(find()), None
+            files = find()
+            return open_dataset(
+                self._config,
+                kind=self._kind,
+                seed=self._seed,
+                sequence_length=self._sequence_length,
+                files=files,
+            ), None
         except (ConfigError, DataError) as error:
             return None, error
         except OSError as error:
             return None, DataError(f"the data cannot be read: {error}; mend the file or its permissions")
 
-    def _receive_missing(self, dataset: Dataset | None) -> tuple[Dataset | None, MlxRingError | None]:
-        """Send rank 0's files to every rank that holds other data or none."""
+    def receive_missing(self, dataset: Dataset | None) -> tuple[Dataset | None, MlxRingError | None]:
+        """Sends rank 0's files to every rank that holds other data, or none.
+
+        Collective: every rank must call, with the data set that it opened by itself. Returns what `attempt`
+        returns.
+        """
         communicator = self._communicator
         digest = communicator.broadcast_object(dataset.digest if dataset and communicator.rank == 0 else None)
         names = communicator.broadcast_object({name: path.name for name, path in self._files.items()})
         folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
         files = {name: folder / filename for name, filename in names.items()}
         if dataset is None or dataset.digest != digest:
-            dataset, _ = self._try(lambda: files)  # received by an earlier run
+            dataset, _ = self.attempt(lambda: files)  # an earlier run may have received them
         lacks = dataset is None or dataset.digest != digest
         if not any(communicator.gather_objects(lacks)):
             return dataset, None
@@ -101,14 +146,16 @@ class DataManager:
             error = self._send(name, path if lacks and error is None else None) or error
         if error is not None:
             return None, DataError(f"{folder} cannot hold what rank 0 sent: {error.strerror}; make room")
-        return self._try(lambda: files) if lacks else (dataset, None)
+        return self.attempt(lambda: files) if lacks else (dataset, None)
 
     def _send(self, name: str, target: Path | None) -> OSError | None:
-        """Rank 0 reads one of its files, everybody hears it; a rank with a `target` writes it, whole or not.
+        """Rank 0 sends one of its files to all ranks. A rank with a `target` writes it, whole or not at all.
 
-        Returns what kept it from writing: it goes on listening, for the others do.
+        Returns: the error that kept this rank from writing. The rank still receives the rest of the file,
+        because every rank must enter the same collectives.
         """
-        communicator, failure = self._communicator, None
+        communicator = self._communicator
+        failure: OSError | None = None
         source = self._files[name].open("rb") if communicator.rank == 0 else None
         part = target.with_name(f".{target.name}-{os.getpid()}") if target is not None else None
         while chunk := communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""):
@@ -129,7 +176,7 @@ class DataManager:
 
 
 def _sequence_length(config: Any, model_maximum: int | None) -> int | None:
-    """Tokens of a sample: the configuration's, else the model's maximum."""
+    """Tokens of a sample: what the configuration says, else the model's maximum."""
     asked = getattr(config, "sequence_length", None)
     if asked is not None and model_maximum is not None and asked > model_maximum:
         raise ConfigError(

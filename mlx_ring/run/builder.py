@@ -196,7 +196,7 @@ def _loader(config: RunConfig, data: DataManager, micro_batches: range, progress
 
 def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
     """A run's data on this rank. Collective: every rank must call. Raises: DataError or ConfigError."""
-    return DataManager(
+    return DataManager.open(
         config.data,
         communicator,
         kind=config.kind.name,

@@ -4,7 +4,6 @@ import json
 import sys
 
 from mlx_ring.cluster.finding import FOUND
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import MlxRingError
@@ -15,7 +14,7 @@ def main() -> None:
     """Print {"digest", "name"} of the data that a run with these overrides would use, or {"error"}."""
     try:
         config = compose_run(*sys.argv[1:])
-        alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        alone = Communicator.alone()
         found = {"digest": open_data(config, alone).dataset.digest, "name": config.data.name}
     except MlxRingError as error:
         found = {"error": str(error)}

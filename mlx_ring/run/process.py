@@ -111,7 +111,7 @@ class Process:
         mlx_version.refuse_old_mlx()
         if self._heartbeat is not None:
             self._heartbeat.await_others()
-        return communicator.Communicator(self.environment)
+        return communicator.Communicator.join(self.environment)
 
     def run_id(self, *, _root_: DictConfig) -> str:
         """Name the run after rank 0's local time, the same on every rank.

@@ -6,7 +6,6 @@ from typing import Any
 
 from mlx_ring.checkpoint.manager import parameters_sha256
 from mlx_ring.checkpoint.restore import Found
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import recorded_run
 from mlx_ring.errors import CheckpointError, ConfigError
@@ -63,7 +62,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
             f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before it "
             "is left; choose a later step"
         )
-    communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    communicator = Communicator.alone()
     run = build(config, communicator, found)
     compared: list[Repeated] = []
     try:

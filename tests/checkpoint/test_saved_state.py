@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 from mlx_ring.checkpoint.manager import CheckpointManager, parameters_sha256
 from mlx_ring.checkpoint.restore import Found, fill
 from mlx_ring.checkpoint.saved_state import SavedState
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
@@ -23,7 +22,7 @@ from mlx_ring.training.parameter_authority import ParameterAuthority
 from mlx_ring.training.strategies import build_strategy
 
 CONFIG = compose_run("run.dir=run", "communicator=native")
-COMMUNICATOR = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+COMMUNICATOR = Communicator.alone()
 AUTHORITY = ParameterAuthority(
     COMMUNICATOR, total_steps=1, verify_every_steps=None, evaluate_every_steps=None, save_every_steps=None,
     save_every_seconds=None,

@@ -1,4 +1,6 @@
-"""train.py whose collectives are issued and not waited for, as over NCCL, whatever the backend."""
+"""train.py with collectives that are issued and not waited for, as over NCCL, on any backend."""
+
+from typing import Self
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication import communicator
@@ -6,11 +8,13 @@ from mlx_ring.train import main
 
 
 class Unwaited(communicator.Communicator):
-    """Its sums are there when they are read."""
+    """Its sums are computed when they are read."""
 
-    def __init__(self, environment: RankEnvironment) -> None:
-        super().__init__(environment)
-        self.host_waits = False
+    @classmethod
+    def join(cls, environment: RankEnvironment) -> Self:
+        joined = super().join(environment)
+        joined.host_waits = False
+        return joined
 
 
 if __name__ == "__main__":

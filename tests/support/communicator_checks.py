@@ -43,7 +43,7 @@ def check_all_reduce(wire: Communicator) -> None:
     for wire.bucket_bytes in (4096, 2**20):
         for wire.overlap in (False, True):
             sent = wire.sent_bytes
-            reduced = wire.all_reduce(dict(arrays))
+            reduced = wire.all_reduce(dict(arrays)).arrays
             assert list(reduced) == list(arrays)
             size = sum(array.nbytes for array in arrays.values())
             assert abs(wire.sent_bytes - sent - 2 * (wire.world_size - 1) * size / wire.world_size) <= len(
@@ -65,11 +65,11 @@ def check_memory_of_sums(wire: Communicator) -> None:
         arrays = {"alone": mx.ones((256, 256))}
         mx.eval(arrays)
         place = np.asarray(arrays["alone"]).ctypes.data
-        reduced = wire.all_reduce(arrays)
+        reduced = wire.all_reduce(arrays).arrays
         mx.eval(reduced)
         assert np.asarray(reduced["alone"]).ctypes.data == place
         held = {"a": mx.ones((256, 256)), "b": mx.ones((3,))}
-        total = wire.all_reduce(dict(held))
+        total = wire.all_reduce(dict(held)).arrays
         assert held["a"].sum().item() == 2**16 and total["a"].sum().item() == 2**16 * wire.world_size
         assert held["b"].tolist() == [1.0] * 3 and total["b"].tolist() == [float(wire.world_size)] * 3
 
@@ -89,15 +89,15 @@ def check_memory_of_gradients(wire: Communicator) -> None:
 
 
 def check_what_is_computed_meanwhile(wire: Communicator) -> None:
-    """All that was made of sums but those of the last bucket, and nothing where the host has waited."""
+    """All that was made of sums but those of the last bucket, and nothing if the host has waited."""
     wire.bucket_bytes = 4096
     sizes = {"a": 4, "b": 5000, "c": 4, "d": 2000}
-    sums = wire.all_reduce({name: mx.ones((size,)) for name, size in sizes.items()})
-    made = {name: array.sum() for name, array in sums.items()}
     waits = wire.host_waits
     for wire.host_waits in (True, False):
+        sums = wire.all_reduce({name: mx.ones((size,)) for name, size in sizes.items()})
+        made = {name: array.sum() for name, array in sums.arrays.items()}
         with mock.patch.object(mx, "async_eval") as computes:
-            wire.compute_meanwhile(made)
+            sums.compute_meanwhile(made)
         computed = [id(array) for call in computes.call_args_list for array in call.args[0]]
         travels = wire.world_size > 1 and not wire.host_waits
         assert computed == ([id(made["b"]), id(made["d"])] if travels else [])
@@ -151,7 +151,7 @@ def check_agreed_errors(wire: Communicator) -> None:
 
 
 def main() -> None:
-    wire = Communicator(RankEnvironment.read())
+    wire = Communicator.join(RankEnvironment.read())
     for check in (
         check_sums,
         check_long_messages,

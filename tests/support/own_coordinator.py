@@ -10,5 +10,5 @@ from mlx_ring.run.coordinator import Coordinator
 
 directory = Path(sys.argv[1])
 config = compose_run(f"run.dir={directory}", *sys.argv[2:])
-communicator = Communicator(RankEnvironment.read())
+communicator = Communicator.join(RankEnvironment.read())
 sys.exit(Coordinator(config, communicator, directory).run())

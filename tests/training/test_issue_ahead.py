@@ -9,7 +9,6 @@ import mlx.core as mx
 import pytest
 from ranks import ROOT, SMALL, SUPPORT, TRAIN, rows, start, status, wait_for
 
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.codecs.float import NativeCodec
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
@@ -100,7 +99,7 @@ def test_what_is_yielded_with_a_wish_is_the_state_of_that_step(tmp_path: Path, c
             f"run.dir={tmp_path}/{name}", f"communicator={codec}", f"memory.issue_ahead={issue_ahead}",
             "evaluation.every_steps=null", "checkpoint.every_steps=null", "trainer.steps=9",
         )  # fmt: skip
-        communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+        communicator = Communicator.alone()
         built = build(config, communicator, None)
         asked = [[0.0, 0.0]] * calls
         built.authority.flags = lambda: asked.pop() if asked else [1.0, 0.0]
@@ -120,7 +119,7 @@ def test_one_step_is_issued_ahead_and_no_more(tmp_path: Path) -> None:
         f"run.dir={tmp_path}", "communicator=exact", "evaluation.every_steps=5",
         "checkpoint.every_steps=null", "trainer.steps=9",
     )  # fmt: skip
-    built = build(config, Communicator(RankEnvironment(rank=0, world_size=1, backend="single")), None)
+    built = build(config, Communicator.alone(), None)
     drawn, next_batch = [0], built.trainer._next_batch  # pyright: ignore[reportPrivateUsage]
 
     def counted() -> tuple[GlobalBatch, float]:
@@ -135,7 +134,7 @@ def test_one_step_is_issued_ahead_and_no_more(tmp_path: Path) -> None:
 
 def test_flags_are_read_only_where_there_is_one() -> None:
     """On a GPU reading them waits for all that was issued."""
-    alone = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    alone = Communicator.alone()
     strategy = AllReduce(alone, NativeCodec(), num_micro_batches=1, clip_gradient_norm=None, compile=True)
 
     def reduced(*flags: float) -> Reduced:

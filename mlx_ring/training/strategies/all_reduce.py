@@ -60,11 +60,12 @@ class AllReduce(Strategy):
         wire = dict(self._codec.encode(sums))
         sums.clear()  # spent: what only the wire holds is summed in its own memory
         wire[NUMBERS] = self._codec.encode_bits(self._own_numbers(share))
-        gradients = self._communicator.all_reduce(wire)
+        summed = self._communicator.all_reduce(wire)
+        gradients = summed.arrays
         maxima = {name: self._communicator.all_max(array) for name, array in self._maxima(largest).items()}
         numbers = self._codec.decode_bits(gradients.pop(NUMBERS))
         squares = self._squares(gradients)
-        self._communicator.compute_meanwhile(squares)
+        summed.compute_meanwhile(squares)
         loss, targets, norm, fits, finite, scale, flags, flagged = self._measure(squares, maxima, numbers)
         return Reduced(
             gradients=gradients,

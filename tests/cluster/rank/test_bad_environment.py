@@ -132,7 +132,7 @@ def test_a_port_that_needs_privileges_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(socket.socket, "bind", bind)
     ring = [[("127.0.0.1", 81)], [("127.0.0.1", 82)]]
     with pytest.raises(ConfigError, match=r"port 81 .*Permission denied; use one above 1023"):
-        Communicator(RankEnvironment(rank=0, world_size=2, backend="ring", ring_addresses=ring))
+        Communicator.join(RankEnvironment(rank=0, world_size=2, backend="ring", ring_addresses=ring))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from ranks import ROOT, SMALL, SUPPORT, Ranks, mpirun, rows, start, status
 from refusals import CLUSTER, TRAINING, assert_refused
 
-from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
 from mlx_ring.run.builder import build
@@ -182,7 +181,7 @@ def test_every_micro_batch_of_every_step_draws_its_own(tmp_path: Path, compiled:
         f"run.dir={tmp_path}", *OWN, "model.import_path=exact_parts:Drawn", "trainer.global_batch_size=12",
         "trainer.micro_batch_size=4", "trainer.steps=8", "communicator=exact", f"trainer.compile={compiled}",
     )  # fmt: skip
-    communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+    communicator = Communicator.alone()
     built = build(config, communicator, None)
     samples = built.data.dataset.train.batch(np.arange(4))
     trainer = built.trainer
@@ -202,7 +201,7 @@ def test_first_weights_come_from_the_seed_alone(tmp_path: Path) -> None:
         for name in ("first", "second"):
             config = compose_run(f"run.dir={tmp_path}", f"seed={seed}", "communicator=exact")
             mx.random.normal((seed + len(name),))  # whatever was drawn before
-            communicator = Communicator(RankEnvironment(rank=0, world_size=1, backend="single"))
+            communicator = Communicator.alone()
             built = build(config, communicator, None)
             built.trainer.close()
             weights = tree_flatten(built.model.parameters())
