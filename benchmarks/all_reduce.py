@@ -1,11 +1,15 @@
-"""How long a sum over ranks takes, from 4 KiB to 256 MiB, and how far from the link's limit it is.
+"""Measures how long a sum over ranks takes, from 4 KiB to 256 MiB, and how near the limit of the link it is.
 
-In one run, taking turns on the same buffers, each made anew as a step makes its gradient: MLX's own
-collective, raw; the communicator with each codec (to the wire's form, over it, and back);
-`nn.average_gradients`; over MPI `mpi4py`'s Allreduce, into memory that stays and in place; and a pair of
-plain sockets that carry as many bytes both ways, which is the limit of the link (neither over NCCL, where
-each rank has a GPU). `average_gradients` divides too. Bus bandwidth is 2 (n − 1)/n · bytes/time (NCCL tests,
-PERFORMANCE.md).
+These ways take turns within one run, on equal buffers that are made again each time, as a step makes its
+gradient:
+
+    raw                MLX's own collective
+    native bf16 exact  the communicator with each codec: to the form on the wire, over the wire, and back
+    average_gradients  `nn.average_gradients`, which divides too
+    mpi4py[_in_place]  over MPI: mpi4py's Allreduce into other memory that is used again, and in place
+    sockets            over a ring: plain sockets that carry as many bytes both ways, the limit of the link
+
+Bus bandwidth is 2 (n − 1)/n · bytes/time (PERFORMANCE.md of NCCL's tests).
 """
 
 import argparse
@@ -24,11 +28,12 @@ import local_ranks
 import mlx.core as mx
 from page import Curves
 
-KIB, MIB = 2**10, 2**20
-SIZES = {True: [4 * KIB, 256 * KIB, 4 * MIB, 16 * MIB], False: [4 * KIB * 4**power for power in range(9)]}
-LARGE = MIB  # from here on bandwidth counts, below it latency
+KIB = 2**10
+MIB = 2**20
+SIZES = {True: [4 * KIB, 4 * MIB, 16 * MIB], False: [4 * KIB * 4**power for power in range(9)]}  # quick, full
+LARGE = MIB  # bandwidth counts for buffers of this size and above, latency for smaller ones
 PROGRAM = str(Path(__file__).with_name("all_reduce_ranks.py"))
-Times = dict[int, dict[str, list[float]]]  # seconds by size and way, a turn after another
+Times = dict[int, dict[str, list[float]]]  # seconds of each turn, by size in bytes and by way
 
 
 def over_ring(ranks: int, arguments: list[str]) -> Times:
@@ -74,7 +79,7 @@ def by_size(output: str) -> Times:
 
 
 def ratios(name: str, times: Times, way: str, other: str) -> dict[str, float]:
-    """One way's time over another's: the median over turns at each large size, and that of those."""
+    """Returns one way's time over another's, turn by turn: a median at each large size, and theirs."""
     by_size = {
         f"{name}_{size // MIB}_MiB": statistics.median(
             a / b for a, b in zip(each[way], each[other], strict=True)
@@ -128,7 +133,7 @@ def has_mpi() -> bool:
 
 
 def available(ranks: int) -> list[str]:
-    """The backends that this machine has for so many ranks."""
+    """Returns the backends that this machine has for this many ranks."""
     found = ["ring"]
     if has_mpi():
         found.append("mpi")
@@ -142,7 +147,7 @@ def available(ranks: int) -> list[str]:
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--ranks", type=harness.at_least(2), default=2)
-    own.add_argument("--backend", choices=list(OVER), help="only this one, and not all that are here")
+    own.add_argument("--backend", choices=list(OVER), help="only this one, not all that this machine has")
     options = harness.parse("all_reduce", own)
     ranks: int = options.ranks
     backends = [options.backend] if options.backend else available(ranks)
@@ -155,7 +160,7 @@ def main() -> None:
             figures |= figures_of(backend, each, ranks)
         return figures, [curves_of(backend, each, ranks) for backend, each in times.items()]
 
-    largest = f"_{max(SIZES[False]) // MIB}_MiB"  # with the median, that small and large ones must hold
+    largest = f"_{max(SIZES[False]) // MIB}_MiB"  # a goal holds for the median and for the largest size
     goals = {
         f"{backend}_communicator_over_raw{size}": ("<=", 1.05) for backend in OVER for size in ("", largest)
     } | {

@@ -1,4 +1,4 @@
-"""The ranks of `all_reduce.py`: every way to sum a buffer takes its turn; rank 0 prints the times."""
+"""A rank of `all_reduce.py`: sums buffers in every way by turns. Rank 0 prints the times."""
 
 import json
 import random
@@ -19,19 +19,19 @@ from mlx_ring.communication.codecs import build_codec
 from mlx_ring.communication.communicator import Communicator
 
 NAME = "gradient"
-SECONDS_PER_SIZE = {True: 0.4, False: 2.0}  # of each way; quick, full
+SECONDS_PER_SIZE = {True: 0.25, False: 2.0}  # of each way; quick, full
 MOST_REPEATS, FEWEST_REPEATS = 200, 5
 Arrays = dict[str, mx.array]
-Way = Callable[[Arrays], Any]  # of a gradient that nobody else holds: the sum, once it is there
+Way = Callable[[Arrays], Any]  # sums a gradient that nobody else holds, and returns when the sum is computed
 
 
 def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
-    """Each sums a gradient over the ranks."""
+    """Returns every way to sum a gradient over the ranks, by name."""
     group, stream = communicator._group, communicator._stream
     found: dict[str, Way] = {
-        "raw": lambda made: there(mx.distributed.all_sum(made.pop(NAME), group=group, stream=stream)),
-        "native": lambda made: there(communicator.all_reduce(made).arrays),
-        "average_gradients": lambda made: there(nn.average_gradients({NAME: made.pop(NAME)}, group)),
+        "raw": lambda made: computed(mx.distributed.all_sum(made.pop(NAME), group=group, stream=stream)),
+        "native": lambda made: computed(communicator.all_reduce(made).arrays),
+        "average_gradients": lambda made: computed(nn.average_gradients({NAME: made.pop(NAME)}, group)),
     }
     for name in ("bf16", "exact"):
         codec = build_codec(name, parameters=gradient, num_micro_batches=communicator.world_size)
@@ -40,11 +40,11 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
         codec.state.update(codec.next_state(maxima))
 
         def with_codec(made: Arrays, codec: Any = codec, add: Any = add) -> Any:
-            """What a step does with a gradient: to the wire's form, over it, and back."""
+            """Does what a step does: to the form on the wire, over the wire, and back."""
             (sent, largest), _ = codec.encode(add(None, {NAME: made.pop(NAME)}))
             sums = communicator.all_reduce(sent).arrays
             maxima = [communicator.all_max(array) for array in largest.values()]
-            return there([codec.decode(sums), maxima])
+            return computed([codec.decode(sums), maxima])
 
         found[name] = with_codec
     size = gradient[NAME].nbytes
@@ -55,20 +55,24 @@ def ways(communicator: Communicator, gradient: Arrays) -> dict[str, Way]:
     return found
 
 
-def there(arrays: Any) -> Any:
+def computed(arrays: Any) -> Any:
+    """Returns the arrays when they are computed."""
     mx.eval(arrays)
     return arrays
 
 
 def by_mpi4py(size: int) -> dict[str, Way]:
-    """From MLX's memory, into other memory that stays, and in place. MLX has initialised MPI already, and
-    finalizes it."""
+    """Returns mpi4py's Allreduce from MLX's memory into other memory that is used again, and in place.
+
+    MLX has initialised MPI before, and finalizes it.
+    """
     import mpi4py
 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    total, ranks = np.zeros(size // 4, np.float32), MPI.COMM_WORLD
+    total = np.zeros(size // 4, np.float32)
+    ranks = MPI.COMM_WORLD
     return {
         "mpi4py": lambda made: ranks.Allreduce(np.asarray(made[NAME]), total),
         "mpi4py_in_place": lambda made: ranks.Allreduce(MPI.IN_PLACE, np.asarray(made[NAME])),
@@ -76,8 +80,10 @@ def by_mpi4py(size: int) -> dict[str, Way]:
 
 
 class Link:
-    """The limit of the link: what a ring sends, over a plain socket to the next rank and from the one before,
-    both at once and with nothing added up."""
+    """Carries as many bytes as a ring sends, over plain sockets: the limit of the link.
+
+    Each rank sends to the next one and receives from the one before, both at once, and adds nothing up.
+    """
 
     def __init__(self, communicator: Communicator, size: int) -> None:
         ranks, rank = communicator.world_size, communicator.rank
@@ -86,12 +92,15 @@ class Link:
             ports = communicator.gather_objects(server.getsockname()[1])
             self._next = socket.create_connection(("127.0.0.1", ports[(rank + 1) % ranks]))
             self._before, _ = server.accept()
-        self._content, self._room = bytes(self._bytes), bytearray(self._bytes)
+        self._content = bytes(self._bytes)
+        self._room = bytearray(self._bytes)
 
-    def both_ways(self, made: Arrays) -> None:
+    def both_ways(self, _made: Arrays) -> None:
+        """Sends and receives once. Collective: every rank must call."""
         sending = threading.Thread(target=self._next.sendall, args=(self._content,))
         sending.start()
-        view, received = memoryview(self._room), 0
+        view = memoryview(self._room)
+        received = 0
         while received < self._bytes:
             if not (count := self._before.recv_into(view[received:])):
                 raise ConnectionError("the rank before this one has closed its socket")
@@ -100,37 +109,40 @@ class Link:
 
 
 def measure(communicator: Communicator, size: int, quick: bool) -> dict[str, list[float]]:
-    """Seconds of each way, taken in turns. Collective: every rank must call."""
+    """Returns the seconds of each way, which take turns. Collective: every rank must call."""
     own = mx.random.normal((size // 4,), key=mx.random.key(communicator.rank))
 
     def make() -> Arrays:
-        """As a step does, anew and on the device: what is summed is of no other use, and its memory can be
-        the sum's."""
-        return there({NAME: own * 1.0})
+        """Makes the buffer on the device, as a step does: nobody else uses it, so that the sum may take its
+        memory."""
+        return computed({NAME: own * 1.0})
 
     candidates = ways(communicator, make())
     for way in candidates.values():
         way(make())
         communicator.barrier()
-    made, start = make(), time.perf_counter()
+    made = make()
+    start = time.perf_counter()
     candidates["raw"](made)
     seconds = max(communicator.gather_floats([time.perf_counter() - start]))
     repeats = int(min(MOST_REPEATS, max(FEWEST_REPEATS, SECONDS_PER_SIZE[quick] / seconds)))
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats):
-        # Shuffled, alike on every rank: the memory that one leaves behind must not always meet the same next.
+        # Shuffled, in the same order on every rank: the memory that one way frees must not always go to the
+        # same way after it.
         for name in random.Random(repeat).sample(list(candidates), len(candidates)):
             made = make()
             communicator.barrier()
             start = time.perf_counter()
             total = candidates[name](made)
             times[name].append(time.perf_counter() - start)
-            del total  # to give memory back is no part of it
+            del total  # after the clock has stopped: freeing memory is not measured
     return times
 
 
 def main() -> None:
-    sizes, quick = json.loads(sys.argv[1]), sys.argv[2] == "quick"
+    sizes = json.loads(sys.argv[1])
+    quick = sys.argv[2] == "quick"
     communicator = Communicator.join(RankEnvironment.read())
     found = {size: measure(communicator, size, quick) for size in sizes}
     if communicator.rank == 0:

@@ -1,6 +1,6 @@
-"""How fast tokens come from a file through the loader, and how soon a resumed run has its first batch.
+"""Measures how fast a loader reads tokens from a file, and how soon a resumed run has its first batch.
 
-A global batch holds 64 sequences in micro-batches of 8, all of them for one rank, which does nothing else.
+A global batch holds 64 sequences in micro-batches of 8. One rank loads all of them and does nothing else.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ GOALS = {"tokens_per_second": (">=", 5_000_000), "cold_start_seconds": ("<=", 0.
 
 
 def write_tokens(path: Path, tokens: int) -> None:
-    """A file of random tokens with its side-car."""
+    """Writes a file of random tokens, and its side-car."""
     array = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, tokens, np.uint16)
     array.tofile(path)
     side_car = SideCar(
@@ -40,7 +40,7 @@ def write_tokens(path: Path, tokens: int) -> None:
 
 
 def open_tokens(path: Path, sequence_length: int) -> Dataset:
-    """The file as a data set."""
+    """Opens the file as a data set."""
     config = TokensData(
         name="tokens",
         prefetch=4,
@@ -56,9 +56,9 @@ def open_tokens(path: Path, sequence_length: int) -> Dataset:
 
 
 def make_loader(dataset: Dataset, next_sample: int) -> Loader:
-    """All micro-batches of every global batch, as for one rank."""
+    """Returns a loader of all micro-batches of every global batch, as one rank has it."""
     return Loader(
-        dataset.checked().train,  # as a run reads it
+        dataset.checked().train,  # a run reads it with these checks
         seed=0,
         global_batch_size=GLOBAL_BATCH_SIZE,
         micro_batch_size=MICRO_BATCH_SIZE,
@@ -69,14 +69,15 @@ def make_loader(dataset: Dataset, next_sample: int) -> Loader:
 
 
 def tokens_per_second(dataset: Dataset, seconds: float) -> float:
-    """The median rate of five parts of about `seconds` each."""
+    """Returns the median rate of five measurements of about `seconds` each."""
     tokens_per_batch = GLOBAL_BATCH_SIZE * dataset.spec.input_shape[0]
     rates: list[float] = []
     with make_loader(dataset, 0) as loader:
         for _ in islice(loader, 10):
             pass
         for _ in range(5):
-            start, batches = time.perf_counter(), 0
+            start = time.perf_counter()
+            batches = 0
             while time.perf_counter() - start < seconds:
                 next(loader)
                 batches += 1
@@ -85,7 +86,7 @@ def tokens_per_second(dataset: Dataset, seconds: float) -> float:
 
 
 def cold_start_seconds(dataset: Dataset, repeats: int) -> float:
-    """The median time from nothing to the first batch, at arbitrary positions of epoch 3."""
+    """Returns the median seconds from opening a loader to its first batch, at random positions of epoch 3."""
     times: list[float] = []
     for position in np.random.default_rng(1).integers(0, len(dataset.train), repeats):
         start = time.perf_counter()
@@ -96,7 +97,7 @@ def cold_start_seconds(dataset: Dataset, repeats: int) -> float:
 
 
 def measure(quick: bool) -> dict[str, float]:
-    """Rates for each length of sequence; the goal is for the slowest."""
+    """Measures each sequence length. The goals are for the slowest."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.bin"
         write_tokens(path, 20_000_000 if quick else 500_000_000)

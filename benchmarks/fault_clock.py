@@ -1,4 +1,4 @@
-"""A machine's clock that jumps: every process of a run is preloaded with a clock that a file shifts."""
+"""A clock that jumps: every process of a run preloads a clock that is shifted by what a file says."""
 
 import subprocess
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 from fault_runs import FOR_EVER, TimedRun
 from fault_trials import Seen, Trial, at_a_random_step, false_alarms
 
-SHIFTED = r"""
+SHIFTED_CLOCK = r"""
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,12 +45,12 @@ time_t time(time_t *at) {
 
 
 def jumps() -> Trial:
-    """An hour forth, then two back, in supervisor, agents and ranks alike."""
+    """The clock of supervisor, agents and ranks jumps forward by one hour and then back by two."""
 
     def trial() -> Seen:
         with tempfile.TemporaryDirectory() as name:
             source, library, shift = (Path(name) / each for each in ("clock.c", "clock.so", "shift"))
-            source.write_text(SHIFTED)
+            source.write_text(SHIFTED_CLOCK)
             subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
             shift.write_text("0")
             clock = ["env", f"LD_PRELOAD={library}", f"SHIFT_OF_CLOCK={shift}"]

@@ -1,4 +1,4 @@
-"""Faults of hosts and of the network between them: emulated hosts on this machine, each with its own disk."""
+"""The trials of hosts and of the network between them, on emulated hosts of this machine with a disk each."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emulated_hosts import ENVIRONMENT_PATH, Cluster
-from fault_runs import FOR_EVER, ROOT, TimedRun
+from fault_runs import FOR_EVER, PYTHONPATH, TimedRun
 from fault_trials import Seen, Trial, assert_same, at_a_random_step, false_alarms, goes_on
 
 HOSTS = 3
@@ -19,20 +19,21 @@ RARELY = "metrics.log_every_steps=5"
 
 @dataclass
 class Lab:
-    """A cluster whose last host, which is in no host file, has the supervisor."""
+    """A cluster. The supervisor runs on its last host, which is in no host file."""
 
     cluster: Cluster
     folder: Path
     work: Path
 
     def list_hosts(self, *numbers: int, absent: bool = False) -> Path:
-        """Write the host file, in one piece."""
+        """Replaces the host file by one with these hosts and, if `absent`, one that does not exist."""
         addresses = [self.cluster.addresses[number - 1] for number in numbers]
         if absent:
             addresses.append(self.cluster.addresses[0].rpartition(".")[0] + ".99")
-        envs = [f"PATH={ENVIRONMENT_PATH}", f"PYTHONPATH={ROOT}:{ROOT / 'tests'}"]
+        envs = [f"PATH={ENVIRONMENT_PATH}", f"PYTHONPATH={PYTHONPATH}"]
         hosts = [{"ssh": address, "ips": [address]} for address in addresses]
-        new, file = self.folder / "lab.json.new", self.folder / "lab.json"
+        new = self.folder / "lab.json.new"
+        file = self.folder / "lab.json"
         new.write_text(json.dumps({"envs": envs, "hosts": hosts}))
         return new.replace(file)
 
@@ -46,7 +47,7 @@ class Lab:
         return run
 
     def left(self, *numbers: int) -> int:
-        """Processes on these hosts 20 seconds from now, or none earlier."""
+        """Waits until these hosts run no process, or for 20 seconds. Returns how many processes they run."""
         deadline = time.monotonic() + 20
         while (left := sum(len(self.cluster.processes(n)) for n in numbers)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -56,7 +57,8 @@ class Lab:
 @contextmanager
 def lab(*, user_space_switch: bool = False) -> Iterator[Lab]:
     with tempfile.TemporaryDirectory(prefix="mlx_ring-hosts-") as name:
-        folder, work = Path(name), Path(name) / "work"
+        folder = Path(name)
+        work = Path(name) / "work"
         work.mkdir()
         with Cluster(folder / "c", HOSTS + 1, private=[work], user_space_switch=user_space_switch) as cluster:
             made = Lab(cluster, folder, work)
@@ -100,13 +102,16 @@ def flap(seconds: float) -> Trial:
             hosts.cluster.heal(2)
             if seconds < 5:
                 run.trains(since=time.monotonic(), beyond=run.step + 40)
-                alarms, words = false_alarms(run), "nobody noticed"
+                alarms = false_alarms(run)
+                words = "nobody noticed"
             else:
                 two = re.escape(hosts.cluster.addresses[1])
                 named, _ = run.seen(rf"host {two} .*(silent|lost)", since=at)
-                again, _ = run.seen(r"3 rank\(s\)", since=named)  # at the restart already, or it joins later
+                # The host joins at the restart or later.
+                again, _ = run.seen(r"3 rank\(s\)", since=named)
                 back, _ = run.trains(since=again)
-                alarms, words = 0, f"back after {back - at - seconds:.1f} s"
+                alarms = 0
+                words = f"back after {back - at - seconds:.1f} s"
             assert run.stop() == 75, run.told()
             assert_same(run)
             return Seen(words=words, figures={"false_alarms": alarms, "orphans": hosts.left(1, 2, 3)})
@@ -124,7 +129,8 @@ def bad_network(*, delay_ms: float = 0, loss_percent: float = 0, rate: str = "")
             with hosts.run(overrides=(FOR_EVER, RARELY)) as run:
                 run.trains()
                 time.sleep(30)
-                steps, alarms = run.step, false_alarms(run)
+                steps = run.step
+                alarms = false_alarms(run)
                 assert run.stop() == 75, run.told()
                 assert_same(run) if steps > 1000 else None
                 return Seen(words=f"{steps} steps, no alarm", figures={"false_alarms": alarms})

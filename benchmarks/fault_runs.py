@@ -1,4 +1,4 @@
-"""One run of `mlx-ring run` under a stop-watch: what it printed and when, its processes, what it left."""
+"""One run of `mlx-ring run` under a stop-watch: what it prints and when, its processes, what it leaves."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"  # where broken_data.py is
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"  # the latter for broken_data.py
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run"]
 TINY = (
     "run.dir=run", "communicator=exact", "trainer.global_batch_size=32", "trainer.micro_batch_size=4",
@@ -33,13 +33,24 @@ FOR_EVER = "trainer.steps=1000000"
 
 
 class TimedRun:
-    """Started at once, in a folder of its own. Use as a context manager, which removes all that is left."""
+    """A supervised run in a folder of its own, which starts at once.
+
+    As a context manager it ends all processes of the run and removes the folder.
+    """
 
     def __init__(
         self, *options: str, overrides: tuple[str, ...] = (), fault: str = "{fault: none}",
         wrap: Callable[[list[str]], list[str]] = lambda command: command, folder: Path | None = None,
     ) -> None:  # fmt: skip
-        """`wrap` makes the command one that runs elsewhere, such as on an emulated host."""
+        """Starts the run.
+
+        Args:
+            options: options of `mlx-ring run`.
+            overrides: added to those of a tiny model.
+            fault: the arguments of `tests/support/broken_data.py`.
+            wrap: turns the command into one that runs elsewhere, such as on an emulated host.
+            folder: the working directory; a temporary one by default.
+        """
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mlx_ring-fault-"))
         self.record = self.folder / "run"
         self.lines: list[tuple[float, str]] = []
@@ -68,10 +79,13 @@ class TimedRun:
         for line in self.process.stdout:
             self.lines.append((time.monotonic(), line.rstrip("\n")))
 
-    # What it does
+    # What the run does
 
     def seen(self, pattern: str, since: float = 0.0, seconds: float = 120.0) -> tuple[float, str]:
-        """When a line was printed that matches, and the line. Raises: TimeoutError with all lines."""
+        """Waits for a line that matches and was printed after `since`. Returns its time and the line.
+
+        Raises: TimeoutError with the newest lines.
+        """
         deadline = time.monotonic() + seconds
         position = 0
         while True:
@@ -87,7 +101,10 @@ class TimedRun:
             time.sleep(0.005)
 
     def trains(self, since: float = 0.0, beyond: int = 0) -> tuple[float, int]:
-        """When a step greater than `beyond` was first logged, and which."""
+        """Waits until a step greater than `beyond` is logged after `since`. Returns its time and the step.
+
+        Raises: TimeoutError with the newest lines.
+        """
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             for at, step in self.steps():
@@ -99,31 +116,33 @@ class TimedRun:
         raise TimeoutError(f"no step beyond {beyond} was logged:\n{self.told()}")
 
     def steps(self) -> list[tuple[float, int]]:
-        """When each step was logged."""
+        """Returns each step that was logged, after the time at which it was."""
         return [(at, int(match[1])) for at, line in list(self.lines) if (match := STEP.search(line))]
 
     @property
     def step(self) -> int:
-        """The newest step logged."""
+        """The newest step that was logged."""
         return self.steps()[-1][1]
 
     def told(self) -> str:
+        """Returns the newest lines."""
         return "\n".join(line for _, line in self.lines[-60:])
 
     def wait(self, seconds: float = 120) -> int:
+        """Waits until the run has ended. Returns its exit status."""
         status = self.process.wait(seconds)
         self._reader.join()
         return status
 
     def stop(self) -> int:
-        """As by Ctrl-C: it saves and leaves."""
+        """Stops the run as Ctrl-C does, so that it saves first. Returns its exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.wait()
 
-    # What it consists of, and leaves
+    # What the run consists of, and what it leaves
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Its ranks."""
+        """Returns the processes of the ranks, by rank."""
         found: dict[int, psutil.Process] = {}
         for process in self.left():
             try:
@@ -134,7 +153,7 @@ class TimedRun:
         return found
 
     def left(self) -> list[psutil.Process]:
-        """The processes that work in its folder, of it or of its ranks."""
+        """Returns the processes whose working directory is the run's folder: supervisor, agents and ranks."""
         found: list[psutil.Process] = []
         for process in psutil.process_iter():
             try:
@@ -145,7 +164,7 @@ class TimedRun:
         return found
 
     def orphans(self, seconds: float = 20.0) -> int:
-        """How many processes are left so long after the end."""
+        """Waits until no process is left, or for this many seconds. Returns how many are left."""
         deadline = time.monotonic() + seconds
         while (left := self.left()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -163,8 +182,8 @@ class TimedRun:
 
 
 @functools.cache
-def reference(steps: int = 3000) -> dict[int, float]:
-    """The losses of the same run on one rank to which nothing happens."""
+def reference(steps: int) -> dict[int, float]:
+    """Returns the losses of the first steps of the same run on one rank to which nothing happens."""
     with TimedRun("-n", "1", overrides=(f"trainer.steps={steps}",)) as run:
         assert run.wait(600) == 0, run.told()
         return run.losses()

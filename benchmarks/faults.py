@@ -1,11 +1,13 @@
-"""What is expected to go wrong, made to go wrong: each fault several times, expected against seen.
+"""Does faults to supervised runs, each several times, and compares what is seen with what is expected.
 
-    python benchmarks/faults.py                    all of it, three trials a fault: about 40 minutes
-    python benchmarks/faults.py --only F2 F6       some
-    python benchmarks/faults.py --soak-minutes 60  besides: false alarms, what supervision costs, goodput
+    python benchmarks/faults.py                    every fault, three trials each: about 40 minutes
+    python benchmarks/faults.py --only F2 F6       some of them
+    python benchmarks/faults.py --soak-minutes 60  the long runs: false alarms, cost of supervision, goodput
 
-The faults of networks need root, iproute2 and openssh-server: emulated hosts on this machine. What has no
-figure of its own (F9 to F11, F13 to F15) is a test of the suite, run here once more.
+A quick run does three of the faults. The smallest form does one, and the long runs for seconds.
+
+The faults of networks need root, iproute2 and openssh-server, for emulated hosts on this machine. Faults that
+have no figure of their own (F9 to F11, F13 to F15) are tests of the suite, which are run here once more.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import harness
@@ -26,9 +29,9 @@ import fault_clock
 import fault_hosts as hosts
 import fault_trials as trials
 import soak
-from fault_trials import Seen
+from fault_trials import Seen, SuiteTests
 
-Fault = tuple[str, str, Callable[[], Seen]]  # name, what is expected, a trial
+Fault = tuple[str, str, Callable[[], Seen]]  # its name, what is expected, one trial
 FAULTS: list[Fault] = [
     ("F1 raise in the first step", "rank and error named, restart", trials.raises(at_call=1)),
     ("F1 raise in a later one", "rank and error named, restart", trials.raises(at_call=100)),
@@ -56,16 +59,17 @@ FAULTS: list[Fault] = [
     ("F8 2 buckets queued, SIGKILL", "no hang", trials.killed("SIGKILL", buckets=2)),
     ("F8 8 buckets queued, SIGKILL", "no hang", trials.killed("SIGKILL", buckets=8)),
     ("F9 jobs that meet", "refused; two side by side agree", trials.two_at_once()),
-    ("F10 ranks that disagree", "refused by name", trials.tests("test_agreement.py")),
-    ("F11 NaN on one rank", "all skip it alike", trials.tests("test_failures.py", "non_finite")),
+    ("F10 ranks that disagree", "refused by name", SuiteTests("communication/test_agreement.py")),
+    ("F11 NaN on one rank", "all skip it alike", SuiteTests("run/test_failures.py", "non_finite")),
     ("F12 200 SIGKILLs while saving", "newest valid loads", trials.kills_while_saving(200)),
-    ("F13 disk full, read-only", "old kept, told, then fails", trials.tests(
-        "test_failures.py test_copies.py test_checkpoint_format.py test_hosts.py",
-        "disk or space or failed_write")),
-    ("F14 a flipped bit", "the one before, file named", trials.tests(
-        "test_checkpoints.py test_copies.py test_checkpoint_format.py", "damaged or flipped")),
-    ("F15 4 → 2 → 3 → 1 ranks", "the same samples and bits", trials.tests(
-        "test_exact.py", "continues_on_other_numbers")),
+    ("F13 disk full, read-only", "old kept, told, then fails", SuiteTests(
+        "run/test_failures.py checkpoint/test_copies.py run_directory/test_checkpoint_files.py"
+        " cluster/supervisor/test_unusable_hosts.py", "disk or space or failed_write")),
+    ("F14 a flipped bit", "the one before, file named", SuiteTests(
+        "checkpoint/test_checkpoints.py checkpoint/test_copies.py run_directory/test_checkpoint_files.py",
+        "damaged or flipped")),
+    ("F15 4 → 2 → 3 → 1 ranks", "the same samples and bits", SuiteTests(
+        "training/exact/test_exact.py", "continues_on_other_numbers")),
     ("F16 host added, removed, replaced", "taken in, let go", hosts.host_file_edited()),
     ("F17 rank 8 s late", "waited for", trials.late(8.0)),
     ("F17 rank 35 s late", "waited for", trials.late(35.0)),
@@ -75,6 +79,9 @@ FAULTS: list[Fault] = [
     ("F19 clock jumps by 1 h, 2 h back", "no false alarm", fault_clock.jumps()),
 ]  # fmt: skip
 QUICK = ("F2 SIGKILL", "F12 200 SIGKILLs while saving", "F18 crash loop")
+SMALLEST = ("F3 exit 0 early",)
+SMALLEST_SOAK_MINUTES = 0.05
+SHORT_NOTE = "The long runs lasted for seconds, most of which are start-up: goodput says nothing."
 GOALS: harness.Goals = {
     "trials_failed": ("<=", 0),
     "death_named_seconds": ("<=", 2.0),
@@ -90,22 +97,25 @@ GOALS: harness.Goals = {
     "heartbeat_share_of_a_step": ("<=", 0.01),
     "goodput": (">=", 0.9),
 }
+# The goals of the smallest form, whose long runs last for seconds.
+SHORT_GOALS = {figure: goal for figure, goal in GOALS.items() if figure != "goodput"} | {
+    "supervisor_share_of_a_core": ("<=", 0.1)
+}
 
 
-def measure(quick: bool) -> dict[str, float]:
-    chosen = [fault for fault in FAULTS if _is_chosen(fault[0], quick)]
+def measure(options: argparse.Namespace, quick: bool) -> dict[str, float]:
+    chosen = [fault for fault in FAULTS if _is_chosen(fault[0], options)]
+    trials_each = 1 if quick else options.trials
     seen: dict[str, list[Seen]] = {}
     failed = 0
     for name, expected, trial in chosen:
         seen[name] = []
-        for number in range(1 if quick else OPTIONS.trials):
+        for number in range(1, trials_each + 1):
             try:
                 seen[name].append(trial())
-            except Exception:  # noqa: BLE001 - the other faults are tried all the same
+            except Exception:  # noqa: BLE001 - the other faults are still to be tried
                 failed += 1
-                print(
-                    f"{name}, trial {number + 1}: expected: {expected}\n{traceback.format_exc()}", flush=True
-                )
+                print(f"{name}, trial {number}: expected: {expected}\n{traceback.format_exc()}", flush=True)
         print(f"{name}: {'; '.join(each.words for each in seen[name])}", flush=True)
     _print_table(chosen, seen)
     worst: dict[str, float] = defaultdict(float)
@@ -113,18 +123,23 @@ def measure(quick: bool) -> dict[str, float]:
         for figure, value in each.figures.items():
             worst[figure] = max(worst[figure], value)
     figures = {"trials_failed": float(failed), **worst}
-    if OPTIONS.soak_minutes:
-        figures |= soak.measure(OPTIONS.soak_minutes, OPTIONS.only)
+    if options.smallest:
+        figures |= soak.measure(SMALLEST_SOAK_MINUTES, options.only, pairs=1, steps=200, interval_steps=20)
+    elif options.soak_minutes:
+        figures |= soak.measure(options.soak_minutes, options.only)
     return figures
 
 
-def _is_chosen(name: str, quick: bool) -> bool:
-    if OPTIONS.only:
-        return name.split()[0] in OPTIONS.only  # none, where a long run is named
-    return name in QUICK if quick else OPTIONS.soak_minutes == 0 or OPTIONS.everything
+def _is_chosen(name: str, options: argparse.Namespace) -> bool:
+    if options.only:
+        return name.split()[0] in options.only  # none, if only a long run is named
+    if options.smallest:
+        return name in SMALLEST
+    return name in QUICK if options.quick else options.soak_minutes == 0 or options.everything
 
 
 def _print_table(chosen: list[Fault], seen: dict[str, list[Seen]]) -> None:
+    """Prints what was expected and what was seen. Times are medians, with the longest in brackets."""
     table = Table("fault", "expected", "seen", "named after s", "trains again after s", "steps lost")
     for name, expected, _ in chosen:
         found = seen[name]
@@ -145,10 +160,16 @@ if __name__ == "__main__":
         "--only",
         nargs="+",
         metavar="F",
-        help="such as F2 F6, or of the long runs: quiet heartbeats kills",
+        help="only these faults, such as F2 F6, or these long runs: quiet heartbeats kills",
     )
-    own.add_argument("--trials", type=int, default=3, help="of each fault (3)")
-    own.add_argument("--soak-minutes", type=float, default=0, help="the long runs, instead of the faults")
-    own.add_argument("--everything", action="store_true", help="the faults and the long runs")
-    OPTIONS = harness.parse("faults", own)
-    harness.run(OPTIONS, measure, GOALS)
+    own.add_argument("--trials", type=int, default=3, help="how often each fault is tried (3)")
+    own.add_argument("--soak-minutes", type=float, default=0, help="do the long runs instead of the faults")
+    own.add_argument("--everything", action="store_true", help="do the faults and the long runs")
+    parsed = harness.parse("faults", own)
+    harness.run(
+        parsed,
+        partial(measure, parsed),
+        GOALS,
+        SHORT_GOALS if parsed.smallest else None,
+        notes=[SHORT_NOTE] if parsed.smallest else [],
+    )

@@ -1,4 +1,4 @@
-"""The ranks of `growth.py`: communication alone, by size, by number of tensors, or by number of ranks."""
+"""A rank of `growth.py`: measures communication alone, by size, number of tensors or number of ranks."""
 
 import json
 import statistics
@@ -16,33 +16,40 @@ from mlx_ring.communication.communicator import Communicator
 REPEATS = {True: 9, False: 33}  # quick, full
 WARM_UP = 2
 QUICK = sys.argv[2:] == ["quick"]
-BYTES = 16 * 2**20
+BYTES = 16 * 2**20  # of all tensors together
+SIZES = {True: (16, 20, 24), False: range(16, 28, 2)}  # powers of two, bytes
+COUNTS = {True: (1, 64, 1024), False: (1, 4, 16, 64, 256, 1024)}  # of tensors
 
 
 def timed(
     communicator: Communicator, make: Callable[[], Any], *ways: Callable[[Any], Any]
 ) -> list[list[float]]:
-    """Seconds of each with what `make` made anew for it, in turns. Collective: every rank must call."""
+    """Returns the seconds of each way. They take turns, each with arrays that `make` made for it alone.
+
+    Collective: every rank must call.
+    """
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(REPEATS[QUICK]):
-        for way, found in zip(ways, times, strict=True):
+        for way, seconds in zip(ways, times, strict=True):
             made = make()
             mx.eval(made)
             communicator.barrier()
             start = time.perf_counter()
             mx.eval(way(made))
-            found.append(time.perf_counter() - start)
-    return [found[WARM_UP:] for found in times]
+            seconds.append(time.perf_counter() - start)
+    return [seconds[WARM_UP:] for seconds in times]
 
 
 def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[str, float]:
-    """An all-reduce of these arrays with MLX's own collective of as many bytes at once. Collective: every
-    rank must call."""
+    """Compares an all-reduce of these arrays with MLX's own collective of as many bytes in one array.
+
+    Collective: every rank must call.
+    """
     group, stream = communicator._group, communicator._stream
     whole = mx.zeros((sum(array.size for array in arrays.values()),))
 
     def make() -> dict[str, dict[str, mx.array]]:
-        """As a step's gradients, which nobody else holds."""
+        """Makes arrays that nobody else holds, like the gradients of a step."""
         return {"ours": {name: array * 1.0 for name, array in arrays.items()}, "raw": {"all": whole * 1.0}}
 
     ours, raw = timed(
@@ -59,22 +66,22 @@ def compared(communicator: Communicator, arrays: dict[str, mx.array]) -> dict[st
 
 
 def by_size(communicator: Communicator) -> dict[int, dict[str, float]]:
-    """Collective: every rank must call."""
-    sizes = [2**power for power in range(16, 28, 2)]
+    """Compares one array of each size. Collective: every rank must call."""
+    sizes = [2**power for power in SIZES[QUICK]]
     return {size: compared(communicator, {"all": mx.ones((size // 4,))}) for size in sizes}
 
 
 def by_tensors(communicator: Communicator) -> dict[int, dict[str, float]]:
-    """Collective: every rank must call."""
+    """Compares the same bytes in more and more tensors. Collective: every rank must call."""
     found: dict[int, dict[str, float]] = {}
-    for count in (1, 4, 16, 64, 256, 1024):
+    for count in COUNTS[QUICK]:
         arrays = {f"tensor_{number}": mx.ones((BYTES // 4 // count,)) for number in range(count)}
         found[count] = compared(communicator, arrays)
     return found
 
 
 def by_ranks(communicator: Communicator) -> dict[int, dict[str, float]]:
-    """Latency of four bytes. Collective: every rank must call."""
+    """Measures the latency of a sum of four bytes. Collective: every rank must call."""
     one = mx.ones((1,))
     (latency,) = timed(communicator, lambda: one * 1.0, communicator.all_sum)
     return {1: {"latency_seconds": statistics.median(latency)}}

@@ -1,7 +1,7 @@
-"""A benchmark's result, and the dated page made of it: figures and goals, plots, and what they were taken on.
+"""The result of a benchmark, and the dated page made from it: figures, goals, plots, machine and versions.
 
-`python benchmarks/page.py RESULT.json … FOLDER` makes pages of results that were taken on another machine
-(`--output`), such as one without matplotlib.
+`python benchmarks/page.py RESULT.json … FOLDER` makes pages from results that `--output` wrote, such as those
+of another machine that has no matplotlib.
 """
 
 import json
@@ -14,7 +14,7 @@ Goal = tuple[str, float]  # "<=" or ">=", and the bound
 
 
 class Curves(TypedDict):
-    """One plot: lines over common places on the x axis; None where a line has no value."""
+    """One plot: lines that share the places on the x axis. None stands for a missing value."""
 
     title: str
     x_label: str
@@ -25,7 +25,7 @@ class Curves(TypedDict):
 
 
 class Bars(TypedDict):
-    """One plot: a bar at each named place, of the series' values on top of one another."""
+    """One plot: a bar at each named place, made of the series' values stacked on one another."""
 
     title: str
     y_label: str
@@ -37,36 +37,41 @@ Plot = Curves | Bars
 
 
 class Result(TypedDict):
-    """What a benchmark writes as JSON."""
+    """The JSON that a benchmark writes."""
 
     benchmark: str
     date: str
     command: str
     figures: dict[str, float]
     goals: dict[str, Goal]
+    notes: list[str]
     environment: dict[str, str | int | None]
     plots: list[Plot]
 
 
 def rows(result: Result) -> list[tuple[str, str, str, str]]:
-    """Figure, value, goal, and whether it was met."""
+    """Returns a table row for each figure: its name, value, goal, and whether the goal is met."""
     return [_row(figure, value, result["goals"].get(figure)) for figure, value in result["figures"].items()]
 
 
 def met(value: float, goal: Goal) -> bool:
+    """Returns whether a value meets a goal."""
     relation, bound = goal
     return value <= bound if relation == "<=" else value >= bound
 
 
 def write(folder: Path, result: Result) -> Path:
-    """Write FOLDER/NAME.md, and beside it a picture a plot.
+    """Writes FOLDER/NAME.md, and beside it one picture for each plot.
 
-    Returns: the page. Raises: ModuleNotFoundError where there is something to plot and no matplotlib.
+    Returns: the path of the page.
+    Raises: ModuleNotFoundError if there is something to plot and matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = result["benchmark"]
     lines = [f"# {name}, {result['date']}", "", f"`{result['command']}`", ""]
     lines += [f"- {key}: {value}" for key, value in result["environment"].items() if value is not None]
+    for note in result.get("notes", []):  # results of earlier versions have none
+        lines += ["", note]
     for number, plot in enumerate(result["plots"], start=1):
         picture = folder / f"{name}_{number}.svg"
         draw(plot, picture)
@@ -88,7 +93,7 @@ def _row(figure: str, value: float, goal: Goal | None) -> tuple[str, str, str, s
 
 
 def draw(plot: Plot, picture: Path) -> None:
-    """An SVG without a date in it: equal figures give equal files."""
+    """Writes an SVG. There is no date in it, so that equal figures give equal files."""
     import matplotlib
 
     matplotlib.use("svg")

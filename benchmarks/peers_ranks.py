@@ -1,6 +1,7 @@
-"""One rank of one peer of `peers.py`: trains the same model on the same batches, as many steps as it is told.
+"""One rank of one peer of `peers.py`: trains the common model on the common batches when it gets an order.
 
-A line on stdin is a number of steps; the answer is how many seconds they took and the last loss.
+Each line on stdin orders a number of steps. The answer tells how many seconds they took, the last loss and
+the memory.
 """
 
 import contextlib
@@ -35,9 +36,9 @@ from mlx_ring.run.builder import open_data
 from mlx_ring.run.coordinator import Coordinator
 
 PLAIN = (*harness.QUIET, "communicator=native", "optimizer.weight_decay=0")
-STARTED: list[float] = []  # when the last order came
-BATCHES = 8  # that are gone through again and again by the loops written by hand
-Steps = Callable[[int], float]  # so many steps; the last loss
+STARTED: list[float] = []  # the time of the last order
+BATCHES = 8  # that the loops by hand repeat
+Steps = Callable[[int], float]  # trains this many steps; returns the last loss
 
 
 def mlx_ring(config: RunConfig, folder: str) -> Steps:
@@ -53,22 +54,24 @@ def mlx_ring(config: RunConfig, folder: str) -> Steps:
             result = next(results)
             coordinator.follow(run, result)
             loss = result.loss
-        mx.synchronize()  # the step issued ahead, in the place of the one that the last block issued
+        # Waits for the step that is issued ahead: this block began with one that the last block had issued.
+        mx.synchronize()
         return loss
 
     return steps
 
 
 def own_batches(config: RunConfig, rank: int, ranks: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The run's first global batches, this rank's part of each, drawn ahead."""
+    """Draws the run's first global batches in advance, and repeats this rank's part of each for ever."""
     alone = Communicator.alone()
-    split, size = open_data(config, alone).dataset.train, config.trainer.global_batch_size
+    split = open_data(config, alone).dataset.train
+    size = config.trainer.global_batch_size
     order = sample_order(config.seed, np.arange(BATCHES * size), len(split)).reshape(BATCHES, ranks, -1)
     return cycle([split.batch(rows[rank]) for rows in order])
 
 
 def first_model(config: RunConfig) -> tuple[nn.Module, Any]:
-    """With the weights that the run draws."""
+    """Returns the model with the first weights of the run, and the specification of its data."""
     alone = Communicator.alone()
     spec = open_data(config, alone).dataset.spec
     mx.random.seed(config.seed)
@@ -76,7 +79,7 @@ def first_model(config: RunConfig) -> tuple[nn.Module, Any]:
 
 
 def by_hand(config: RunConfig, waits: bool) -> Steps:
-    """An MLX loop as its documents write one: a compiled step, `average_gradients` where there are ranks."""
+    """Returns a loop as the documents of MLX show it: a compiled step with `average_gradients`."""
     environment = RankEnvironment.read()
     rank, ranks = environment.rank, environment.world_size
     group = mx.distributed.init(strict=True, backend=environment.backend) if ranks > 1 else None
@@ -122,10 +125,9 @@ def by_hand(config: RunConfig, waits: bool) -> Steps:
 
 
 def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
-    """PyTorch's DDP or FSDP2, with float32 weights and autocast where the run computes in bfloat16."""
+    """Returns a loop of PyTorch's DDP or FSDP2: float32 weights, with autocast if the run is in bfloat16."""
     import torch
     import torch.distributed as distributed
-    from peers_torch import Transformer
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     gpu = torch.cuda.is_available()
@@ -136,30 +138,20 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     distributed.init_process_group("nccl" if gpu else "gloo")
     torch.set_float32_matmul_precision("high")
-    weights, spec = first_model(config)
+    model = torch_model(config, device, shard=shard)
     low = config.trainer.compute_dtype.name == "bfloat16"
-    model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
-    model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
-    model.to(device)
-    if shard:
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
-        for layer in (*model.layers, model):
-            fully_shard(layer, mp_policy=policy)
-    elif ranks > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank] if gpu else None)
 
     def loss_of(inputs: Any, targets: Any) -> Any:
         return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
-    forward = torch.compile(loss_of) if compiled else loss_of  # with the loss, so that no logits are kept
+    # The loss is compiled too, so that no logits are kept.
+    forward = torch.compile(loss_of) if compiled else loss_of
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, fused=gpu
     )
     drawn = own_batches(config, rank, ranks)
     tensors = [tuple(torch.from_numpy(each.astype(np.int64)) for each in next(drawn)) for _ in range(BATCHES)]
-    if gpu:  # pinned, or every copy would wait for the step before
+    if gpu:  # pinned memory, or every copy would wait for the step before
         tensors = [tuple(each.pin_memory() for each in pair) for pair in tensors]
     batches = cycle(tensors)
 
@@ -180,9 +172,36 @@ def by_torch(config: RunConfig, *, shard: bool, compiled: bool) -> Steps:
     return steps
 
 
+def torch_model(config: RunConfig, device: Any, *, shard: bool) -> Any:
+    """Returns the run's model in PyTorch, with its first weights.
+
+    It is sharded, or wrapped in DDP if there are several ranks. The process group must be open.
+    """
+    import torch
+    from peers_torch import Transformer
+
+    weights, spec = first_model(config)
+    model: Any = Transformer(config.model, spec.num_classes, *spec.input_shape)
+    model.take({name: np.array(array) for name, array in tree_flatten(weights.parameters())})
+    model.to(device)
+    if shard:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        low = config.trainer.compute_dtype.name == "bfloat16"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
+        for layer in (*model.layers, model):
+            fully_shard(layer, mp_policy=policy)
+    elif torch.distributed.get_world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return model
+
+
 def by_mlx_lm(config: RunConfig) -> None:
-    """mlx-lm's own trainer, which asks for batches until this process ends. On a GPU all is bfloat16, for it
-    keeps no float32 weights beside those it computes with."""
+    """Runs the trainer of mlx-lm, which asks for batches until this process ends.
+
+    If the run computes in bfloat16, so are the weights: this trainer keeps no float32 weights beside them.
+    """
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
     environment = RankEnvironment.read()
@@ -197,14 +216,14 @@ def by_mlx_lm(config: RunConfig) -> None:
         return mx.fast.cross_entropy(model(inputs).astype(mx.float32), targets).mean(), mx.array(targets.size)
 
     def batches(**_: Any) -> Iterator[tuple[mx.array, mx.array]]:
-        """It has done with a batch when it asks for the next."""
+        """When the trainer asks for a batch, it has finished with the one before."""
         for count in orders():
             for _ in range(count):
                 inputs, targets = map(mx.array, next(own))
                 if not last[0]:
                     last[0] = float(loss_of(model, inputs, targets)[0].item())
                 yield inputs, targets
-            answer("mlx_lm", last[0])  # it tells its losses to a terminal only
+            answer("mlx_lm", last[0])  # the first loss: the trainer only prints its losses
 
     arguments = TrainingArgs(
         batch_size=config.trainer.global_batch_size, iters=10**9, steps_per_report=10**9, steps_per_save=10**9
@@ -214,7 +233,7 @@ def by_mlx_lm(config: RunConfig) -> None:
 
 
 def peak_bytes(name: str) -> int:
-    """Of the device's memory; of the process's on a CPU."""
+    """Returns the most memory of the device that was in use; on a CPU, of the process."""
     if name.startswith("torch"):
         import torch
 
@@ -226,35 +245,38 @@ def peak_bytes(name: str) -> int:
 
 
 def orders() -> Iterator[int]:
-    """Numbers of steps. The first word says that this rank is ready; the time counts from each order."""
-    tell("ready")
+    """Says that this rank is ready; then yields the number of steps of each order and starts the clock."""
+    send("ready")
     for line in sys.stdin:
         STARTED[:] = [time.perf_counter()]
         yield int(line)
 
 
 def answer(name: str, loss: float) -> None:
+    """Answers an order whose steps are done."""
     seconds = time.perf_counter() - STARTED[0]
-    tell(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(name)}))
+    send(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak_bytes(name)}))
 
 
-def tell(words: str) -> None:
+def send(words: str) -> None:
+    """Prints a line for `peers.py`, on the stdout that others may have redirected."""
     print(FOUND + words, file=sys.__stdout__, flush=True)
 
 
 def main() -> None:
-    name, overrides = sys.argv[1], sys.argv[2:]
+    name = sys.argv[1]
+    overrides = sys.argv[2:]
     status = 0
     try:
         follow_orders(name, overrides)
-    except MlxRingError as error:  # such as a mistake in the overrides, or in the data that they name
+    except MlxRingError as error:  # such as a mistake in the overrides or in the data that they name
         print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         status = 1
-    os._exit(status)  # threads of loaders and of process groups
+    os._exit(status)  # without waiting for threads of loaders and of process groups
 
 
 def follow_orders(name: str, overrides: list[str]) -> None:
-    """Build what this peer trains, then train as many steps as it is told, until nobody tells more."""
+    """Builds what this peer trains, then follows orders until stdin ends."""
     with tempfile.TemporaryDirectory() as folder:
         config = compose_run(*PLAIN, *overrides, f"run.dir={folder}/run")
         match name:

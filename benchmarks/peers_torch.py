@@ -1,4 +1,4 @@
-"""The transformer of `mlx_ring/models/transformer.py` in PyTorch, with the same weights, for `peers.py`."""
+"""The transformer of `mlx_ring/models/transformer.py` in PyTorch, for `peers.py`, with the same weights."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def rotation(length: int, width: int, base: float) -> torch.Tensor:
-    """Cosines and sines of the rotary angles, (2, T, width / 2)."""
+    """Returns the cosines and sines of the rotary angles, (2, T, width / 2)."""
     frequencies = base ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, (B, heads, T, width), halves paired as `mlx.nn.RoPE` does."""
+    """Applies rotary positions to (B, heads, T, width). Pairs the two halves, as `mlx.nn.RoPE` does."""
     cosine, sine = rotation.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
@@ -25,7 +25,9 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 class Attention(nn.Module):
     def __init__(self, dimensions: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = heads, kv_heads, dimensions // heads
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.width = dimensions // heads
         self.query = nn.Linear(dimensions, dimensions, bias=False)
         self.key = nn.Linear(dimensions, kv_heads * self.width, bias=False)
         self.value = nn.Linear(dimensions, kv_heads * self.width, bias=False)
@@ -58,7 +60,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Its weight takes the input's dtype, as the other one's: PyTorch fuses no mixed ones."""
+    """Casts its weight to the input's dtype, as mlx_ring does: PyTorch fuses no mixed dtypes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -78,7 +80,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`config`: a TransformerModel with its sizes filled in."""
+    """The model. `config` is a TransformerModel whose sizes are filled in."""
 
     rotation: torch.Tensor
 
@@ -95,14 +97,14 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embedding(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # as the other one's: all between the layers is bfloat16
+        if torch.is_autocast_enabled(x.device.type):  # as in mlx_ring, all between the layers is bfloat16
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer in self.layers:
             x = layer(x, self.rotation)
         return self.head(self.norm(x))
 
     def take(self, weights: dict[str, np.ndarray]) -> None:
-        """The weights of the other one, by their common names."""
+        """Takes the weights of mlx_ring's model, which have the same names."""
         missing, unexpected = self.load_state_dict(
             {name: torch.from_numpy(array) for name, array in weights.items()}, strict=False
         )

@@ -1,10 +1,13 @@
-"""Exact mode's promise: one SHA-256 of the weights, and one column of losses, whoever shared the work.
+"""Checks what exact mode promises: the same weights and the same losses on any number of ranks.
 
-Every model, with dropout, under AdamW and under SGD with momentum, is trained on 1, 2, 3, 4 and 7 ranks: over
-the ring with an even split, with a measured one while some ranks share a core (Linux), over MPI; and once
-with all ranks killed and fewer or more started again, 4, 2, 3, 1. A quick run has fewer steps and worlds.
+Trains every model, with dropout, with AdamW and with SGD with momentum, on 1, 2, 3, 4 and 7 ranks: over the
+ring with an even split; with a measured split while some ranks share a core (Linux); over MPI. One run more
+has all its ranks killed several times and goes on with fewer or more: 4, 2, 3, 1. The weights' SHA-256 and
+the column of losses must be one and the same for all runs of an experiment. A quick run has fewer
+experiments, steps and world sizes.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import harness
@@ -41,13 +45,14 @@ TIMEOUT_SECONDS = 900
 
 @dataclass
 class Outcome:
-    """What runs of one experiment left, by how they were shared."""
+    """What the runs of one experiment left behind, by the way in which they shared the work."""
 
     hashes: dict[str, str] = field(default_factory=dict[str, str])
     losses: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     new_splits: int = 0
 
     def add(self, name: str, run: Path) -> None:
+        """Reads the record of a completed run."""
         status = json.loads((run / "status.json").read_text())
         assert status["state"] == "completed", status
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -69,7 +74,7 @@ def ring(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def crowded_core(ranks: list[subprocess.Popen]) -> Iterator[None]:
-    """Put all ranks but the first on one core, beside a process that never rests."""
+    """Puts all ranks but the first on one core, together with a process that never rests."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
             crowded, free = psutil.Process().cpu_affinity()[:2]
@@ -98,14 +103,14 @@ def mpi(world_size: int, run: Path, overrides: tuple[str, ...]) -> None:
 
 
 def killed(worlds: tuple[int, ...], run: Path, overrides: tuple[str, ...], steps: int) -> None:
-    """Every world but the last is killed once it has saved a checkpoint of its own."""
+    """Trains with each world size in turn; kills every group of ranks but the last once it has saved."""
     every = max(1, steps // (2 * len(worlds)))
     overrides = (*overrides, f"checkpoint.every_steps={every}")
     for place, world_size in enumerate(worlds[:-1]):
-        ranks = start_ring(world_size, run, overrides, silent=True)  # they would tell of lost peers
+        ranks = start_ring(world_size, run, overrides, silent=True)  # killed ranks complain of lost peers
         wanted = every * (2 * place + 1)
         while not list((run / "checkpoints").glob(f"step_*{wanted:06d}")):
-            assert all(rank.poll() is None for rank in ranks), "ended before it could be killed"
+            assert all(rank.poll() is None for rank in ranks), "the ranks ended before they could be killed"
             time.sleep(0.01)
         for rank in ranks:
             rank.kill()
@@ -115,11 +120,35 @@ def killed(worlds: tuple[int, ...], run: Path, overrides: tuple[str, ...], steps
     assert sum(row.get("event") == "resumed" for row in events) == len(worlds) - 1
 
 
-def experiment(model: str, optimizer: str, folder: Path, steps: int, worlds: tuple[int, ...]) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is trained."""
+
+    experiments: list[tuple[str, str]]  # model and optimizer
+    steps: int
+    worlds: tuple[int, ...]
+    worlds_after_kills: tuple[int, ...]
+
+
+FULL = Extent(
+    experiments=[(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS],
+    steps=200, worlds=(1, 2, 3, 4, 7), worlds_after_kills=(4, 2, 3, 1),
+)  # fmt: skip
+QUICK = Extent(
+    experiments=[("mlp", "adamw"), ("transformer", "sgd")],
+    steps=24, worlds=(1, 3), worlds_after_kills=(3, 2, 1),
+)  # fmt: skip
+SMALLEST = Extent(
+    experiments=[("transformer", "sgd")], steps=24, worlds=(1, 2), worlds_after_kills=(3, 1),
+)  # fmt: skip
+
+
+def experiment(model: str, optimizer: str, folder: Path, extent: Extent) -> Outcome:
+    """Trains one model with one optimizer in every way."""
     outcome = Outcome()
-    overrides = (*MODELS[model], *OPTIMIZERS[optimizer], *COMMON, f"trainer.steps={steps}")
+    overrides = (*MODELS[model], *OPTIMIZERS[optimizer], *COMMON, f"trainer.steps={extent.steps}")
     can_pin = hasattr(psutil.Process, "cpu_affinity") and (os.cpu_count() or 1) > 1
-    for world_size in worlds:
+    for world_size in extent.worlds:
         ways = {"ring": ring}
         if world_size > 1:
             ways |= {"measured": measured} if can_pin else {}
@@ -129,22 +158,19 @@ def experiment(model: str, optimizer: str, folder: Path, steps: int, worlds: tup
             start(world_size, run, overrides)
             outcome.add(f"{world_size} {way}", run)
     run = folder / "killed"
-    killed((4, 2, 3, 1), run, overrides, steps)
-    outcome.add("4, killed, 2, killed, 3, killed, 1", run)
+    killed(extent.worlds_after_kills, run, overrides, extent.steps)
+    outcome.add(", killed, ".join(map(str, extent.worlds_after_kills)), run)
     return outcome
 
 
-def measure(quick: bool) -> dict[str, float]:
-    steps, worlds = (24, (1, 3)) if quick else (200, (1, 2, 3, 4, 7))
-    names = [("mlp", "adamw"), ("transformer", "sgd")]
-    if not quick:
-        names = [(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS]
+def measure(options: argparse.Namespace, quick: bool) -> dict[str, float]:
+    extent = SMALLEST if options.smallest else QUICK if quick else FULL
     figures: dict[str, float] = {}
     outcomes: dict[str, Outcome] = {}
     new_splits = 0
-    for model, optimizer in names:
+    for model, optimizer in extent.experiments:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = experiment(model, optimizer, Path(folder), steps, worlds)
+            outcome = experiment(model, optimizer, Path(folder), extent)
         name = f"{model}_{optimizer}"
         outcomes[name] = outcome
         figures[f"{name}_runs"] = len(outcome.hashes)
@@ -158,7 +184,7 @@ def measure(quick: bool) -> dict[str, float]:
 
 
 def show(outcomes: dict[str, Outcome]) -> None:
-    """World sizes down the side, the beginning of the SHA-256 of the weights."""
+    """Prints the beginning of the weights' SHA-256: a row for each way to share the work."""
     table = Table("ranks", *outcomes, title="parameters_sha256")
     first = next(iter(outcomes.values()))
     for name in first.hashes:
@@ -171,4 +197,5 @@ for each in (f"{model}_{optimizer}" for model in MODELS for optimizer in OPTIMIZ
     GOALS[f"{each}_hashes"] = GOALS[f"{each}_loss_columns"] = ("<=", 1)
 
 if __name__ == "__main__":
-    harness.run(harness.parse("same_bits"), measure, GOALS)
+    parsed = harness.parse("same_bits")
+    harness.run(parsed, partial(measure, parsed), GOALS)

@@ -1,4 +1,7 @@
-"""Long runs under supervision: false alarms, what watching costs, and how much of the time is training."""
+"""Long supervised runs: false alarms, what supervision costs, and the share of the time spent on training.
+
+`faults.py --soak-minutes N` starts them.
+"""
 
 import json
 import os
@@ -17,34 +20,61 @@ import psutil
 from fault_runs import FOR_EVER, PYTHONPATH, ROOT, TINY, TimedRun
 from fault_trials import false_alarms
 
-from mlx_ring.cluster.rank.heartbeat import PULSE_SECONDS, Heartbeat
+from mlx_ring.cluster.limits import PULSE_SECONDS
+from mlx_ring.cluster.rank.heartbeat import Heartbeat
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 
-KILL_SECONDS = 120.0
-KILL_MINUTES = 30.0  # at most: fifteen kills
+KILL_SECONDS = 120.0  # between two kills
+KILL_MINUTES = 30.0  # at most, which is fifteen kills
 SLOW = "{fault: slow, rank: 1, at_call: 1, repeats: 1000000000}"
-SOAK = (
-    FOR_EVER, "metrics.log_every_steps=20", "checkpoint.every_steps=200", "model.hidden_sizes=[128,128]",
-    "trainer.micro_batch_size=2",
-)  # fmt: skip
 
 
-def measure(minutes: float, only: list[str] | None) -> dict[str, float]:
-    """The figures, of runs of so many minutes, or of some parts alone: quiet, heartbeats, kills."""
+def overrides(interval_steps: int) -> tuple[str, ...]:
+    """Returns the overrides of a run that saves every `interval_steps` steps and logs ten times as often."""
+    return (
+        FOR_EVER,
+        f"metrics.log_every_steps={interval_steps // 10}",
+        f"checkpoint.every_steps={interval_steps}",
+        "model.hidden_sizes=[128,128]",
+        "trainer.micro_batch_size=2",
+    )
+
+
+def measure(
+    minutes: float, only: list[str] | None, *, pairs: int = 5, steps: int = 2000, interval_steps: int = 200
+) -> dict[str, float]:
+    """Does the long runs.
+
+    Args:
+        minutes: how long the quiet run is, and that with kills.
+        only: the names of the parts that are wanted, out of quiet, heartbeats and kills; all by default.
+        pairs: how many pairs of a supervised run and one by hand are compared.
+        steps: the length of each of these.
+        interval_steps: the steps between two checkpoints; ten times as many rows are logged.
+    """
+    parts = {
+        "quiet": lambda: quiet(minutes, interval_steps),
+        "heartbeats": lambda: heartbeats(pairs, steps, interval_steps),
+        "kills": lambda: kills(minutes, interval_steps),
+    }
     figures: dict[str, float] = {}
-    for part in (quiet, heartbeats, kills):
-        if not only or part.__name__ in only:
-            figures |= part(minutes)
+    for name, part in parts.items():
+        if not only or name in only:
+            figures |= part()
     return figures
 
 
-def quiet(minutes: float) -> dict[str, float]:
-    """Nothing happens, but that rank 1 is slow: 50 ms for each micro-batch. This leaves the cores free, and
-    other work on this machine may make the test harder."""
-    with TimedRun("-n", "2", overrides=SOAK, fault=SLOW) as run:
-        run.trains(beyond=20)
+def quiet(minutes: float, interval_steps: int) -> dict[str, float]:
+    """Nothing happens, except that rank 1 takes 50 ms for each micro-batch.
+
+    This leaves the cores free for other work on this machine, which may make the test harder.
+    """
+    with TimedRun("-n", "2", overrides=overrides(interval_steps), fault=SLOW) as run:
+        run.trains(beyond=interval_steps // 10)
         supervisor = psutil.Process(run.process.pid)
-        watching = [supervisor, *supervisor.children()]  # and its agent
-        before, begun = _cpu_seconds(watching), time.monotonic()
+        watching = [supervisor, *supervisor.children()]  # the child is its agent
+        before = _cpu_seconds(watching)
+        begun = time.monotonic()
         memory = _resident(run)
         time.sleep(60 * minutes)
         share = (_cpu_seconds(watching) - before) / (time.monotonic() - begun)
@@ -68,11 +98,14 @@ def _resident(run: TimedRun) -> int:
     return sum(process.memory_info().rss for process in run.ranks().values())
 
 
-def heartbeats(_minutes: float, pairs: int = 5, steps: int = 2000) -> dict[str, float]:
-    """The share of a core that beats take, and no step can lose more to them; and, as a look at all that
-    supervision does, seconds a step over those of ranks started by hand, alternating."""
+def heartbeats(pairs: int, steps: int, interval_steps: int) -> dict[str, float]:
+    """Measures what supervision costs a step.
+
+    Heartbeats take a share of a core; no step can lose more to them than that. All that supervision does
+    shows in the seconds of a step over those of ranks started by hand; the two kinds of run alternate.
+    """
     ratios: list[float] = []
-    options = (*SOAK, f"trainer.steps={steps}", "metrics.console=false")
+    options = (*overrides(interval_steps), f"trainer.steps={steps}", "metrics.console=false")
     for _ in range(pairs):
         with TimedRun("-n", "2", overrides=options) as run:
             assert run.wait(300) == 0, run.told()
@@ -87,21 +120,11 @@ def heartbeats(_minutes: float, pairs: int = 5, steps: int = 2000) -> dict[str, 
 
 
 def _beat_seconds(beats: int = 5000) -> float:
-    """What one beat keeps a rank's interpreter busy, with somebody who reads it."""
-    vitals = {
-        "phase": "training",
-        "step": 123456,
-        "calls": 1234567,
-        "call": "all_sum",
-        "work": 0,
-        "saved_step": 1,
-    }
+    """Returns the seconds for which one heartbeat keeps a rank's interpreter busy while an agent reads it."""
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as agent:
         agent.bind(f"{name}/ranks")
         agent.listen()
-        heartbeat = Heartbeat(
-            Path(name) / "ranks", 0, lambda: {**vitals, "busy_seconds": 0.01}, lambda _: None
-        )
+        heartbeat = Heartbeat(Path(name) / "ranks", 0, _vitals, lambda _: None)
         reader, _ = agent.accept()
         drain = threading.Thread(target=lambda: all(iter(lambda: reader.recv(65536), b"")), daemon=True)
         drain.start()
@@ -114,9 +137,17 @@ def _beat_seconds(beats: int = 5000) -> float:
         return seconds
 
 
+def _vitals() -> Vitals:
+    return Vitals(
+        phase=Phase.TRAINING, step=123456, calls=1234567, call="all_sum", saved_step=1, busy_seconds=0.01
+    )
+
+
 def _by_hand(options: tuple[str, ...]) -> float:
+    """Returns the seconds of a step of the same run whose ranks nobody supervises."""
     with tempfile.TemporaryDirectory() as name:
-        run, ring = Path(name) / "run", Path(name) / "ring.json"
+        run = Path(name) / "run"
+        ring = Path(name) / "ring.json"
         os.environ["PYTHONPATH"] = PYTHONPATH
         command = [sys.executable, str(ROOT / "train.py"), *TINY, "data.arguments={fault: none}", *options]
         local_ranks.end(local_ranks.start_ring([*command, f"run.dir={run}"], 2, ring))
@@ -128,11 +159,14 @@ def _step_seconds(rows: list[dict[str, Any]]) -> float:
     return statistics.median(row["step_seconds"] for row in rows[1:])
 
 
-def kills(minutes: float) -> dict[str, float]:
-    """A random rank is killed every two minutes. Goodput: the share of time in which steps were trained that
-    count, at their usual pace."""
-    minutes, chance = min(minutes, KILL_MINUTES), random.Random(2)
-    with TimedRun("-n", "2", "--max-restarts", "1000", overrides=SOAK) as run:
+def kills(minutes: float, interval_steps: int) -> dict[str, float]:
+    """Kills a random rank every two minutes.
+
+    Goodput is the time that the steps which count take at their usual pace, as a share of all the time.
+    """
+    minutes = min(minutes, KILL_MINUTES)
+    chance = random.Random(2)
+    with TimedRun("-n", "2", "--max-restarts", "1000", overrides=overrides(interval_steps)) as run:
         begun, first = run.trains(beyond=20)
         killed = 0
         while time.monotonic() - begun < 60 * minutes:
@@ -143,6 +177,7 @@ def kills(minutes: float) -> dict[str, float]:
             run.trains(since=run.seen("run directory", since=run.seen("restart", since=at)[0])[0])
         seconds = time.monotonic() - begun
         steps = run.step - first
+        run.trains(beyond=run.step + interval_steps)  # so that there are rows to take the pace from
         assert run.stop() == 75, run.told()
         usual = _step_seconds(run.rows("train"))
         return {"kills": float(killed), "goodput": steps * usual / seconds}

@@ -1,6 +1,7 @@
-"""The site's page of every configuration group, made from the dataclasses and the YAML files themselves.
+"""Makes the site's page of every configuration group from the dataclasses and the YAML files.
 
-A hook of mkdocs, named in mkdocs.yml. The pages live in memory: nothing is written into the source tree.
+This is a hook of mkdocs, named in mkdocs.yml. The pages live in memory; nothing is written into the source
+tree.
 """
 
 import ast
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parent.parent / "conf"
 WHOLE = (CONF / "config.yaml").read_text(encoding="utf-8")
 SHOWN_WHOLE = {  # folders of conf/ that hold no group of ours
-    "experiment": "Whole runs by name: `experiment=NAME`. What is typed beside it still counts.",
+    "experiment": "Whole runs that have a name: `experiment=NAME`. Values on the command line come last.",
     "hydra": "How a multirun runs its jobs, and how Optuna draws their values. See [Sweeps](../sweeps.md).",
 }
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null"}
-Entries = dict[str, tuple[str, str]]  # by key, of a YAML file: the value as it stands, the comment behind it
+Entries = dict[str, tuple[str, str]]  # by key of a YAML file: the value as written, and the comment behind it
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
-    """Called by mkdocs."""
+    """Add the pages to the site; mkdocs calls this."""
     from mkdocs.structure.files import File
 
     for name, content in pages().items():
@@ -46,7 +47,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 
 def pages() -> dict[str, str]:
-    """Markdown of every page, by its name."""
+    """Return the Markdown of every page, by its name."""
     groups = {group: _page(group) for group in [*SECTIONS, *choices.CHOICES]}
     return groups | {folder: _whole(folder, words) for folder, words in SHOWN_WHOLE.items()}
 
@@ -68,12 +69,12 @@ def _page(group: str) -> str:
         if schema is choices.TransformerModel:
             parts.append(_sizes())
     if any(part.startswith("|") for part in parts):
-        parts.append("↻ marks what a resumed run may change.")
+        parts.append("↻ marks the values that a resumed run may change.")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _own_part(group: str) -> str:
-    """A group that has no folder stands in config.yaml itself."""
+    """Return the part of config.yaml that holds a group without a folder."""
     found = re.search(rf"^{group}:\n((?:  .*\n)+)", WHOLE, re.MULTILINE)
     assert found is not None
     return dedent(found[1])
@@ -82,19 +83,19 @@ def _own_part(group: str) -> str:
 def _lead(group: str, names: list[str]) -> str:
     if len(names) < 2:
         if group in choices.CHOICES:
-            return f"There is one, `{group}={names[0]}`."
-        return f"A value is changed with `{group}.KEY=VALUE`."
+            return f"There is one choice, `{group}={names[0]}`."
+        return f"Change a value with `{group}.KEY=VALUE`."
     found = re.search(rf"^  - {group}: (\S+)(?: # (.*))?$", WHOLE, re.MULTILINE)
     assert found is not None
     usual = found[2] or f"`{found[1]}`"
     return (
-        f"Chosen with `{group}=NAME`: {', '.join(f'`{name}`' for name in names)}; unless told otherwise it "
-        f"is {usual}. A value is changed with `{group}.KEY=VALUE`."
+        f"Choose with `{group}=NAME`: {', '.join(f'`{name}`' for name in names)}. The default is {usual}. "
+        f"Change a value with `{group}.KEY=VALUE`."
     )
 
 
 def _table(group: str, schema: type, texts: dict[str, str]) -> str:
-    """A row a field; a column of defaults for every file that this dataclass is for."""
+    """Return a table with a row for each field, and a column of defaults for each file of this dataclass."""
     entries = [_entries(text) for text in texts.values()]
     hints, rules = get_type_hints(schema), _rules(schema, texts)
     siblings = choices.CHOICES.get(group, {"": schema}).values()
@@ -119,7 +120,7 @@ def _table(group: str, schema: type, texts: dict[str, str]) -> str:
 
 
 def _words(field: str, schema: type, beside: list[str], siblings: Iterable[type]) -> str:
-    """What is said of a field in its class, in a YAML file, in a class it inherits from, in a sibling."""
+    """Return the first comment on a field: in its class, a YAML file, a base class, or a sibling."""
     own, *bases = [_comments().get(each.__name__, {}) for each in schema.__mro__]
     others = [_comments()[base.__name__] for each in siblings for base in each.__mro__[:-2]]
     said = [own.get(field), *beside, *(each.get(field) for each in [*bases, *others])]
@@ -128,7 +129,7 @@ def _words(field: str, schema: type, beside: list[str], siblings: Iterable[type]
 
 @cache
 def _comments() -> dict[str, dict[str, str]]:
-    """What stands behind each field of each class of the configuration."""
+    """Return the comment behind each field of each class of the configuration."""
     found: dict[str, dict[str, str]] = {}
     for source in map(getsource, (rules, sections, choices)):
         lines = source.splitlines()
@@ -141,7 +142,7 @@ def _comments() -> dict[str, dict[str, str]]:
 
 
 def _rules(schema: type, texts: dict[str, str]) -> dict[str, str]:
-    """The rules that the dataclass checks, by whole key: it is built once, and listened to."""
+    """Return the rules that the dataclass checks, by whole key: build it once and note each check."""
     found: dict[str, str] = {}
 
     def note(accepted: bool, key: str, value: object, rule: str) -> None:
@@ -169,7 +170,7 @@ def _type(hint: Any) -> str:
 
 
 def _entries(text: str) -> Entries:
-    """The values of a YAML mapping, as they stand there, each with the comment behind it."""
+    """Return the values of a YAML mapping as they are written, each with the comment behind it."""
     return {key.value: _entry(value) for key, value in yaml.compose(text).value}
 
 
@@ -180,7 +181,7 @@ def _entry(node: Any) -> tuple[str, str]:
 
 
 def _sizes() -> str:
-    """What a transformer's size fills in."""
+    """Return the table of the values that a transformer's size sets."""
     columns = list(choices.TRANSFORMER_SIZES)
     rows = [["", *(f"`size={size.name}`" for size in columns)], ["---"] * (len(columns) + 1)]
     for field in choices.TRANSFORMER_SIZES[columns[0]]:
@@ -190,12 +191,12 @@ def _sizes() -> str:
 
 
 def _plain(words: str) -> str:
-    """A comment as text that Markdown leaves alone, but for what it has in backquotes."""
+    """Escape a comment for Markdown, except what is in backquotes."""
     return re.sub(r"(`[^`]*`)|([*_<|])", lambda found: found[1] or f"\\{found[2]}", words)
 
 
 def _opening(text: str) -> str:
-    """The comment that a YAML file begins with."""
+    """Return the comment at the start of a YAML file."""
     lines: list[str] = []
     for line in text.splitlines():
         if not line.startswith("#"):

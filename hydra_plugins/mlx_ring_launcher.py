@@ -1,6 +1,6 @@
-"""Hydra's multirun, `python train.py -m …`: each job is a run of its own (`mlx_ring/sweep/sweep.py`).
+"""Hydra's launcher for `train.py -m …`: each job is a distributed run of its own (`mlx_ring/sweep/sweep.py`).
 
-Every Hydra program of this environment imports this file.
+Every Hydra program in this environment imports this file, so it imports mlx_ring only when it is used.
 """
 
 import atexit
@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
-    from mlx_ring.sweep.sweep import Hopeless, Job
+    from mlx_ring.sweep.sweep import IsHopeless, Job
     from mlx_ring.sweep.table import Row
 
 
@@ -23,28 +23,31 @@ class MlxRingLauncher(Launcher):
     """`hydra/launcher=mlx_ring`."""
 
     def __init__(self, parallel: int, max_restarts: int) -> None:
-        self.parallel, self._max_restarts = parallel, max_restarts
-        self.hopeless: Hopeless | None = None  # set by a sweeper that ends jobs early
+        self.parallel = parallel
+        self._max_restarts = max_restarts
+        self.is_hopeless: IsHopeless | None = None  # set by a sweeper that ends jobs early
         self.shows_table = True
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Raises: ConfigError where there can be no sweep, before anything is written."""
+        """Opens the sweep. Raises: ConfigError, before anything is written, if there can be no sweep."""
         from mlx_ring.sweep.multirun import begin_multirun
 
         self._searchpath = begin_multirun(config)
-        self._loader, self._config = hydra_context.config_loader, config
+        self._loader = hydra_context.config_loader
+        self._config = config
         self.directory = Path(config.hydra.sweep.dir)
-        atexit.register(self._redact)  # whatever happens: Hydra's sweepers write all secrets to the disk
+        atexit.register(self._redact)  # in every case: Hydra's sweepers write secrets to the disk
 
     def _redact(self) -> None:
-        from mlx_ring.config.compose import redacted_yaml
+        """Replaces the multirun.yaml that Hydra wrote by one without secrets."""
+        from mlx_ring.config.redaction import redacted_yaml
 
         written = self.directory / "multirun.yaml"
         if written.exists():
             written.write_text(redacted_yaml(self._config))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Hydra raises the first failure when all jobs have ended."""
+        """Runs these jobs and returns their results. Hydra raises the first failure when all have ended."""
         from mlx_ring.sweep.sweep import run_jobs
         from mlx_ring.sweep.table import show
 
@@ -58,17 +61,19 @@ class MlxRingLauncher(Launcher):
             [self._job(config) for config in configs],
             parallel=self.parallel,
             max_restarts=self._max_restarts,
-            hopeless=self.hopeless,
+            is_hopeless=self.is_hopeless,
         )
         if self.shows_table:
             show(self.directory)
-        return [_returned(*each, self.directory) for each in zip(configs, rows, strict=True)]
+        return [_job_return(config, row, self.directory) for config, row in zip(configs, rows, strict=True)]
 
     def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
+        """Composes the configuration of one job."""
         config = self._loader.load_sweep_config(self._config, list(overrides))
         with open_dict(config):
-            config.hydra.job.id, config.hydra.job.num = str(number), number
-            HydraConfig.instance().set_config(config)  # ${hydra:…} in the sub-directory's name
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+            HydraConfig.instance().set_config(config)  # for ${hydra:…} in the sub-directory's name
             config.run.dir = str(self.directory / config.hydra.sweep.subdir)
         return config
 
@@ -88,7 +93,7 @@ class MlxRingLauncher(Launcher):
 
 
 class _Result(JobReturn):
-    """As Hydra's, which prints all overrides before it raises a job's error."""
+    """A job's result. Unlike Hydra's own, does not print all overrides before it raises the job's error."""
 
     row: "Row"
 
@@ -103,8 +108,8 @@ class _Result(JobReturn):
         self._return_value = value
 
 
-def _returned(config: DictConfig, row: "Row", directory: Path) -> JobReturn:
-    """Its value is the last loss, for any sweeper that looks for the lowest; ours takes the row."""
+def _job_return(config: DictConfig, row: "Row", directory: Path) -> JobReturn:
+    """Returns a job's result: the last loss, which other sweepers minimize, and the row, for ours."""
     from mlx_ring.sweep.table import failure
 
     error = failure(row, directory)

@@ -1,6 +1,6 @@
-"""`hydra/sweeper=optuna`: Optuna draws each job's values, in one study (`mlx_ring/sweep/study.py`).
+"""`hydra/sweeper=optuna`: Optuna chooses the values of each job, in one study (`mlx_ring/sweep/study.py`).
 
-Every Hydra program of this environment imports this file.
+Every Hydra program in this environment imports this file, so it imports mlx_ring only when it is used.
 """
 
 from typing import Any
@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 
 
 class OptunaSweeper(Sweeper):
-    """What varies is typed as for any sweep: `1e-3,3e-3`, `choice(…)`, `range(…)`; `interval(…)` besides."""
+    """What varies is typed as for any sweep: `1e-3,3e-3`, `choice(…)`, `range(…)`; or also `interval(…)`."""
 
     def __init__(self, params: dict[str, str], **options: Any) -> None:
-        self._params, self._options = params, options
+        self._params = params
+        self._options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._loader = hydra_context.config_loader
@@ -26,7 +27,7 @@ class OptunaSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run all trials. Raises: MlxRingError."""
+        """Runs all trials. Raises: ConfigError if nothing varies; JobFailed if a job failed."""
         from mlx_ring.sweep.study import Study
 
         typed = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
@@ -37,7 +38,7 @@ class OptunaSweeper(Sweeper):
 
 
 def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:
-    """The choices, as they are typed; or the bounds of an interval and its tags."""
+    """Returns the choices as they are typed, or the bounds of an interval and its tags."""
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         tags: set[str] = value.tags | ({"int"} if isinstance(value.start, int) else set[str]())

@@ -1,10 +1,10 @@
-"""At a start: the newest checkpoint that any disk holds, with its record, goes to the disks that lack it."""
+"""At a start, brings the newest checkpoint of all disks, and its record, to the disks that lack it."""
 
 import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_ring.checkpoint.file_transfer import Part, Writing, send
@@ -12,21 +12,31 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError, agreed
 from mlx_ring.run_directory import checkpoint_files as disk
 from mlx_ring.run_directory.directory import RunDirectory, is_record_name
+from mlx_ring.run_directory.manifest import Lineage
 from mlx_ring.run_directory.status import RunStatus
 
 
 @dataclass(frozen=True, kw_only=True)
-class Newest:
-    """What one disk has to offer; `step` is -1 where that is nothing."""
+class DiskOffer:
+    """The newest valid checkpoint of one disk, if it has one, and the record there."""
 
-    generation: int = 0  # a run that was started anew over another is of the next one
-    line: str = ""  # which line of training it is: two of them never mix
-    step: int = -1
+    step: int = -1  # no checkpoint
+    lineage: Lineage = field(default_factory=Lineage)
     manifest_sha256: str = ""
-    checkpoint: dict[str, int]  # its files' sizes, by name
-    record: dict[str, int]
-    problem: str | None  # what is wrong with the newest of all that are there
-    other_run: str | None = None  # why this command cannot continue it
+    checkpoint: dict[str, int]  # the size of each of its files in bytes, by name
+    record: dict[str, int]  # the same of the record
+    problem: str | None  # what is wrong with the newest checkpoint that is there, valid or not
+    other_run: str | None = None  # why this command cannot continue the run of this one
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "DiskOffer":
+        """What another rank's `as_json` gave."""
+        lineage = Lineage(**row.pop("lineage"))
+        return cls(lineage=lineage, **row)
 
 
 def bring_newest(
@@ -37,18 +47,26 @@ def bring_newest(
 ) -> tuple[str | None, tuple[int, str] | None]:
     """Make the newest verified checkpoint of all disks the newest of each. Collective: every rank must call.
 
-    Of equal steps with unequal files the lowest rank's is taken; what cannot be read off its disk, the next
-    best. Where nothing is lacking, nothing is sent. `other_run` says of a manifest why this command cannot
-    continue it: such a one is set aside where there is a better one.
-    Returns: what was sent, in words; the step and why, where this rank could not keep it.
-    Raises: ConfigError where there are other runs alone; CheckpointError where there are checkpoints and none
-    can be used, or rank 0 cannot keep it; NewerCheckpointError.
+    If equal steps have unequal files, the lowest rank's is taken; if that cannot be read, the next best. If
+    no disk lacks it, nothing is sent.
+
+    Args:
+        directory: this rank's.
+        writers: the rank of each disk that writes there.
+        other_run: says of a manifest why this command cannot continue its run; None if it can. A checkpoint
+            of another run is set aside if there is one that can be continued.
+
+    Returns: what was sent, in words, if anything; the step and the reason, if this rank could not keep it.
+    Raises: all are the same on every rank:
+        ConfigError: there are only checkpoints that this command cannot continue.
+        CheckpointError: there are checkpoints and none can be used, or rank 0 cannot keep the newest.
+        NewerCheckpointError: a later version has written one.
     """
-    disks = _gather(communicator, directory, writers, other_run)
-    usable = [rank for rank, newest in disks.items() if newest.step >= 0 and newest.other_run is None]
-    usable.sort(key=lambda rank: (disks[rank].generation, disks[rank].step, -rank))
+    disks = _gather_offers(communicator, directory, writers, other_run)
+    usable = [rank for rank, offer in disks.items() if offer.step >= 0 and offer.other_run is None]
+    usable.sort(key=lambda rank: (disks[rank].lineage.generation, disks[rank].step, -rank))
     if not usable:
-        _refuse(disks, communicator)
+        _refuse_unusable(disks, communicator)
         return None, None
     best, lacking, arrived = _deliver(communicator, directory, disks, usable)
     if not lacking:
@@ -62,39 +80,43 @@ def bring_newest(
                 f"rank 0 ({communicator.hosts[0]}): {failures[0]}; mend that"
             )
         )
-    told = _words(communicator, best, disks, [rank for rank in lacking if failures[rank] is None])
-    return told, None if why is None else (disks[best].step, why)
+    kept = [rank for rank in lacking if failures[rank] is None]
+    sent = _in_words(communicator, best, disks, kept) if kept else None
+    return sent, None if why is None else (disks[best].step, why)
 
 
-def _gather(
+def _gather_offers(
     communicator: Communicator,
     directory: RunDirectory,
     writers: list[int],
     other_run: Callable[[dict[str, Any]], str | None],
-) -> dict[int, Newest]:
+) -> dict[int, DiskOffer]:
     """What each disk has to offer, by its writer."""
-    own, error = None, None
+    own: DiskOffer | None = None
+    error: MlxRingError | None = None
     try:
-        own = _look(directory, other_run) if communicator.rank in writers else None
+        own = own_offer(directory, other_run) if communicator.rank in writers else None
     except MlxRingError as caught:
         error = caught
     communicator.agree_on_error(error)
-    gathered = communicator.gather_objects(asdict(own) if own is not None else None)
-    return {rank: Newest(**row) for rank, row in enumerate(gathered) if row is not None}
+    gathered = communicator.gather_objects(own.as_json() if own is not None else None)
+    return {rank: DiskOffer.from_json(row) for rank, row in enumerate(gathered) if row is not None}
 
 
 def _deliver(
-    communicator: Communicator, directory: RunDirectory, disks: dict[int, Newest], usable: list[int]
-) -> "tuple[int, list[int], _Arrival | None]":
-    """Send the best of `usable`, the last, or the next where it cannot be read. Returns: its rank, the ranks
-    that lacked it, and what arrived here."""
+    communicator: Communicator, directory: RunDirectory, disks: dict[int, DiskOffer], usable: list[int]
+) -> "tuple[int, list[int], Arrival | None]":
+    """Send the best of `usable`, which is the last; if it cannot be read, the next best.
+
+    Returns: its rank, the ranks that lacked it, and what has arrived here.
+    """
     while True:
         best = usable.pop()
         lacking = [rank for rank in disks if disks[rank].manifest_sha256 != disks[best].manifest_sha256]
         if not lacking:
             return best, [], None
         lacks = communicator.rank in lacking
-        arrived = _Arrival(directory, disks[best], disks[communicator.rank]) if lacks else None
+        arrived = Arrival(directory, disks[best], disks[communicator.rank]) if lacks else None
         try:
             _send(communicator, best, disks[best], directory, arrived)
         except CheckpointError:  # on every rank
@@ -106,21 +128,21 @@ def _deliver(
             return best, lacking, arrived
 
 
-def _look(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | None]) -> Newest:
-    """Raises: NewerCheckpointError."""
+def own_offer(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | None]) -> DiskOffer:
+    """Look what this rank's disk has to offer. Raises: NewerCheckpointError."""
     path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
     problem = problems[0] if problems else None
     if path is None:
-        return Newest(checkpoint={}, record={}, problem=problem)
+        return DiskOffer(checkpoint={}, record={}, problem=problem)
     try:
         files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
         content = (path / disk.MANIFEST).read_bytes()
         record = directory.record_sizes()
     except OSError as error:
-        return Newest(checkpoint={}, record={}, problem=f"{path} cannot be read: {error.strerror}")
-    return Newest(
-        **manifest["line"],
+        return DiskOffer(checkpoint={}, record={}, problem=f"{path} cannot be read: {error.strerror}")
+    return DiskOffer(
         step=manifest["step"],
+        lineage=Lineage.of(manifest),
         manifest_sha256=hashlib.sha256(content).hexdigest(),
         checkpoint={**files, disk.MANIFEST: len(content)},
         record=record,
@@ -129,45 +151,54 @@ def _look(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | N
     )
 
 
-def _refuse(disks: dict[int, Newest], communicator: Communicator) -> None:
-    """Checkpoints of which none is usable: starting anew must be the user's wish."""
-    for rank, newest in disks.items():
-        if newest.other_run is not None:
-            raise agreed(ConfigError(f"rank {rank} on {communicator.hosts[rank]}: {newest.other_run}"))
-        if newest.problem is not None:
+def _refuse_unusable(disks: dict[int, DiskOffer], communicator: Communicator) -> None:
+    """Raise an error if there are checkpoints and none is usable: only the user may start anew."""
+    for rank, offer in disks.items():
+        if offer.other_run is not None:
+            raise agreed(ConfigError(f"rank {rank} on {communicator.hosts[rank]}: {offer.other_run}"))
+        if offer.problem is not None:
             raise agreed(
                 CheckpointError(
                     f"no usable checkpoint on rank {rank} ({communicator.hosts[rank]}) or elsewhere: "
-                    f"{newest.problem}; start anew with checkpoint.resume=never"
+                    f"{offer.problem}; start anew with checkpoint.resume=never"
                 )
             )
 
 
 def _send(
-    communicator: Communicator, root: int, newest: Newest, directory: RunDirectory, arrived: "_Arrival | None"
+    communicator: Communicator,
+    root: int,
+    offer: DiskOffer,
+    directory: RunDirectory,
+    arrived: "Arrival | None",
 ) -> None:
-    for name in newest.record:
+    for name in offer.record:
         if not is_record_name(name):
             raise agreed(CheckpointError(f"rank {root} offers {name!r}, which is no file of a record"))
-    for name in newest.checkpoint:
+    for name in offer.checkpoint:
         if not disk.FILE_NAME.fullmatch(name):
             raise agreed(CheckpointError(f"rank {root} offers {name!r}, which is no file of a checkpoint"))
-    checkpoint = disk.step_directory(directory.path / "checkpoints", newest.step)
+    checkpoint = disk.step_directory(directory.path / "checkpoints", offer.step)
     for sizes, source, target in (
-        (newest.record, directory.path, arrived and arrived.record),
-        (newest.checkpoint, checkpoint, arrived and arrived.checkpoint),
+        (offer.record, directory.path, arrived and arrived.record),
+        (offer.checkpoint, checkpoint, arrived and arrived.checkpoint),
     ):
         parts = [Part(name, 0, size) for name, size in sizes.items()]
         send(communicator, parts, root=root, source=source, target=target)
 
 
-class _Arrival:
-    """What arrives on a disk, in a folder of its own until it is whole: a killed one leaves no checkpoint."""
+class Arrival:
+    """A checkpoint and its record while they arrive on a disk.
 
-    def __init__(self, directory: RunDirectory, newest: Newest, own: Newest) -> None:
-        self._directory, self._newest = directory, newest
+    They stay in folders of their own until they are whole: a process that is killed leaves no half of one.
+    """
+
+    def __init__(self, directory: RunDirectory, newest: DiskOffer, own: DiskOffer) -> None:
+        """`newest` is what arrives; `own` is what this disk had to offer."""
+        self._directory = directory
+        self._newest = newest
         self._checkpoints = directory.path / "checkpoints"
-        self._replaces = own.line != newest.line
+        self._replaces = own.lineage != newest.lineage
         name = f".tmp-{newest.step:08d}-{os.getpid()}"
         self._folders = [directory.path / name]
         if not self._replaces:  # checkpoints/ may lie on another file system, where it was linked to
@@ -176,7 +207,7 @@ class _Arrival:
         self.checkpoint = Writing(self._folders[-1] / "checkpoint")
 
     def commit(self) -> str | None:
-        """Verify it and put it in its place, the record first. Returns: what went wrong."""
+        """Verify what has arrived and put it in place, the record first. Returns: what failed, if it did."""
         try:
             self.record.end(self._newest.record)
             self.checkpoint.end(self._newest.checkpoint)
@@ -192,7 +223,7 @@ class _Arrival:
         return None
 
     def discard(self) -> None:
-        """Delete what has arrived and has no place yet."""
+        """Delete what has arrived and is not in its place."""
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -210,16 +241,20 @@ class _Arrival:
         disk.replace(self._checkpoints, self._newest.step, self.checkpoint.folder)
 
 
-def _words(communicator: Communicator, best: int, disks: dict[int, Newest], kept: list[int]) -> str | None:
+def _in_words(communicator: Communicator, best: int, disks: dict[int, DiskOffer], kept: list[int]) -> str:
+    """Say what was sent: from the disk of rank `best` to those of the ranks `kept`."""
+
     def place(rank: int) -> str:
         return f"rank {rank} on {communicator.hosts[rank]}"
 
-    def held(newest: Newest) -> str:
-        if newest.step < 0:
+    def held(offer: DiskOffer) -> str:
+        if offer.step < 0:
             return "no checkpoint"
-        return f"step {newest.step}{' of another run' if newest.line != disks[best].line else ''}"
+        return f"step {offer.step}{' of another run' if offer.lineage != disks[best].lineage else ''}"
 
-    had = {rank: held(disks[rank]) for rank in kept}
-    damaged = {rank: f", {disks[rank].problem}" if disks[rank].problem else "" for rank in kept}
-    given = "; ".join(f"{place(rank)}, which had {had[rank]}{damaged[rank]}" for rank in kept)
-    return f"step {disks[best].step} of {place(best)} sent to {given}" if kept else None
+    given = [
+        f"{place(rank)}, which had {held(disks[rank])}"
+        + (f", {disks[rank].problem}" if disks[rank].problem else "")
+        for rank in kept
+    ]
+    return f"step {disks[best].step} of {place(best)} sent to {'; '.join(given)}"

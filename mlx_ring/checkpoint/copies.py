@@ -1,33 +1,36 @@
-"""The copies of a run on disks other than rank 0's: opened, kept up with it, and what failed of them told.
+"""The copies of a run on disks other than rank 0's: opened, kept up with the run, their failures reported.
 
-Every rank calls; where all share rank 0's disk nothing is sent. A checkpoint is not sent while training: each
-disk's writer saves its own memory, with rank 0's facts, after the rows of the record that came before it.
+Every rank calls; if all share rank 0's disk, nothing is sent. A checkpoint is not sent while training: each
+disk's writer saves the arrays in its own memory, with rank 0's fields of the manifest, after it has received
+the rows of the record that came before.
 """
 
 import contextlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 
 from mlx_ring.checkpoint.choose_newest import bring_newest
-from mlx_ring.checkpoint.disk_copy import RecordCopy
+from mlx_ring.checkpoint.disk_copy import DiskCopy
 from mlx_ring.checkpoint.file_transfer import Part, Writing, read, send
 from mlx_ring.checkpoint.restore import refuse_another_run
+from mlx_ring.checkpoint.saved_state import SavedArrays
 from mlx_ring.checkpoint.shared_disks import find_writers
-from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError, agreed
 from mlx_ring.run_directory.directory import RunDirectory, is_record_name
 
-SMALL_BYTES = 2**20  # what the record gained since the last save, where it travels with the facts
+SMALL_BYTES = (
+    2**20
+)  # up to this, what the record gained since the last save travels with the manifest's fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class CopyFailure:
-    """What one disk could not keep."""
+    """What one disk could not keep: the checkpoint of `step`, or the record up to it."""
 
     step: int
     rank: int
@@ -36,45 +39,65 @@ class CopyFailure:
 
 
 class Copies:
-    """All disks of a run. `brought` tells what was sent between them at the start, for the record."""
+    """The disks that hold a run, as one rank sees them. `open` makes it."""
 
     def __init__(
-        self, config: RunConfig, communicator: Communicator, directory: RunDirectory, job: str
+        self, config: RunConfig, communicator: Communicator, directory: RunDirectory, writers: list[int]
     ) -> None:
+        """`writers`: the rank of each disk that writes there, in order, rank 0 first."""
+        self._config = config
+        self._communicator = communicator
+        self._directory = directory
+        self._writers = writers
+        self._copy = DiskCopy(directory) if communicator.rank in writers[1:] else None
+        self._held: dict[str, int] = {}  # of each file of the record, the bytes that every copy has
+        self.brought: str | None = None  # what was sent between disks at the start, in words for the record
+        self.generation = 0  # of the lineage of a run that starts now
+
+    @classmethod
+    def open(cls, config: RunConfig, communicator: Communicator, directory: RunDirectory, job: str) -> Self:
         """Open the run's directory on every disk, and bring the newest checkpoint to those that lack it.
 
-        Collective: every rank must call. Raises: ConfigError where a directory is in use or rank 0's cannot
-        be written; CheckpointError where checkpoints are there but none can be used.
+        Collective: every rank must call.
+
+        Args:
+            directory: this rank's; it is made if it is missing.
+            job: names this group of ranks; equal on all of them.
+
+        Raises: ConfigError, the same on every rank, if a directory is in use or rank 0's cannot be written;
+            CheckpointError if there are checkpoints and none can be used.
         """
-        self._config, self._communicator, self._directory = config, communicator, directory
         several = communicator.world_size > 1 and config.checkpoint.copies.name == "every_host"
-        self._writers = find_writers(communicator, directory.path, job) if several else [0]
-        self._copy = RecordCopy(directory) if communicator.rank in self._writers[1:] else None
-        self._held: dict[str, int] = {}  # bytes of each of the record's files that every copy has
-        self.brought: str | None = None
-        self.generation = 0  # of a line of training that begins now
+        writers = find_writers(communicator, directory, job) if several else [0]
+        copies = cls(config, communicator, directory, writers)
+        copies._open_directories()
+        copies._bring_newest()
+        return copies
+
+    def _open_directories(self) -> None:
         error: MlxRingError | None = None
         try:
             if self._copy is not None:
                 self._copy.open()
-            elif communicator.rank == 0:
-                directory.open()
+            elif self._communicator.rank == 0:
+                self._directory.open()
         except MlxRingError as caught:
             error = caught
-        communicator.agree_on_error(error)
-        if config.checkpoint.resume != "auto":  # whatever an absent disk still holds will be the older one
-            self.generation = 1 + max(communicator.gather_objects(directory.generation()))
+        self._communicator.agree_on_error(error)
+
+    def _bring_newest(self) -> None:
+        if self._config.checkpoint.resume != "auto":
+            # A disk that is absent now may come back: its checkpoints must count as older than this run's.
+            self.generation = 1 + max(self._communicator.gather_objects(self._directory.generation()))
         elif self._exist:
-            self.brought, failure = bring_newest(communicator, directory, self._writers, self._other_run)
+            self.brought, failure = bring_newest(
+                self._communicator, self._directory, self._writers, self._other_run
+            )
             if failure is not None and self._copy is not None:
                 self._copy.failed(*failure)
 
-    @property
-    def usable(self) -> bool:
-        """Whether this rank's disk can be written, as far as it is known."""
-        return self._copy is None or self._copy.usable
-
     def _other_run(self, manifest: dict[str, Any]) -> str | None:
+        """Why this command cannot continue the run of a checkpoint, if it cannot."""
         try:
             refuse_another_run(self._config, manifest)
         except ConfigError as error:
@@ -82,18 +105,25 @@ class Copies:
         return None
 
     @property
+    def usable(self) -> bool:
+        """Whether this rank's disk can be written, as far as it is known."""
+        return self._copy is None or self._copy.usable
+
+    @property
     def _exist(self) -> bool:
         return len(self._writers) > 1
 
     def begin(self, step: int, *, replaces: bool) -> None:
-        """Train on from `step`. Rank 0 says whether that replaces an earlier run's record.
+        """Prepare every copy for a run that trains on from `step`. Collective: every rank must call.
 
-        Collective: every rank must call. Raises: ConfigError where such a record cannot be set aside.
+        `replaces` says whether the record there is an earlier run's; rank 0's word counts.
+        Raises: ConfigError, the same on every rank, if such a record cannot be set aside.
         """
         if not self._exist:
             return
-        replaces, error = self._communicator.broadcast_object(replaces), None
+        replaces = self._communicator.broadcast_object(replaces)
         keep = self._config.checkpoint
+        error: MlxRingError | None = None
         try:
             if self._copy is not None:
                 self._copy.begin(step, keep_last=keep.keep_last, keep_best=keep.keep_best, replaces=replaces)
@@ -101,17 +131,20 @@ class Copies:
             error = caught
         self._communicator.agree_on_error(error)
 
-    def failures(self) -> list[CopyFailure]:
-        """What failed since the last call, once every copy's last save has ended. Collective: every rank must
-        call."""
+    def take_failures(self) -> list[CopyFailure]:
+        """Wait until every copy's last save has ended. Collective: every rank must call.
+
+        Returns: what failed since the last call, the same on every rank.
+        """
         if not self._exist:
             return []
-        failures = self._copy.failures() if self._copy else []
-        some: Any = self._communicator.all_sum(mx.array([len(failures)], dtype=mx.int32)).item()
-        if not some:  # as ever: one number was all there was to say
+        failures = self._copy.take_failures() if self._copy else []
+        count: Any = self._communicator.all_sum(mx.array([len(failures)], dtype=mx.int32)).item()
+        if not count:  # the usual case costs one number
             return []
         own = {"failures": failures, "held": self._copy.held} if self._copy else None
-        table, hosts = self._communicator.gather_objects(own), self._communicator.hosts
+        table = self._communicator.gather_objects(own)
+        hosts = self._communicator.hosts
         rows = {rank: row for rank, row in enumerate(table) if row is not None}
         self._held = {name: min(row["held"].get(name, 0) for row in rows.values()) for name in self._held}
         return [
@@ -120,57 +153,78 @@ class Copies:
             for step, reason in row["failures"]
         ]
 
-    def save(self, files: dict[str, Arrays], facts: dict[str, Any], *, since: float) -> dict[str, Any]:
-        """Bring the record to every copy, then start their checkpoints of `files`, each rank's own.
+    def save(self, state: SavedArrays, fields: dict[str, Any], *, since: float) -> dict[str, Any]:
+        """Bring the record to every copy, then start each copy's checkpoint.
 
-        Collective: every rank must call, after `failures`. Rank 0 gives the facts; all as in
-        CheckpointManager.save. Returns: the facts as every copy has them.
+        Collective: every rank must call, after `take_failures`.
+
+        Args:
+            state: what to save; equal to the bit on every rank that writes.
+            fields: what the manifest says; rank 0's count.
+            since: as in CheckpointManager.save.
+
+        Returns: rank 0's `fields`, on every rank.
         """
         if not self._exist:
-            return facts
-        facts, kept = self._bring_record(facts)
-        if self._copy is not None and kept:  # a checkpoint never outlives the rows before it
-            self._copy.save(files, facts, since=since)
-        return facts
+            return fields
+        fields, kept = self._bring_record(fields)
+        if self._copy is not None and kept:  # no checkpoint may be there without the rows before it
+            self._copy.save(state, fields, since=since)
+        return fields
 
     def end(self) -> None:
         """Bring the rows that followed the last checkpoint. Collective: every rank must call.
 
-        They are not worth an error: a run that resumes would do without them, too.
+        If that fails, nothing is lost: a run that resumes would cut these rows.
         """
         if self._exist:
             with contextlib.suppress(MlxRingError):
                 self._bring_record({})
 
     def close(self) -> None:
-        """Let what this rank is writing end. No collective: for a run that fails."""
+        """Wait for what this rank is writing. No collective: for a run that fails."""
         if self._copy is not None:
             self._copy.close()
 
-    def _bring_record(self, facts: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """What the record's files gained, and rank 0's facts. Returns: these; whether it is kept here."""
-        communicator, folder, packet = self._communicator, self._directory.path, b""
-        if communicator.rank == 0:
-            sizes = self._directory.record_sizes()
-            gained = self._gained(sizes)
-            small = sum(part.size for part in gained) <= SMALL_BYTES
-            packet = json.dumps([facts, sizes]).encode() + b"\n" + (read(folder, gained) if small else b"")
-        head, _, content = communicator.broadcast_bytes(packet).partition(b"\n")
-        facts, sizes = json.loads(head)
-        for name in sizes:
-            if not is_record_name(name):
-                raise agreed(ClusterError(f"rank 0 sent {name!r}, which is no file of a run's record"))
-        gained, self._held = self._gained(sizes), sizes
+    def _bring_record(self, fields: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Send what the record's files gained, and rank 0's fields of the manifest.
+
+        Returns: these fields; whether this rank has a copy, with the record now on its disk.
+        """
+        communicator = self._communicator
+        folder = self._directory.path
+        fields, sizes, content = self._broadcast_gain(fields)
+        gained = self._gained(sizes)
+        self._held = sizes
         written = Writing(folder) if self._copy is not None else None
         if not content:
             send(communicator, gained, root=0, source=folder, target=written)
         if self._copy is None or written is None:
-            return facts, False
+            return fields, False
         if content:
             written.write_all(gained, content)
-        step = facts["progress"]["step"] if facts else 0
-        return facts, self._copy.keep_record(step, written, sizes)
+        step = fields["progress"]["step"] if fields else 0
+        return fields, self._copy.keep_record(step, written, sizes)
+
+    def _broadcast_gain(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int], bytes]:
+        """Broadcast rank 0's fields, the sizes of its record's files, and what these gained if that is small.
+
+        Returns: the three; b"" if the record gained more, or nothing.
+        """
+        packet = b""
+        if self._communicator.rank == 0:
+            sizes = self._directory.record_sizes()
+            gained = self._gained(sizes)
+            small = sum(part.size for part in gained) <= SMALL_BYTES
+            content = read(self._directory.path, gained) if small else b""
+            packet = json.dumps([fields, sizes]).encode() + b"\n" + content
+        head, _, content = self._communicator.broadcast_bytes(packet).partition(b"\n")
+        fields, sizes = json.loads(head)
+        for name in sizes:
+            if not is_record_name(name):
+                raise agreed(ClusterError(f"rank 0 sent {name!r}, which is no file of a run's record"))
+        return fields, sizes, content
 
     def _gained(self, sizes: dict[str, int]) -> list[Part]:
-        """What not every copy has of files of these sizes."""
+        """What some copy may lack of files of these sizes."""
         return [Part(name, min(self._held.get(name, 0), size), size) for name, size in sizes.items()]

@@ -1,4 +1,4 @@
-"""Parts of files from one rank's disk to others', over the communicator, in messages that fit in memory."""
+"""Sends parts of files from one rank's disk to others over the communicator, in messages of limited size."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import CheckpointError, agreed
 from mlx_ring.run_directory.checkpoint_files import sync
 
-MESSAGE_BYTES = 32 * 2**20
+MESSAGE_BYTES = 32 * 2**20  # no message is longer
 
 
 @dataclass(frozen=True)
 class Part:
-    """The bytes `start` to `stop` of a file, by its name relative to a folder."""
+    """The bytes from `start` to before `stop` of a file, named relative to a folder."""
 
     name: str
     start: int
@@ -26,14 +26,15 @@ class Part:
 
 
 class Writing:
-    """Takes parts into the files of a folder. The first failure ends the writing, not the listening."""
+    """Writes parts into the files of a folder. After a failure it ignores the parts that still come: every
+    rank takes part in a transfer to its end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failure: OSError | None = None
 
     def write(self, part: Part, content: bytes) -> None:
-        """Put a part in its place. What is there already and equal stays whole while it is written again."""
+        """Put a part in its place. Bytes that are there and equal stay readable meanwhile."""
         if self.failure is not None:
             return
         path = self.folder / part.name
@@ -46,14 +47,17 @@ class Writing:
             self.failure = error
 
     def write_all(self, message: list[Part], content: bytes) -> None:
-        """Put each part of a message in its place; `content` is what `read` gave."""
+        """Put each part of a message in its place; `content` is what `read` gave for it."""
         offset = 0
         for part in message:
             self.write(part, content[offset : offset + part.size])
             offset += part.size
 
     def end(self, sizes: dict[str, int]) -> None:
-        """Bring each of these files to its size and onto the disk. Raises: OSError, also an earlier one."""
+        """Cut each of these files to its size in bytes and put it on the disk.
+
+        Raises: OSError, also if an earlier `write` failed.
+        """
         if self.failure is not None:
             raise self.failure
         for name, size in sizes.items():
@@ -66,11 +70,16 @@ class Writing:
 def send(
     communicator: Communicator, parts: Iterable[Part], *, root: int, source: Path, target: Writing | None
 ) -> None:
-    """Rank `root` reads the parts, the same on every rank, below its `source`; ranks with a `target` write
-    them. Collective: every rank must call.
+    """Send parts of files from one rank to others. Collective: every rank must call.
 
-    Raises: CheckpointError, the same on every rank, where `root` cannot read. What a target cannot write is
-    its `failure`.
+    Args:
+        parts: what to send, the same on every rank.
+        root: the rank that reads them.
+        source: the folder with the files, on `root`.
+        target: writes the parts on a rank that needs them; None on the others. If it cannot, its `failure`
+            says why.
+
+    Raises: CheckpointError, the same on every rank, if `root` cannot read a part.
     """
     for message in _messages(parts):
         content = read(source, message) if communicator.rank == root else b""
@@ -87,7 +96,7 @@ def send(
 
 
 def _messages(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """The parts, cut and put together so that no message is longer than MESSAGE_BYTES."""
+    """Cut parts and put them together, so that no message is longer than MESSAGE_BYTES."""
     message: list[Part] = []
     room = MESSAGE_BYTES
     for part in parts:
@@ -105,7 +114,7 @@ def _messages(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def read(folder: Path, message: list[Part]) -> bytes:
-    """The bytes of parts, one after the other; none where not all can be read, for the others to see."""
+    """Read the bytes of parts, one after the other. Returns: b"" if one cannot be read, as receivers see."""
     content: list[bytes] = []
     try:
         for part in message:
@@ -119,5 +128,5 @@ def read(folder: Path, message: list[Part]) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """For writing in place, never through a symbolic link."""
+    """Open a file to write in place, never through a symbolic link."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

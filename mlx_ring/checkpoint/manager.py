@@ -1,4 +1,4 @@
-"""Saves and restores a run. One rank of each disk writes, in a thread; the loop stalls only for the copy."""
+"""Writes checkpoints and reads them. One rank of each disk writes, in a thread, while training goes on."""
 
 import contextlib
 import logging
@@ -12,17 +12,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_ring.checkpoint.saved_state import SavedArrays
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.errors import CheckpointError
 from mlx_ring.run_directory import checkpoint_files as disk
-from mlx_ring.run_directory.checkpoint_files import HostArray, HostArrays
+from mlx_ring.run_directory.checkpoint_files import HostArray
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """One save that ended. `error` is None where it was committed."""
+    """One save that ended: committed, if `error` is None. Training stood still for `stall_seconds`."""
 
     step: int
     path: Path
@@ -33,87 +34,126 @@ class Saved:
     error: str | None
 
 
-def snapshot(array: mx.array) -> mx.array:
-    """The array as it is now, safe to be read from another thread once evaluated.
+@dataclass(frozen=True, eq=False)  # told apart by identity
+class Snapshot:
+    """One array as it was, safe to be read from another thread once `content` is evaluated.
 
-    On the CPU and on Metal that is the array itself: it is immutable, and while it is held its memory is not
-    reused. A GPU with its own memory moves a buffer when the host reads it, so there the device makes a copy
-    for the reader. bfloat16, which numpy lacks, goes as raw 16-bit words.
+    On the CPU and on Metal `content` is the array itself: it is immutable, and while it is held its memory is
+    not reused. A GPU with its own memory moves a buffer when the host reads it, so there the device makes a
+    copy for the reader. bfloat16, which numpy lacks, goes as raw 16-bit words.
     """
-    raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    if mx.default_device() == mx.gpu and not mx.metal.is_available():
-        return mx.where(mx.array(True), raw, raw)
-    return raw
+
+    content: mx.array
+    dtype: mx.Dtype  # that of the array
+
+    @classmethod
+    def of(cls, array: mx.array) -> "Snapshot":
+        """Take a snapshot of an array of any shape and dtype."""
+        raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        if mx.default_device() == mx.gpu and not mx.metal.is_available():
+            raw = mx.where(mx.array(True), raw, raw)
+        return cls(raw, array.dtype)
+
+    def to_host(self) -> HostArray:
+        """The array's bytes in host memory."""
+        name = str(self.dtype).rpartition(".")[2]
+        return HostArray(name, tuple(self.content.shape), np.ascontiguousarray(self.content))
 
 
-def to_host(array: mx.array, dtype: mx.Dtype) -> HostArray:
-    """A snapshot's bytes in host memory; `dtype` is that of the array it was made of."""
-    return HostArray(str(dtype).rpartition(".")[2], tuple(array.shape), np.ascontiguousarray(array))
+Snapshots = dict[str, Snapshot]  # by the array's name
+
+
+def parameters_sha256(parameters: Arrays) -> str:
+    """The digest of all parameters of a model, by dotted path, as status.json and the manifest have it."""
+    return disk.parameters_sha256({path: Snapshot.of(array).to_host() for path, array in parameters.items()})
 
 
 class CheckpointManager:
-    """The checkpoints of one run directory. Exists where a disk's writer is."""
+    """Writes the checkpoints of one run directory in a thread. Each disk's writer has one."""
 
     def __init__(self, run_directory: Path, *, keep_last: int, keep_best: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            run_directory: the checkpoints go into its folder `checkpoints`.
+            keep_last: how many of the newest checkpoints stay.
+            keep_best: how many of those with the lowest evaluation loss stay besides.
+        """
         self.directory = run_directory / "checkpoints"
-        self._keep_last, self._keep_best = keep_last, keep_best
+        self._keep_last = keep_last
+        self._keep_best = keep_best
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
 
-    def save(self, step: int, files: dict[str, Arrays], facts: dict[str, Any], *, since: float) -> None:
-        """Start writing a checkpoint, once the one before has ended (`wait`); arrays must not be evaluated
-        lazily later: they are copied out here.
+    def save(self, step: int, state: SavedArrays, fields: dict[str, Any], *, since: float) -> None:
+        """Start to write a checkpoint. The one before must have ended: call `wait` first.
 
-        `facts` go into the manifest (progress, config, evaluation). `since` is when training began to stand
-        still, on the clock of time.perf_counter.
+        The arrays are computed here, and held until they are written; the caller may replace its own.
+
+        Args:
+            step: the number of finished updates.
+            state: what to save.
+            fields: what the manifest says of it, such as progress and configuration.
+            since: when training began to stand still, on the clock of time.perf_counter, in seconds.
         """
         assert self._pending is None
-        dtypes = {name: {key: array.dtype for key, array in arrays.items()} for name, arrays in files.items()}
-        held = {
-            name: {key: snapshot(array) for key, array in arrays.items()} for name, arrays in files.items()
+        # By identity: a parameter that is in a file is the same array there, and is held once.
+        arrays = {
+            id(array): array for each in (*state.files.values(), state.parameters) for array in each.values()
         }
-        mx.eval(held)
+        taken = {key: Snapshot.of(array) for key, array in arrays.items()}
+        mx.eval([snapshot.content for snapshot in taken.values()])
+        files = {
+            name: {key: taken[id(array)] for key, array in each.items()}
+            for name, each in state.files.items()
+            if each
+        }
+        parameters = {path: taken[id(array)] for path, array in state.parameters.items()}
         stall_seconds = time.perf_counter() - since
-        self._pending = self._writer.submit(self._write, step, held, dtypes, facts, stall_seconds)
+        self._pending = self._writer.submit(self._write, step, files, parameters, fields, stall_seconds)
 
     def poll(self) -> list[Saved]:
-        """The save that ended since the last call, if any. Never waits."""
+        """The save that has ended since the last call, if one has. Never waits."""
         return self.wait() if self._pending is not None and self._pending.done() else []
 
     def wait(self) -> list[Saved]:
-        """Wait for the save that is being written."""
+        """Wait for the save that is being written, if one is. Returns: it, or nothing."""
         pending, self._pending = self._pending, None
         return [] if pending is None else [pending.result()]
 
     def close(self) -> None:
-        """Let the writer finish; what it still wrote is on disk afterwards."""
+        """Let the thread finish: what it was writing is on the disk afterwards."""
         self._writer.shutdown(wait=True)
 
     def _write(
         self,
         step: int,
-        held: dict[str, Arrays],
-        dtypes: dict[str, dict[str, mx.Dtype]],
-        facts: dict[str, Any],
+        files: dict[str, Snapshots],
+        parameters: Snapshots,
+        fields: dict[str, Any],
         stall_seconds: float,
     ) -> Saved:
-        """In the thread."""
+        """Write one checkpoint, in the thread."""
         start = time.perf_counter()
-        digest, path, size, error = "", disk.step_directory(self.directory, step), 0, None
+        digest = ""
+        path = disk.step_directory(self.directory, step)
+        size = 0
+        error: str | None = None
         try:
-            host: dict[str, HostArrays] = {
-                name: {key: to_host(array, dtypes[name][key]) for key, array in arrays.items()}
-                for name, arrays in held.items()
-                if arrays
+            hosted = {
+                each: each.to_host() for held in (*files.values(), parameters) for each in held.values()
             }
-            digest = disk.parameters_sha256(host["model"])
-            path, size = disk.write(self.directory, step, host, {"parameters_sha256": digest, **facts})
+            digest = disk.parameters_sha256({name: hosted[each] for name, each in parameters.items()})
+            host_files = {
+                name: {key: hosted[each] for key, each in held.items()} for name, held in files.items()
+            }
+            path, size = disk.write(self.directory, step, host_files, {"parameters_sha256": digest, **fields})
         except (OSError, CheckpointError) as failure:
             error = str(failure)
         else:
             with contextlib.suppress(
                 OSError
-            ):  # what could not be deleted now is tried again after the next save
+            ):  # what cannot be deleted now is tried again after the next save
                 self._prune()
         return Saved(
             step=step,
@@ -126,7 +166,7 @@ class CheckpointManager:
         )
 
     def _prune(self) -> None:
-        """After a commit: keep the newest, the best, and nothing that an older future left behind."""
+        """Delete what is not to be kept: the newest and the best stay. Call it after a commit."""
         present = disk.scan(self.directory)
         kept = set(present[: self._keep_last])
         if self._keep_best:
@@ -139,9 +179,10 @@ class CheckpointManager:
             shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, after_step: int) -> None:
-        """Rename the checkpoints of a later step: damaged, or of the future that this run now leaves.
+        """Rename the checkpoints of steps after `after_step`: they are damaged, or this run goes back before
+        them and takes another course. They stay on the disk until the next checkpoint is committed.
 
-        They stay on disk until the next one is committed.
+        Raises: OSError.
         """
         for path in disk.scan(self.directory):
             if disk.step_of(path) > after_step:
@@ -158,10 +199,11 @@ def _evaluation_loss(path: Path) -> float | None:
     return loss if isinstance(loss, float) and loss == loss else None  # a NaN is never the best
 
 
-def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The checkpoint that `path` names: itself, or the newest valid one of a run.
+def checkpoint_at(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Find the checkpoint that a path names: itself, or the newest valid one of a run.
 
-    Returns its directory, its manifest and what was wrong with newer ones. Raises: CheckpointError.
+    Returns: its directory, its manifest, and what was wrong with newer ones.
+    Raises: CheckpointError if there is none, or if the checkpoint itself was named and is damaged.
     """
     if path.suffix in {".npz", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt"}:
         raise CheckpointError(f"{path} is not supported: checkpoints are safetensors and JSON, never pickles")
@@ -184,12 +226,15 @@ def find(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def load(path: Path, manifest: dict[str, Any]) -> dict[str, Arrays]:
-    """The arrays of a verified checkpoint, by file, read at once: MLX's loading is lazy, and files may go."""
+    """Load the arrays of a verified checkpoint, by file (its name without `.safetensors`).
+
+    They are read at once: MLX loads lazily, and a file may be deleted. Raises: CheckpointError.
+    """
     return {name.removesuffix(".safetensors"): load_arrays(path / name) for name in manifest["files"]}
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Every array of one safetensors file. Raises: CheckpointError."""
+    """Load every array of one safetensors file. Raises: CheckpointError naming the file."""
     disk.check_safetensors(path)
     try:
         arrays = mx.load(str(path), format="safetensors")
@@ -201,17 +246,24 @@ def load_arrays(path: Path) -> Arrays:
 
 
 def match(loaded: Arrays, expected: Arrays, where: str, remedy: str) -> Arrays:
-    """`loaded`, if it has exactly the names, shapes and dtypes of `expected`, in their order.
+    """Check that arrays are those that this run has.
 
-    Raises: CheckpointError naming the first tensor that is missing, extra or different.
+    Args:
+        loaded: what a file holds.
+        expected: this run's arrays of that file; their values do not matter.
+        where: the file, for the message.
+        remedy: what to do about a difference, for the message.
+
+    Returns: `loaded`, in the order of `expected`.
+    Raises: CheckpointError naming the first array that is missing, extra, or of another shape or dtype.
     """
     for name in expected:
         if name not in loaded:
             raise CheckpointError(f"{where} lacks {name}; {remedy}")
-    for name, array in loaded.items():
+    for name, theirs in loaded.items():
         if name not in expected:
             raise CheckpointError(f"{where} holds {name}, which this run does not have; {remedy}")
-        mine, theirs = expected[name], array
+        mine = expected[name]
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             raise CheckpointError(
                 f"{name} is {theirs.dtype} {theirs.shape} in {where} and {mine.dtype} {mine.shape} in this "
@@ -221,10 +273,13 @@ def match(loaded: Arrays, expected: Arrays, where: str, remedy: str) -> Arrays:
 
 
 def initial_weights(path: Path) -> Arrays:
-    """The model's arrays for `checkpoint.initialize_from`: a run, a checkpoint, or a safetensors file."""
+    """Load the model's arrays for `checkpoint.initialize_from`: of a run, a checkpoint or a safetensors file.
+
+    Raises: CheckpointError if the path names none of these.
+    """
     if path.suffix == ".safetensors" and path.is_file():
         return load_arrays(path)
-    directory, _, problems = find(path)
+    directory, _, problems = checkpoint_at(path)
     for problem in problems:
         log.warning("passed over a damaged checkpoint: %s", problem)
     return load_arrays(directory / "model.safetensors")

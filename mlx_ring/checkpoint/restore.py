@@ -1,16 +1,13 @@
-"""Where a run starts from: the checkpoint that it continues, or weights from elsewhere, or none."""
+"""Where a run starts: from the checkpoint that it continues, from weights of another run, or anew."""
 
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
-from mlx.optimizers import Optimizer
-from mlx.utils import tree_flatten, tree_unflatten
-
 from mlx_ring.checkpoint import manager as checkpoints
-from mlx_ring.cluster.rank.protocol import REACHED
+from mlx_ring.checkpoint.saved_state import SavedState
+from mlx_ring.cluster.rank.protocol import REACHED_STEP
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
@@ -19,25 +16,26 @@ from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingE
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
 from mlx_ring.run_directory.directory import RunDirectory
 from mlx_ring.training.parameter_authority import ParameterAuthority
-from mlx_ring.training.strategies import Strategy
 from mlx_ring.training.trainer import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A verified checkpoint that this run continues from. On rank 0."""
+    """A verified checkpoint from which this run continues. Only rank 0 has it."""
 
     path: Path
     manifest: dict[str, Any]
     problems: list[str]  # what was wrong with newer ones
-    own: bool  # it lies in this run's directory
+    own: bool  # whether it lies in this run's directory
 
 
 def find(config: RunConfig, directory: RunDirectory) -> Found | None:
-    """The checkpoint that `checkpoint.resume` asks for. Rank 0.
+    """Find the checkpoint that `checkpoint.resume` asks for. For rank 0. Returns: None for a new run.
 
-    Raises: CheckpointError where none is usable; ClusterError where a supervisor knows that there was one;
-    ConfigError for a change that a resumed run may not make.
+    Raises:
+        CheckpointError: there are checkpoints and none is usable, or none is there for an evaluation.
+        ClusterError: there is none, but a supervisor knows that there was one.
+        ConfigError: the configuration differs from the checkpoint's in what a resumed run cannot change.
     """
     needs_weights = config.evaluation.only and config.checkpoint.initialize_from is None
     if config.checkpoint.resume == "never":
@@ -56,7 +54,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
                 "checkpoint.resume=PATH"
             )
-        if reached := os.environ.get(REACHED):
+        if reached := os.environ.get(REACHED_STEP):
             raise ClusterError(
                 f"none of these hosts has a checkpoint of this run, which had reached step {reached}; bring "
                 "back one that has, or start anew with checkpoint.resume=never"
@@ -68,7 +66,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
             f"{config.checkpoint.initialize_from}; give checkpoint.resume=never for the latter, or leave "
             "it out"
         )
-    path, manifest, problems = checkpoints.find(source)
+    path, manifest, problems = checkpoints.checkpoint_at(source)
     own = path.resolve().parent == (directory.path / "checkpoints").resolve()
     if not config.evaluation.only:
         refuse_another_run(config, manifest)
@@ -76,14 +74,17 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
 
 
 def refuse_another_run(config: RunConfig, manifest: dict[str, Any]) -> None:
-    """Raises: ConfigError for a change that a resumed run may not make."""
-    digest = look_ups_sha256(config.record, config.flat())
+    """Compare the configuration with a checkpoint's.
+
+    Raises: ConfigError for the first difference that a resumed run may not have.
+    """
+    digest = look_ups_sha256(config.redacted, config.flat())
     alike = manifest.get("look_ups_sha256", digest) == digest
-    refuse_changes(manifest.get("config", {}), config.record, resolved_alike=alike)
+    refuse_changes(manifest.get("config", {}), config.redacted, resolved_alike=alike)
 
 
 def replaces_record(config: RunConfig, found: Found | None) -> bool:
-    """Whether a record that is in the run's directory is another run's: two never share one. Rank 0."""
+    """Whether a record in the run's directory is another run's, and must make room. For rank 0."""
     return not found.own if found is not None else config.checkpoint.resume == "never"
 
 
@@ -93,42 +94,50 @@ def fill(
     authority: ParameterAuthority,
     found: Found | None,
     data_sha256: str,
-    model: nn.Module,
-    optimizer: Optimizer,
-    strategy: Strategy,
+    state: SavedState,
 ) -> Progress:
-    """Put rank 0's weights and state on every rank: restored, taken from elsewhere, or just drawn.
+    """Put rank 0's weights and state on every rank: restored, taken from elsewhere, or as they were drawn.
 
-    Collective: every rank must call. Raises: ConfigError or CheckpointError, the same on every rank.
+    Collective: every rank must call.
+
+    Args:
+        found: the checkpoint to restore; None for a new run. Read on rank 0 alone.
+        data_sha256: the digest of this run's data, which must be the checkpoint's.
+        state: where to put it.
+
+    Returns: how far the run has come, the same on every rank.
+    Raises: ConfigError or CheckpointError, the same on every rank, if the checkpoint does not fit this run.
     """
-    weights, state = dict(tree_flatten(model.parameters())), dict(tree_flatten(optimizer.state))
-    kept, progress = strategy.state(), Progress()
+    files = state.arrays().files
+    progress = Progress()
     error: MlxRingError | None = None
     if communicator.rank == 0:
         try:
             if found is not None:
-                weights, state, kept, progress = _read(config, found, data_sha256, weights, state, kept)
+                files |= _read(config, found, data_sha256, state, files)
+                progress = _progress(found)
             elif config.checkpoint.initialize_from is not None:
                 source = Path(config.checkpoint.initialize_from).expanduser()
                 loaded = checkpoints.initial_weights(source)
-                weights = checkpoints.match(
-                    loaded, weights, str(source), "choose the model that it was made with"
-                )
+                remedy = "choose the model that it was made with"
+                files["model"] = checkpoints.match(loaded, files["model"], str(source), remedy)
         except MlxRingError as caught:
             error = caught
     communicator.agree_on_error(error)
     progress = Progress(**communicator.broadcast_object(asdict(progress)))
-    model.update(tree_unflatten(list(authority.broadcast(weights).items())))
-    optimizer.state = tree_unflatten(list(authority.broadcast(state).items()))
-    optimizer.init(model.trainable_parameters())
-    strategy.load(authority.broadcast(kept) if kept else kept)
+    state.put_back(
+        {name: authority.broadcast(arrays) if arrays else arrays for name, arrays in files.items()}
+    )
     return progress
 
 
 def _read(
-    config: RunConfig, found: Found, data_sha256: str, weights: Arrays, state: Arrays, kept: Arrays
-) -> tuple[Arrays, Arrays, Arrays, Progress]:
-    """The arrays of a checkpoint, where it is of this run's model; for a resume also of this run's data."""
+    config: RunConfig, found: Found, data_sha256: str, state: SavedState, expected: dict[str, Arrays]
+) -> dict[str, Arrays]:
+    """Read the files of a checkpoint that this run needs: the model alone if it only evaluates.
+
+    Raises: CheckpointError if the checkpoint is of another model; ConfigError if it is of other data.
+    """
     where = str(found.path)
     saved = found.manifest.get("data_sha256")
     if saved != data_sha256 and not config.evaluation.only:
@@ -136,14 +145,33 @@ def _read(
             f"the data's SHA-256 is {data_sha256[:12]} now and was {str(saved)[:12]} in {where}; "
             "resume with the same data, or start a new run with checkpoint.initialize_from"
         )
-    files = checkpoints.load(found.path, found.manifest)
+    loaded = checkpoints.load(found.path, found.manifest)
     remedy = "resume with the configuration it was saved with"
-    weights = checkpoints.match(files["model"], weights, f"{where}/model.safetensors", remedy)
-    if config.evaluation.only:
-        return weights, state, kept, _progress(found)
-    state = checkpoints.match(files.get("optimizer", {}), state, f"{where}/optimizer.safetensors", remedy)
-    kept = checkpoints.match(files.get("strategy", {}), kept, f"{where}/strategy.safetensors", remedy)
-    return weights, state, kept, _progress(found)
+    needed = ["model"] if config.evaluation.only else list(expected)
+    files = {
+        name: checkpoints.match(loaded.get(name, {}), expected[name], f"{where}/{name}.safetensors", remedy)
+        for name in needed
+    }
+    _check_unsaved(found, state.parameters(), files["model"])
+    return files
+
+
+def _check_unsaved(found: Found, parameters: Arrays, restored: Arrays) -> None:
+    """Check that the parameters which the checkpoint does not hold are those that it was saved with.
+
+    Raises: CheckpointError.
+    """
+    unsaved = parameters.keys() - restored.keys()
+    if not unsaved:
+        return
+    now = checkpoints.parameters_sha256(parameters | restored)
+    before = str(found.manifest.get("parameters_sha256"))
+    if now != before:
+        raise CheckpointError(
+            f"{found.path} was saved without {len(unsaved)} of the model's parameters ({min(unsaved)}, …), "
+            f"which have changed: the SHA-256 of all is {now[:12]} now and was {before[:12]}; resume with "
+            "the model it was saved with"
+        )
 
 
 def _progress(found: Found) -> Progress:
@@ -151,4 +179,4 @@ def _progress(found: Found) -> Progress:
         return Progress(**found.manifest["progress"])
     except TypeError as error:
         where = found.path / "manifest.json"
-        raise CheckpointError(f"{where} counts what this version does not: {error}") from None
+        raise CheckpointError(f"{where} has progress that this version does not count: {error}") from None

@@ -1,4 +1,4 @@
-"""`python -m mlx_ring.cli`: the command `mlx-ring` where only the interpreter is known."""
+"""`python -m mlx_ring.cli`: the command `mlx-ring`, for callers that know only the interpreter."""
 
 from mlx_ring.cli.commands import main
 

@@ -13,8 +13,11 @@ from mlx_ring.cluster.hosts.host_file import HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import fetch, on_hosts
 from mlx_ring.errors import CheckpointError
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory.manifest import Lineage
+from mlx_ring.run_directory.whole_file import whole_file
 
-Row = dict[str, Any]  # of one checkpoint: path, step, and host where hosts were asked; error where damaged
+# One checkpoint: path and step; also host if hosts were asked, and error if it is damaged.
+Row = dict[str, Any]
 
 
 @click.group()
@@ -25,11 +28,11 @@ def checkpoint() -> None:
     """
 
 
-def _of_run(command: Callable[..., None]) -> Callable[..., None]:
-    """The arguments that all three have."""
+def _with_run(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the arguments that all three commands have."""
     for decorate in (
         click.option("--python", default=sys.executable, help="The interpreter on every host."),
-        click.option("--hostfile", type=click.Path(path_type=Path), help="Look on every host listed."),
+        click.option("--hostfile", type=click.Path(path_type=Path), help="Look on every host in this file."),
         click.argument("run", type=click.Path(path_type=Path)),
     ):
         command = decorate(command)
@@ -37,7 +40,7 @@ def _of_run(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @checkpoint.command("list")
-@_of_run
+@_with_run
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_checkpoints(run: Path, hostfile: Path | None, python: str, as_json: bool) -> None:
     """List the checkpoints of RUN, oldest first, without reading their arrays.
@@ -59,10 +62,10 @@ def list_checkpoints(run: Path, hostfile: Path | None, python: str, as_json: boo
 
 
 @checkpoint.command()
-@_of_run
+@_with_run
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(run: Path, hostfile: Path | None, python: str, as_json: bool) -> None:
-    """Read every byte of RUN's checkpoints and compare it with the manifests. Exit 5 where one is damaged.
+    """Read every byte of RUN's checkpoints and compare it with the manifests. Exits with 5 if one is damaged.
 
     Example: mlx-ring checkpoint verify outputs/2026-11-22_16-28-11_4bdc --hostfile hostfiles/lab.json
     """
@@ -78,10 +81,10 @@ def verify(run: Path, hostfile: Path | None, python: str, as_json: bool) -> None
 
 
 @checkpoint.command()
-@_of_run
+@_with_run
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The file to write.")
 def export(run: Path, hostfile: Path | None, python: str, output: Path) -> None:
-    """Write the model of RUN's newest valid checkpoint, of any host, as one plain safetensors file.
+    """Write the model of RUN's newest valid checkpoint, from any host, as one plain safetensors file.
 
     Example: mlx-ring checkpoint export outputs/2026-11-22_16-28-11_4bdc --output model.safetensors
     """
@@ -90,7 +93,7 @@ def export(run: Path, hostfile: Path | None, python: str, output: Path) -> None:
     rows = _rows("list", run, hosts, python)
     rows.sort(key=lambda row: (row.get("generation", 0), row["step"]), reverse=True)
     for row in rows:
-        checked = row if "error" in row else _verified(row, hosts, python)
+        checked = row if "error" in row else _verify_again(row, hosts, python)
         if "error" in checked:
             problems.append(f"{_place(row)}: {checked['error']}")
             click.echo(f"passed over: {problems[-1]}", err=True)
@@ -106,21 +109,32 @@ def _hosts(hostfile: Path | None) -> HostFile | None:
 
 
 def _place(row: Row) -> str:
+    """Returns where a checkpoint is: its path, after its host if hosts were asked."""
     return f"{row['host']}:{row['path']}" if "host" in row else row["path"]
 
 
 def _rows(action: str, run: Path, hosts: HostFile | None, python: str, only: str | None = None) -> list[Row]:
-    """Of all hosts, in the host file's order. Raises: CheckpointError where nobody has a checkpoint."""
+    """Returns the checkpoints of a run: here, or on all hosts in the order of the host file.
+
+    Args:
+        action: "list", or "verify" to read every byte.
+        run: the run's directory, or one checkpoint.
+        hosts: the hosts to ask; None looks here.
+        python: the interpreter on every host.
+        only: the one host to ask.
+
+    Raises: CheckpointError if there is no checkpoint anywhere.
+    """
     if hosts is None:
-        return LOOKS[action](run)
+        return [_row(path, READERS[action]) for path in _checkpoints_here(run)]
     command = [python, "-m", "mlx_ring.cli", "checkpoint", action, str(run), "--json"]
     rows: list[Row] = []
     problems: list[str] = []
     for answer in on_hosts(hosts, command, only):
         found = [line for line in answer.stdout.splitlines() if line.startswith(b'{"checkpoints"')]
-        if found:  # other lines are a login shell's
+        if found:  # a login shell may print other lines
             rows += [{"host": answer.host, **row} for row in json.loads(found[0])["checkpoints"]]
-        else:  # it has none, or could not be asked, and says why
+        else:  # the host has none or could not be asked, and says why
             problems.append(f"host {answer.host}: {answer.stderr.removeprefix('error: ')}")
     if not rows:
         raise CheckpointError("; ".join(problems))
@@ -129,39 +143,33 @@ def _rows(action: str, run: Path, hosts: HostFile | None, python: str, only: str
     return rows
 
 
-def _verified(row: Row, hosts: HostFile | None, python: str) -> Row:
-    """The same checkpoint once more, every byte of it read."""
+def _verify_again(row: Row, hosts: HostFile | None, python: str) -> Row:
+    """Returns the row of the same checkpoint after every byte of it was read."""
     return _rows("verify", Path(row["path"]), hosts, python, row.get("host"))[0]
 
 
-def _here(run: Path) -> list[Path]:
-    """The checkpoints that RUN names on this host, oldest first."""
+def _checkpoints_here(run: Path) -> list[Path]:
+    """Returns the checkpoints of RUN on this host, oldest first. Raises: CheckpointError if there is none."""
     found = checkpoint_format.named(run)
     if not found:
         raise CheckpointError(f"{run} has no checkpoints/step_… in it")
     return found[::-1]
 
 
-def _look(run: Path) -> list[Row]:
-    return [_row(path, _facts) for path in _here(run)]
-
-
-def _look_closely(run: Path) -> list[Row]:
-    return [_row(path, _proof) for path in _here(run)]
-
-
-def _row(path: Path, look: Callable[[Path], Row]) -> Row:
+def _row(path: Path, read: Callable[[Path], Row]) -> Row:
+    """Returns one checkpoint with what `read` found in it, or with what is wrong with it."""
     try:
-        return {"path": str(path), "step": checkpoint_format.step_of(path), **look(path)}
+        return {"path": str(path), "step": checkpoint_format.step_of(path), **read(path)}
     except CheckpointError as error:
         return {"path": str(path), "step": checkpoint_format.step_of(path), "error": str(error)}
 
 
-def _facts(path: Path) -> Row:
+def _read_manifest(path: Path) -> Row:
+    """Returns what a checkpoint's manifest says, without reading its arrays."""
     manifest = checkpoint_format.read_manifest(path)
     return {
         "step": manifest["step"],
-        "generation": manifest["line"]["generation"],
+        "generation": Lineage.of(manifest).generation,
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         "samples": manifest["progress"].get("next_sample"),
         "world_size": manifest.get("world_size"),
@@ -170,24 +178,22 @@ def _facts(path: Path) -> Row:
     }
 
 
-def _proof(path: Path) -> Row:
+def _read_all(path: Path) -> Row:
+    """Raises: CheckpointError unless every byte agrees with the manifest."""
     checkpoint_format.verify(path)
     return {}
 
 
-LOOKS = {"list": _look, "verify": _look_closely}
+READERS: dict[str, Callable[[Path], Row]] = {"list": _read_manifest, "verify": _read_all}
 
 
 def _write(source: Path, output: Path, hosts: HostFile | None, host: str | None) -> None:
-    """All of it or nothing."""
-    temporary = output.with_name(f".{output.name}.part")
+    """Copies the model's file, here or from a host. Leaves no partial file behind."""
     try:
-        if hosts is None or host is None:
-            shutil.copyfile(source, temporary)
-        else:
-            fetch(hosts, host, source, temporary)
-        temporary.replace(output)
+        with whole_file(output) as new:
+            if hosts is None or host is None:
+                shutil.copyfile(source, new)
+            else:
+                fetch(hosts, host, source, new)
     except OSError as error:
         raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command `mlx-ring`: everything around a run that is not the run itself."""
+"""The command group `mlx-ring`, and its commands about runs: run, replay, doctor, completion."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from click.shell_completion import get_completion_class
 from mlx_ring import __version__
 from mlx_ring.cli.checkpoint import checkpoint
 from mlx_ring.cli.hosts import hosts, with_python
-from mlx_ring.cluster.finding import tell
+from mlx_ring.cluster.finding import report
 from mlx_ring.errors import ConfigError, MlxRingError, TrainingError
 
 
@@ -28,39 +28,54 @@ cli.add_command(hosts)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("-n", "ranks", type=click.IntRange(min=1), help="Ranks on this machine.")
-@click.option("--hostfile", type=click.Path(path_type=Path), help="A rank on every host listed, over ssh.")
+@click.option("-n", "ranks", type=click.IntRange(min=1), help="Number of ranks on this machine.")
+@click.option(
+    "--hostfile", type=click.Path(path_type=Path), help="Start a rank for every entry of this file, over ssh."
+)
 @click.option(
     "--launcher",
     type=click.Choice(["ssh", "mpirun"]),
     default="ssh",
-    help="What starts ranks; mpirun on this machine only.",
+    help="What starts the ranks; mpirun only on this machine.",
 )
 @click.option(
-    "--min-hosts", type=click.IntRange(min=1), help="Go on with so many at least (all at first, then 1)."
+    "--min-hosts",
+    type=click.IntRange(min=1),
+    help="Least number of hosts to train with (all at the first start, then 1).",
 )
-@click.option("--max-restarts", type=click.IntRange(min=0), default=20, show_default=True)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Give up after this many restarts.",
+)
 @click.option(
     "--deadline",
     type=click.FloatRange(min=1),
     default=30.0,
     show_default=True,
-    help="Seconds without progress, or ten times the usual step, after which a run hangs.",
+    help="Seconds without progress after which a run hangs; ten usual steps, if that is longer.",
 )
 @click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=600.0,
     show_default=True,
-    help="Seconds for which a run that has begun waits for enough hosts that answer.",
+    help="Seconds for which a run that has begun waits for enough hosts to answer.",
 )
 @click.option(
     "--openblas",
     type=click.IntRange(min=1),
     metavar="THREADS",
-    help="Preload OpenBLAS on Linux CPUs, with so many threads a rank (1 in exact mode).",
+    help="Preload OpenBLAS on Linux CPUs, with this many threads a rank (1 in exact mode).",
 )
-@click.option("--leash", is_flag=True, hidden=True, help="Stop where stdin ends: with who started it.")
+@click.option(
+    "--leash",
+    is_flag=True,
+    hidden=True,
+    help="Stop when stdin ends, that is, when the process that started this one is gone.",
+)
 @with_python
 @click.argument("overrides", nargs=-1)
 def run(
@@ -76,9 +91,9 @@ def run(
     python: str,
     overrides: tuple[str, ...],
 ) -> None:
-    """Train under supervision: what fails is restarted, and the exit status is the run's.
+    """Train under supervision: restart what fails, and exit with the run's own status.
 
-    OVERRIDES are train.py's. A host file may be edited while the run goes on.
+    OVERRIDES are those of train.py. The host file may be edited while the run goes on.
 
     Example: mlx-ring run -n 4 -- model=cnn trainer.steps=500
     """
@@ -100,8 +115,8 @@ def run(
 def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
     """Repeat a step of RUN on this machine, from the nearest checkpoint, and compare it with the record.
 
-    OVERRIDES are KEY=VALUE, for what lies elsewhere here (data.path=FOLDER). RUN is only read. Exit 4 where
-    something differs.
+    OVERRIDES are KEY=VALUE, for what is elsewhere on this machine (data.path=FOLDER). RUN is only read. Exits
+    with 4 if something differs.
 
     Example: mlx-ring replay outputs/2026-11-22_16-28-11_4bdc --step 357
     """
@@ -126,7 +141,9 @@ def replay(run: Path, step: int, overrides: tuple[str, ...]) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("--hostfile", type=click.Path(path_type=Path), help="Check every host listed, over ssh.")
-@click.option("--exact", is_flag=True, help="Check instead whether each operation repeats its bits here.")
+@click.option(
+    "--exact", is_flag=True, help="Check instead that each operation repeats its bits on this machine."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @with_python
 @click.argument("overrides", nargs=-1)
@@ -135,8 +152,8 @@ def doctor(
 ) -> None:
     """Check whether this machine, or the hosts of a host file, can train together.
 
-    Looks at each host, connects every link of the ring, and launches ranks. OVERRIDES are train.py's: the
-    data they name is compared. Exit 3 where a check fails.
+    Examines each host, connects every link of the ring, and starts ranks. OVERRIDES are those of train.py;
+    the data they name is compared. Exits with 3 if a check fails.
 
     Example: mlx-ring doctor --hostfile hostfiles/lab.json -- data=text data.path=books
     """
@@ -147,17 +164,19 @@ def doctor(
     if exact:
         from mlx_ring.training.exact.doctor_checks import exact_checks  # loads MLX
 
-        return tell(exact_checks(), click.echo, as_json=as_json, with_hosts=False)
+        return report(exact_checks(), click.echo, as_json=as_json, with_hosts=False)
     from mlx_ring.cluster.doctor.doctor import examine
 
     found = examine(hostfile, python, list(overrides))
-    return tell(found, click.echo, as_json=as_json, with_hosts=hostfile is not None)
+    return report(found, click.echo, as_json=as_json, with_hosts=hostfile is not None)
 
 
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print what makes SHELL complete the words of this command. For train.py: train.py --hydra-help.
+    """Print a script that makes SHELL complete the words of this command.
+
+    For train.py, see train.py --hydra-help.
 
     Example: eval "$(mlx-ring completion bash)"
     """
@@ -167,7 +186,7 @@ def completion(shell: str) -> None:
 
 
 def main() -> NoReturn:
-    """Run a command; a mistake is one line on stderr and the contract's exit status."""
+    """Runs a command and exits. A user's mistake is one line on stderr, with the exit status of its error."""
     try:
         cli(standalone_mode=False)
     except MlxRingError as error:

@@ -6,6 +6,7 @@
 - `supervisor`: `mlx-ring run`; it starts agents, decides who is to blame, and restarts.
 - `doctor`: `mlx-ring doctor`; it looks at hosts, links and ranks before a run does.
 - `finding`: one result of a check, which the doctor and the commands print.
+- `limits`: all time limits by which these watch over one another.
 
 This room knows a run only by its processes, its heartbeats and its directory.
 """

@@ -1,4 +1,4 @@
-"""One finding of `mlx-ring doctor`, and how findings are told. No mlx here."""
+"""One finding of a check, and how findings are printed: for `mlx-ring doctor` and `mlx-ring hosts`."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,47 +7,58 @@ from typing import Any, Literal
 
 from mlx_ring.errors import ClusterError
 
-FOUND = "found: "  # begins the line in which a process of ours tells what it found, among what others print
+# Marks the line in which one of our processes prints its result as JSON, among whatever else is printed.
+FOUND = "found: "
 Status = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One finding, as `--json` prints it. `remedy` is empty where the status is ok."""
+    """One finding, with the fields that `--json` prints."""
 
-    name: str
+    name: str  # of the check
     host: str
     status: Status
-    detail: str
-    remedy: str
+    detail: str  # what was found
+    remedy: str  # what to do about it; empty if the status is ok
 
 
 def ok(name: str, host: str, detail: str) -> Check:
+    """Returns a finding that all is well."""
     return Check(name=name, host=host, status="ok", detail=detail, remedy="")
 
 
 def warn(name: str, host: str, detail: str, remedy: str) -> Check:
+    """Returns a finding that does not keep the hosts from training."""
     return Check(name=name, host=host, status="warn", detail=detail, remedy=remedy)
 
 
 def fail(name: str, host: str, detail: str, remedy: str) -> Check:
+    """Returns a finding that keeps the hosts from training."""
     return Check(name=name, host=host, status="fail", detail=detail, remedy=remedy)
 
 
-def found_in(text: str) -> Any:
-    """What a process of ours told in a line of its output; None where it did not."""
-    told = [line.partition(FOUND)[2] for line in text.splitlines() if FOUND in line]
-    return json.loads(told[-1]) if told else None
+def read_result(output: str) -> Any:
+    """Returns the last result that one of our processes printed after FOUND; None if it printed none."""
+    results = [line.partition(FOUND)[2] for line in output.splitlines() if FOUND in line]
+    return json.loads(results[-1]) if results else None
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:
+    """Returns the failures among these findings."""
     return [check for check in checks if check.status == "fail"]
 
 
-def tell(found: Iterable[Check], echo: Callable[[str], None], *, as_json: bool, with_hosts: bool) -> None:
-    """Print findings as they come, or all of them as JSON.
+def report(found: Iterable[Check], echo: Callable[[str], None], *, as_json: bool, with_hosts: bool) -> None:
+    """Prints findings.
 
-    Raises: ClusterError, after the last, where one is a failure.
+    Args:
+        found: the findings; each is printed as soon as it is there.
+        echo: prints one line.
+        as_json: prints all findings at the end instead, as one JSON object.
+        with_hosts: whether a line names the host.
+
+    Raises: ClusterError, after all findings are printed, if one is a failure.
     """
     checks: list[Check] = []
     for check in found:

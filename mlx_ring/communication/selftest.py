@@ -1,6 +1,6 @@
-"""The ranks that `mlx-ring doctor` launches: they join as those of a run do, measure, and end on purpose.
+"""The program of the ranks that `mlx-ring doctor` launches: join as in a run, measure the network, leave.
 
-Rank 0 prints what was found. Then the last rank leaves with FAREWELL, which whoever launched it must see.
+Rank 0 prints what it found. Then the last rank leaves with the status FAREWELL, which must reach the doctor.
 """
 
 import json
@@ -16,26 +16,31 @@ from mlx_ring.cluster.doctor.trial_launch import FAREWELL
 from mlx_ring.cluster.finding import FOUND
 from mlx_ring.cluster.rank import heartbeat
 from mlx_ring.cluster.rank.environment import RankEnvironment
-from mlx_ring.cluster.rank.protocol import JOINING, STARTING
+from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import MlxRingError
 
-REPEATS, LARGE_REPEATS = 50, 5
-CHECKED = 2**18  # integers
-LARGE_BYTES, LARGE_SECONDS = 16 * 2**20, 0.3  # of one all-reduce, at most: on a slow link fewer bytes
+SMALL_REPEATS = 50
+LARGE_REPEATS = 5
+CHECKED_INTEGERS = 2**18  # of the sum whose result is checked
+LARGE_BYTES = 16 * 2**20  # of the all-reduce that measures bandwidth
+LARGE_SECONDS = 0.3  # it may take this long at most: on a slow link it has fewer bytes
 
 
 def measure(communicator: Communicator) -> dict[str, float]:
-    """Whether sums are right, and how long they take. Collective: every rank must call.
+    """Checks a sum, and measures all-reduces. Collective: every rank must call.
 
-    Latency: the median time in seconds of an all-reduce of one float32. Bandwidth: of 16 MiB or less, the
-    "bus bandwidth" 2 (n − 1)/n · bytes/time in bytes a second (NCCL tests, PERFORMANCE.md).
+    Returns: A dictionary with
+        right: Whether the sum was right on every rank.
+        latency_seconds: The median time of an all-reduce of one float32.
+        bytes: The size of the large all-reduce, at most 16 MiB.
+        bytes_per_second: Its "bus bandwidth" 2 (n − 1)/n · bytes/time (NCCL tests, PERFORMANCE.md).
     """
     ranks = communicator.world_size
-    pattern = np.arange(CHECKED, dtype=np.int32) % 1000
+    pattern = np.arange(CHECKED_INTEGERS, dtype=np.int32) % 1000
     total = communicator.all_sum(mx.array(pattern * (communicator.rank + 1)))
     right = np.array_equal(np.array(total), pattern * (ranks * (ranks + 1) // 2))
-    small = _median_seconds(communicator, mx.array([1.0]), REPEATS)
+    small = _median_seconds(communicator, mx.array([1.0]), SMALL_REPEATS)
     share = LARGE_SECONDS / max(communicator.gather_floats([_median_seconds(communicator, total, 1)]))
     size = min(LARGE_BYTES, max(1, int(share)) * total.nbytes)
     large = _median_seconds(communicator, mx.zeros((size // 4,)), LARGE_REPEATS)
@@ -48,7 +53,7 @@ def measure(communicator: Communicator) -> dict[str, float]:
 
 
 def _median_seconds(communicator: Communicator, array: mx.array, repeats: int) -> float:
-    """Of an all-reduce. Collective: every rank must call."""
+    """Returns: the median time of an all-reduce. Collective: every rank must call."""
     seconds: list[float] = []
     for _ in range(repeats):
         communicator.barrier()
@@ -59,12 +64,13 @@ def _median_seconds(communicator: Communicator, array: mx.array, repeats: int) -
 
 
 def main() -> None:
-    """One rank. Collective: every rank must call."""
+    """Runs one rank to its end. Collective: every rank must call."""
     communicator: Communicator | None = None
 
-    def observe() -> heartbeat.Vitals:
-        phase = STARTING if communicator is None else JOINING
-        return {"phase": phase, "calls": communicator.calls if communicator else 0}
+    def observe() -> Vitals:
+        if communicator is None:
+            return Vitals(phase=Phase.STARTING)
+        return Vitals(phase=Phase.JOINING, calls=communicator.calls, call=communicator.call)
 
     try:
         environment = RankEnvironment.read()

@@ -1,4 +1,7 @@
-"""The groups with choices, such as `model=mlp`: one dataclass a choice, with units and rules."""
+"""The groups of which one choice is made, such as `model=mlp`: one dataclass a choice, with units and rules.
+
+The comment behind a field is its text in the documentation.
+"""
 
 import math
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ Kind = Enum("Kind", ["classifier", "language"])
 
 
 class Model(Section):
+    """Base of all models."""
+
     group = "model"
 
 
@@ -63,13 +68,13 @@ TRANSFORMER_SIZES: dict[Size, dict[str, int]] = {
 @dataclass(kw_only=True)
 class TransformerModel(Model):
     name: str
-    size: Size  # fills every dimension left null below
-    layers: int | None  # blocks
+    size: Size  # gives a value to every dimension below that is null
+    layers: int | None  # number of blocks
     dimensions: int | None  # width of the residual stream
-    heads: int | None  # query heads
-    kv_heads: int | None  # key and value heads; divides heads
+    heads: int | None  # number of query heads
+    kv_heads: int | None  # number of key and value heads; divides heads
     hidden_dimensions: int | None  # width of the SwiGLU layer
-    max_sequence_length: int | None  # positions
+    max_sequence_length: int | None  # longest sequence, in tokens
     tie_head: bool  # the output head shares the embedding's weights
     dropout: float
     rope_base: float  # base of the rotary frequencies
@@ -102,7 +107,7 @@ class CustomModel(Model):
 class BundledData(Section):
     group = "data"
     name: str
-    prefetch: int  # global batches prepared ahead of the trainer
+    prefetch: int  # global batches that are prepared ahead of the trainer
 
     def __post_init__(self) -> None:
         self.at_least(1, "prefetch")
@@ -110,16 +115,16 @@ class BundledData(Section):
 
 @dataclass(kw_only=True)
 class FashionMNISTData(BundledData):
-    path: str | None  # folder of the four IDX files; null looks for the Debian package
+    path: str | None  # folder of the four IDX files; null: the folder of the Debian package
     distribute: bool  # rank 0 sends its files to the hosts that lack them
-    cache_dir: str  # where received files are kept
+    cache_dir: str  # folder for files that are made or received here
 
 
 @dataclass(kw_only=True)
 class TokensData(BundledData):
-    path: str  # a .bin token file with its .json beside it
-    sequence_length: int | None  # tokens a sample is made of; null: as many as the model takes
-    held_out_fraction: float  # last part of the tokens, kept for evaluation
+    path: str  # a .bin file of tokens, with its .json beside it
+    sequence_length: int | None  # tokens in a sample; null: as many as the model takes
+    held_out_fraction: float  # part of the tokens, at the end, that is kept for evaluation
     distribute: bool
     cache_dir: str
 
@@ -132,9 +137,9 @@ class TokensData(BundledData):
 @dataclass(kw_only=True)
 class TextData(TokensData):
     pattern: str  # which files of a folder are read (a glob, ** for any depth)
-    exclude: list[str]  # globs of files left out
-    tokenizer: Tokenizer  # bytes: 256 tokens; bpe: trained once on this text
-    vocabulary_size: int  # of the bpe tokenizer
+    exclude: list[str]  # files that are left out, as globs
+    tokenizer: Tokenizer  # bytes: 256 tokens; bpe: a tokenizer that is trained once on this text
+    vocabulary_size: int  # largest number of tokens of the bpe tokenizer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,11 +148,11 @@ class TextData(TokensData):
 
 @dataclass(kw_only=True)
 class SyntheticData(BundledData):
-    samples: int  # training samples
-    held_out_samples: int  # samples kept for evaluation
-    features: int  # of one sample, for a classifier
-    classes: int  # of a classifier
-    vocabulary_size: int  # for a language model
+    samples: int  # number of training samples
+    held_out_samples: int  # number of samples that are kept for evaluation
+    features: int  # numbers in a sample, for a classifier
+    classes: int  # number of classes, for a classifier
+    vocabulary_size: int  # number of different tokens, for a language model
     sequence_length: int | None
 
     def __post_init__(self) -> None:
@@ -171,10 +176,10 @@ class CustomData(BundledData):
 class OptimizerSection(Section):
     group = "optimizer"
     name: str
-    learning_rate: float  # peak, at trainer.global_batch_size unless scaled below
-    scale_learning_rate: Scaling  # by global_batch_size / reference_batch_size
-    reference_batch_size: int  # samples
-    weight_decay: float  # on matrices; never on norms and biases
+    learning_rate: float  # the peak; for reference_batch_size if it is scaled, else for the batch in use
+    scale_learning_rate: Scaling  # multiplies by global_batch_size / reference_batch_size, or by its root
+    reference_batch_size: int  # samples in the batch that learning_rate is meant for
+    weight_decay: float  # acts on matrices only, never on norms and biases
 
     def __post_init__(self) -> None:
         self.positive("learning_rate")
@@ -200,7 +205,7 @@ class AdamOptimizer(OptimizerSection):
 
 @dataclass(kw_only=True)
 class LionOptimizer(OptimizerSection):
-    betas: list[float]  # decay of the mean that is applied, and of the one that is kept
+    betas: list[float]  # decay of the mean that makes the update, and of the mean that is kept
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,7 +215,7 @@ class LionOptimizer(OptimizerSection):
 @dataclass(kw_only=True)
 class SGDOptimizer(OptimizerSection):
     momentum: float  # decay of the velocity
-    nesterov: bool  # look ahead along the velocity
+    nesterov: bool  # uses Nesterov's form of momentum
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,14 +226,14 @@ class SGDOptimizer(OptimizerSection):
 
 @dataclass(kw_only=True)
 class AdafactorOptimizer(OptimizerSection):
-    decay_rate: float  # exponent of the step number in the decay of the mean square
-    clip_threshold: float  # largest root mean square of an update, before the learning rate
+    decay_rate: float  # the mean square keeps 1 − step^decay_rate of its old value
+    clip_threshold: float  # largest root mean square of an update, before the learning rate applies
 
 
 @dataclass(kw_only=True)
 class MuonOptimizer(OptimizerSection):
     momentum: float  # decay of the mean gradient
-    adam_learning_rate: float  # for vectors, embeddings and heads, which AdamW updates
+    adam_learning_rate: float  # of vectors, embeddings and heads, which AdamW updates
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,7 +245,7 @@ class MuonOptimizer(OptimizerSection):
 class ConstantSchedule(Section):
     group = "schedule"
     name: str
-    warmup_steps: int  # from 0 to the peak, linearly
+    warmup_steps: int  # steps in which the rate rises from 0 to its peak, in a straight line
 
     def __post_init__(self) -> None:
         self.at_least(0, "warmup_steps")
@@ -248,7 +253,7 @@ class ConstantSchedule(Section):
 
 @dataclass(kw_only=True)
 class DecaySchedule(ConstantSchedule):
-    final_fraction: float  # of the peak, reached at trainer.steps
+    final_fraction: float  # the rate at trainer.steps, as a part of the peak
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,7 +262,7 @@ class DecaySchedule(ConstantSchedule):
 
 @dataclass(kw_only=True)
 class WSDSchedule(DecaySchedule):
-    decay_steps: int | None  # the last steps of the run, on a line down; null: a fifth of the run
+    decay_steps: int | None  # last steps, in which the rate falls in a line; null: a fifth of the run
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,11 +277,11 @@ class StrategySection:
 @dataclass(kw_only=True)
 class CommunicatorSection(Section):
     group = "communicator"
-    name: str  # the codec: how a gradient travels
-    backend: Backend
-    bucket_bytes: int  # gradients are reduced in buckets of about this size
-    verify_every_steps: int | None  # compare the replicas so often, besides before evaluations and saves
-    overlap: bool  # reduce the last layers while the first are still in the backward pass
+    name: str  # the codec: in which form gradients travel
+    backend: Backend  # what MLX sends with; auto takes what the launcher prepared
+    bucket_bytes: int  # gradients are reduced in groups of about this size
+    verify_every_steps: int | None  # steps between comparisons of replicas; null: before saves, evaluations
+    overlap: bool  # reduces the last layers while the backward pass still computes the first
 
     def __post_init__(self) -> None:
         self.at_least(1, "verify_every_steps", or_null=True)

@@ -1,4 +1,5 @@
-"""Objects of the user's own, named on the command line by `package.module:name`. No mlx here."""
+"""Finds and calls the user's own classes and functions, which the command line names as
+`package.module:name`. Loads no MLX itself."""
 
 import importlib
 import inspect
@@ -11,9 +12,13 @@ from mlx_ring.errors import ConfigError, MlxRingError
 
 
 def import_callable(key: str, import_path: str) -> Callable[..., Any]:
-    """What `import_path` names; modules are also looked up in the folder where the command was typed.
+    """Imports what `import_path` names. The folder where the command was typed is searched too.
 
-    Raises: ConfigError naming `key` and the path if it cannot be imported, or cannot be called.
+    Args:
+        key: the configuration key that holds the path, for the message.
+        import_path: `package.module:name`.
+
+    Raises: ConfigError if it cannot be imported, or is neither a class nor a function.
     """
     module_name, _, name = import_path.partition(":")
     here = str(Path.cwd())
@@ -32,12 +37,19 @@ def import_callable(key: str, import_path: str) -> Callable[..., Any]:
 
 
 def call(group: str, import_path: str, arguments: dict[str, Any], **given: Any) -> Any:
-    """What `GROUP.import_path` returns for what we give it and the user's GROUP.arguments.
+    """Calls what GROUP.import_path names, and returns its result.
 
-    Raises: ConfigError naming the path if it cannot be imported, does not take these arguments, or fails.
+    Args:
+        group: the configuration group, such as "model".
+        import_path: `package.module:name`.
+        arguments: the user's GROUP.arguments; they win over `given` if both have a name.
+        given: the keyword arguments that mlx_ring passes.
+
+    Raises: ConfigError if it cannot be imported, does not take these arguments, or fails.
     """
     key = f"{group}.import_path"
-    function, all_arguments = import_callable(key, import_path), {**given, **arguments}
+    function = import_callable(key, import_path)
+    all_arguments = {**given, **arguments}
     try:
         inspect.signature(function).bind(**all_arguments)
     except (TypeError, ValueError) as error:

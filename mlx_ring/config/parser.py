@@ -1,4 +1,4 @@
-"""From what Hydra composed to a `RunConfig`, every mistake told in one line that names the key."""
+"""Turns what Hydra composed into a `RunConfig`; a mistake becomes one line that names the key."""
 
 import difflib
 import re
@@ -16,20 +16,22 @@ from omegaconf.errors import (
 )
 
 from mlx_ring.config.choices import CHOICES
-from mlx_ring.config.redaction import record
+from mlx_ring.config.redaction import redact
 from mlx_ring.config.rules import require
 from mlx_ring.config.run_config import SECTIONS, RunConfig
 from mlx_ring.errors import ConfigError, MlxRingError
 
 CONTAINERS = {ListConfig: (list, "a list: [1,2]"), DictConfig: (dict, "a group of values: {name:value}")}
-MOST_MICRO_BATCHES = 4096  # of a global batch in exact mode: 6 % of a language model's sums were off by 1 %
-REFERENCE = re.compile(r"'\$\{([\w.]+)\}': (.+)")  # in OmegaConf's words: what was referred to, and its fault
+# Of a global batch in exact mode. At this number 6 % of a language model's sums were off by more than 1 %.
+MOST_MICRO_BATCHES = 4096
+# Finds in OmegaConf's message the key that was referred to, and what is wrong with its value.
+REFERENCE = re.compile(r"'\$\{([\w.]+)\}': (.+)")
 
 
 def parse(composed: DictConfig) -> RunConfig:
-    """Check and convert a composed configuration.
+    """Checks a composed configuration and converts it.
 
-    Raises: ConfigError naming the key, the value and the rule.
+    Raises: ConfigError, with the key, the value and the rule.
     """
     _refuse_targets(composed)
     known = {*SECTIONS, *CHOICES, "seed"}
@@ -44,7 +46,7 @@ def parse(composed: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise explain(error) from error
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer in [0, 2**32)")
-    config = RunConfig(seed=seed, record=record(composed), **values)
+    config = RunConfig(seed=seed, redacted=redact(composed), **values)
     if config.schedule.warmup_steps >= config.trainer.steps:
         rule = f"below trainer.steps={config.trainer.steps}"
         require(False, "schedule.warmup_steps", config.schedule.warmup_steps, rule)
@@ -58,6 +60,7 @@ def parse(composed: DictConfig) -> RunConfig:
 
 
 def _section(composed: DictConfig, key: str) -> Any:
+    """Returns the dataclass of one group, checked."""
     node = composed[key]
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{key} must be a group of values; got {node!r}")
@@ -73,7 +76,7 @@ def _section(composed: DictConfig, key: str) -> Any:
         raise ConfigError(
             f"unknown configuration key {key}.{unknown[0]}; {_nearest(f'{key}.{unknown[0]}', names)}"
         )
-    # A container of the whole, so that error messages and interpolations see full key names.
+    # The group stays inside the whole, so that error messages and look-ups use whole keys.
     whole = OmegaConf.create({})
     whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
     resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -87,7 +90,7 @@ def _section(composed: DictConfig, key: str) -> Any:
 
 
 def _refuse_targets(node: Any, path: str = "") -> None:
-    """`_target_` would let a file name any callable; objects are built from short names instead."""
+    """Raises: ConfigError for a `_target_` anywhere: with it a file could make Hydra call anything."""
     if isinstance(node, DictConfig):
         for key in node:
             where = f"{path}.{key}" if path else str(key)
@@ -102,7 +105,8 @@ def _refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    """What was meant: the same name in another group, a similar one in this group, or all."""
+    """Suggests the key that was meant: the same name in another group, else a similar one in this group, else
+    lists them all."""
     group, _, name = key.rpartition(".")
     siblings = {
         other.rpartition(".")[2]: other for other in sorted(known) if other.rpartition(".")[0] == group
@@ -116,6 +120,7 @@ def _nearest(key: str, known: set[str]) -> str:
 
 
 def _all_keys(node: Any, path: str = "") -> set[str]:
+    """Returns the dotted key of every node."""
     if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():  # pyright: ignore[reportPrivateUsage]
         return {path} if path else set()
     keys: set[str] = {path} if path else set()
@@ -125,12 +130,12 @@ def _all_keys(node: Any, path: str = "") -> set[str]:
 
 
 def nearest_key(key: str, composed: DictConfig) -> str:
-    """A hint for a mistyped key, from the keys of a composed configuration."""
+    """Suggests what a mistyped key was meant to be, from the keys of a composed configuration."""
     return _nearest(key, {name for name in _all_keys(composed) if not name.startswith("hydra")})
 
 
 def explain(error: BaseException) -> MlxRingError:
-    """Turn OmegaConf's error into one line that names the key, or find our own error inside it."""
+    """Turns an error of OmegaConf into one line that names the key, or finds our own error inside it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MlxRingError):

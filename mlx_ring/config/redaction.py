@@ -1,4 +1,4 @@
-"""The configuration as plain dictionaries: what goes on disk, and what a resumed run may change."""
+"""The configuration as plain values without secrets: what may be written to disk or compared."""
 
 import math
 import re
@@ -7,49 +7,58 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "passphrase", "credential", "auth"}
-TEXT_ALONE = {"token", "key", "auth"}  # whose numbers (max_tokens, key_size) are no secrets
+SECRET_IF_TEXT = {"token", "key", "auth"}  # numbers under these words (max_tokens, key_size) are no secrets
 
 
-def record(composed: DictConfig | ListConfig) -> Any:
-    """The configuration as it goes on disk: interpolations unresolved, secret-like values redacted.
+def redact(composed: DictConfig | ListConfig) -> Any:
+    """Returns a composed configuration as plain dictionaries and lists, fit for the disk.
 
-    A list may hold overrides (`key=value`): one that speaks of a secret loses its value.
+    Look-ups (`${…}`) stay as they were typed, secret-like values become "<redacted>", enums become their
+    names, and numbers that JSON lacks (nan, inf) become text. In a list of overrides (`key=value`), one
+    that names a secret loses its value.
     """
 
-    def redact(node: Any) -> Any:
+    def plain(node: Any) -> Any:
         if isinstance(node, dict):
             return {
-                str(key): "<redacted>" if is_secret(str(key), value) else redact(value)
+                str(key): "<redacted>" if is_secret(str(key), value) else plain(value)
                 for key, value in node.items()
             }
         if isinstance(node, list):
-            return [redact(item) for item in node]
+            return [plain(item) for item in node]
         if isinstance(node, float) and not math.isfinite(node):
-            return str(node)  # JSON has no such number
-        return redacted(node) if isinstance(node, str) and "=" in node else node
+            return str(node)
+        return redact_override(node) if isinstance(node, str) and "=" in node else node
 
-    return redact(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
+    return plain(OmegaConf.to_container(composed, resolve=False, enum_to_str=True))
 
 
-def redacted(override: str) -> str:
-    """An override (`key=value`) without its value, where it speaks of a secret."""
+def redact_override(override: str) -> str:
+    """Returns an override (`key=value`), without its value if it names a secret."""
     names = re.findall(r"([\w.]+)\s*[:=]", override)
     return override.partition("=")[0] + "=<redacted>" if any(map(is_secret, names)) else override
 
 
+def redacted_yaml(composed: DictConfig) -> str:
+    """Returns a composed configuration as YAML without secrets."""
+    return to_yaml(redact(composed))
+
+
 def is_secret(key: str, value: Any = "") -> bool:
-    """Whether a word of a key's last part (apiKey, hf_tokens) names a secret, and the value may be one;
-    `tokens` alone is data."""
+    """Tells whether a word in the last part of a dotted key (apiKey, hf_tokens) names a secret.
+
+    A number is no secret under the words of SECRET_IF_TEXT, and a key that is just `tokens` holds data.
+    """
     name = key.rpartition(".")[2]
     words = {word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
     found = words & SECRET_WORDS
-    if value is None or (isinstance(value, int | float) and found <= TEXT_ALONE):
+    if value is None or (isinstance(value, int | float) and found <= SECRET_IF_TEXT):
         return False
     return name != "tokens" and bool(found)
 
 
 def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested dictionary by dotted keys."""
+    """Returns the values of a nested dictionary by dotted key; an empty dictionary counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         where = f"{path}.{key}" if path else str(key)
@@ -57,6 +66,6 @@ def flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_yaml(recorded: Any) -> str:
-    """A record as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(recorded))
+def to_yaml(plain: Any) -> str:
+    """Returns plain values as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain))

@@ -25,7 +25,12 @@ SECTIONS: dict[str, type] = {
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run. `record` is what goes on disk: look-ups unresolved, secrets redacted."""
+    """The configuration of a whole run.
+
+    `model`, `data`, `optimizer` and `schedule` hold the dataclass of the choice that was made.
+    `redacted` is the same configuration as plain dictionaries, as it is written to disk: look-ups are not
+    resolved, and secrets are redacted.
+    """
 
     seed: int
     run: RunSection
@@ -41,19 +46,19 @@ class RunConfig:
     evaluation: EvaluationSection
     metrics: MetricsSection
     cluster: ClusterSection
-    record: dict[str, Any]
+    redacted: dict[str, Any]
 
     @property
     def kind(self) -> Kind:
-        """What the model reads: samples with classes, or token sequences."""
+        """What the model reads: samples with classes, or sequences of tokens."""
         if self.model.name == "custom":
             return self.model.kind
         return Kind["language" if self.model.name == "transformer" else "classifier"]
 
     def flat(self) -> dict[str, Any]:
-        """Every value by its dotted key, without secrets and without what may differ between hosts."""
+        """Returns values by dotted key, without secrets and without what may differ between hosts."""
         plain = asdict(self)
-        del plain["record"]
+        del plain["redacted"]
         return {
             key: value.name if isinstance(value, Enum) else value
             for key, value in flatten(plain).items()

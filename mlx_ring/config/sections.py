@@ -1,7 +1,7 @@
-"""The configuration, typed: one dataclass a group, with units and rules.
+"""The groups that every run has, such as `trainer`: one dataclass a group, with units and rules.
 
-Defaults live in the YAML files under `conf/` alone. A dataclass whose values break a rule raises ConfigError
-with the key, the rule and the value.
+Default values are in the YAML files under `conf/` alone. A dataclass whose values break a rule raises
+ConfigError with the key, the rule and the value. The comment behind a field is its text in the documentation.
 """
 
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ class RunSection(Section):
 @dataclass(kw_only=True)
 class TrainerSection(Section):
     group = "trainer"
-    steps: int  # updates in all, counted from step 0 also after a resume
-    global_batch_size: int  # samples an update is made of, over all ranks
-    micro_batch_size: int  # samples a rank computes at once; divides the global batch
-    split: Split  # micro-batches are dealt to ranks evenly, or by the speed that each is measured to have
+    steps: int  # updates in total, counted from step 0 also after a resume
+    global_batch_size: int  # samples in one update, over all ranks
+    micro_batch_size: int  # samples that a rank computes at once; divides the global batch
+    split: Split  # how micro-batches are dealt to ranks: evenly, or by the measured speed of each
     loss: str  # cross_entropy, or package.module:function
-    compute_dtype: DType  # forward and backward; the master weights stay float32
-    clip_gradient_norm: float | None  # largest global L2 norm of the mean gradient
-    max_skipped_batches: int  # non-finite batches in a row before the run stops
-    compile: bool  # mx.compile the step
+    compute_dtype: DType  # of the forward and backward pass; the master weights stay float32
+    clip_gradient_norm: float | None  # largest global L2 norm of the mean gradient; null: no limit
+    max_skipped_batches: int  # batches in a row with non-finite gradients before the run stops
+    compile: bool  # compiles the step with mx.compile
 
     def __post_init__(self) -> None:
         self.at_least(1, "steps", "max_skipped_batches")
@@ -57,18 +57,18 @@ class TrainerSection(Section):
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches in a global batch, over all ranks."""
+        """The number of micro-batches in a global batch, over all ranks."""
         return self.global_batch_size // self.micro_batch_size
 
 
 @dataclass(kw_only=True)
 class MemorySection(Section):
     group = "memory"
-    limit_bytes: int | None  # MLX waits for memory above this
-    cache_limit_bytes: int | None  # freed buffers kept for reuse
-    wired_limit_bytes: int | None  # kept resident (macOS)
-    activation_checkpointing: bool  # recompute each block in the backward pass
-    issue_ahead: bool  # one rank, NCCL: issue a step before the last has ended; faster, more memory
+    limit_bytes: int | None  # above this, MLX waits until memory is freed; null: MLX decides
+    cache_limit_bytes: int | None  # freed memory that MLX keeps for reuse; null: MLX decides
+    wired_limit_bytes: int | None  # memory that macOS keeps resident; null: macOS decides
+    activation_checkpointing: bool  # saves memory: computes each block again in the backward pass
+    issue_ahead: bool  # one rank or NCCL: starts a step before the last has ended; faster, more memory
 
     def __post_init__(self) -> None:
         self.at_least(0, "limit_bytes", "cache_limit_bytes", "wired_limit_bytes", unit=" bytes", or_null=True)
@@ -77,14 +77,14 @@ class MemorySection(Section):
 @dataclass(kw_only=True)
 class CheckpointSection(Section):
     group = "checkpoint"
-    every_steps: int | None  # null: never by steps; the last step is always saved
-    every_seconds: float | None  # by rank 0's clock; null: never by time
-    keep_last: int  # newest checkpoints kept
-    keep_best: int  # besides these, those with the lowest evaluation loss, where saved at an evaluated step
-    resume: str  # auto, never, or the path of a run or a checkpoint
-    initialize_from: str | None  # weights only: a run, a checkpoint or a safetensors file
-    copies: Copies  # every_host: one rank on each disk keeps checkpoints and record; rank_0: it alone
-    max_failures: int  # saves in a row that may fail (a full disk) before the run stops
+    every_steps: int | None  # steps between saves; null: no save by steps; the last step is always saved
+    every_seconds: float | None  # seconds between saves, by rank 0's clock; null: no save by time
+    keep_last: int  # number of newest checkpoints that are kept
+    keep_best: int  # number kept besides these: those with the lowest evaluation loss
+    resume: str  # auto, never, or the path of a run or of a checkpoint
+    initialize_from: str | None  # takes weights only, from a run, a checkpoint or a safetensors file
+    copies: Copies  # every_host: one copy on each disk; rank_0: one copy, on its disk
+    max_failures: int  # failed saves in a row (a full disk) before the run stops
 
     def __post_init__(self) -> None:
         for field in ("every_steps", "every_seconds"):
@@ -98,9 +98,9 @@ class CheckpointSection(Section):
 @dataclass(kw_only=True)
 class EvaluationSection(Section):
     group = "evaluation"
-    every_steps: int | None  # null: only at the end
-    micro_batch_size: int | None  # null: the trainer's
-    only: bool  # evaluate a checkpoint and leave
+    every_steps: int | None  # steps between evaluations; null: only at the end
+    micro_batch_size: int | None  # samples that a rank computes at once; null: as the trainer
+    only: bool  # evaluates a checkpoint and trains nothing
 
     def __post_init__(self) -> None:
         self.at_least(1, "every_steps", "micro_batch_size", or_null=True)
@@ -109,9 +109,9 @@ class EvaluationSection(Section):
 @dataclass(kw_only=True)
 class MetricsSection(Section):
     group = "metrics"
-    log_every_steps: int  # steps between two rows, whose times and rates are means over them
-    console: bool  # rows or a live view on standard output
-    tensorboard: bool  # the same figures for TensorBoard
+    log_every_steps: int  # steps between two rows; times and rates in a row are means over these steps
+    console: bool  # shows rows or a live view on standard output
+    tensorboard: bool  # writes the same figures for TensorBoard
 
     def __post_init__(self) -> None:
         self.at_least(1, "log_every_steps")
@@ -120,10 +120,10 @@ class MetricsSection(Section):
 @dataclass(kw_only=True)
 class ClusterSection(Section):
     group = "cluster"
-    ranks: int | None  # null, or the world size that this run must have
-    hostfile: str | None  # of mlx-ring run, unless given there, and of a multirun's jobs
-    backend: Backend  # of a multirun's jobs; elsewhere what the launcher must have prepared
-    allow_public_addresses: bool  # the ring's traffic is neither encrypted nor signed
+    ranks: int | None  # the number of ranks that this run must have; null: any
+    hostfile: str | None  # for mlx-ring run if none is given there, and for the jobs of a multirun
+    backend: Backend  # for the jobs of a multirun; elsewhere, what the launcher must have prepared
+    allow_public_addresses: bool  # lets the ring use them; its traffic is neither encrypted nor signed
 
     def __post_init__(self) -> None:
         self.at_least(1, "ranks", or_null=True)

@@ -1,10 +1,11 @@
-"""Where samples come from, in which order they are drawn, and how they reach a rank. NumPy alone; MLX only
-in `manager`.
+"""Where samples come from, in which order they are drawn, and how they reach a rank. Everything here is
+NumPy; only `manager` loads MLX.
 
-`dataset` is what a data set of your own provides; `sources` opens each `data=` choice; `sampler` gives the
-order of samples as a pure function of seed and position; `loader` prepares global batches ahead of the
-trainer; `manager` makes every host have the same data. Sources, sampler and loader take `rank` and
-`world_size` as integers and know no communicator.
+`dataset` says what a data set of your own must provide. `sources` opens the data of every `data=` choice:
+`images`, `synthetic`, and `tokens`, which `text` makes with `documents` and `bpe`. `sampler` gives the order
+of samples as a pure function of seed and position. `loader` prepares global batches ahead of the trainer.
+`manager` makes every host have the same data. Sources, sampler and loader take `rank` and `world_size`, or
+what follows from them, as integers; they know no communicator.
 """
 
 from mlx_ring.data.dataset import Dataset, DataSpec, Split

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the text that it is to encode."""
+"""A byte-level BPE tokenizer, trained on the text that it will encode."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,15 +8,15 @@ import numpy as np
 from mlx_ring.data.documents import Document, read_lines
 from mlx_ring.errors import ConfigError
 
-TRAINING_BYTES = 1 << 28  # of text that a tokenizer is trained on, at most: it bounds memory and time
-ENCODED_TOGETHER = 64  # blocks that the encoder shares among its threads
+TRAINING_BYTES = 1 << 28  # most text that a tokenizer is trained on; it limits memory and time
+BLOCKS_TOGETHER = 64  # blocks of text that the encoder spreads over its threads
 END_OF_TEXT = "<|end_of_text|>"
 
 
 def train_bpe(documents: list[Document], vocabulary_size: int) -> Any:
-    """A `tokenizers.Tokenizer` of at most `vocabulary_size` tokens, the end of a text among them.
+    """Trains a `tokenizers.Tokenizer` with at most `vocabulary_size` tokens, one of which ends a text.
 
-    Raises: ConfigError when the package tokenizers is missing; DataError like `read_text`.
+    Raises: ConfigError if the package tokenizers is missing; DataError as `read_text` does.
     """
     try:
         from tokenizers import Tokenizer as BPETokenizer
@@ -29,7 +29,7 @@ def train_bpe(documents: list[Document], vocabulary_size: int) -> Any:
     tokenizer: Any = BPETokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # The separator's own spelling inside a text is encoded like any other text.
+    # If a text contains the words <|end_of_text|>, they are encoded like any other text.
     tokenizer.encode_special_tokens = True
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -44,7 +44,10 @@ def train_bpe(documents: list[Document], vocabulary_size: int) -> Any:
 
 
 def encode_bpe(tokenizer: Any, documents: list[Document]) -> Iterator[np.ndarray]:
-    """The tokens of the documents, uint32, block by block, with the end-of-text token between documents."""
+    """Yields the tokens of the documents, uint32, in blocks, with the end-of-text token between documents.
+
+    Raises: DataError as `read_text` does.
+    """
     separator = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.uint32)
     pending: list[str] = []
 
@@ -59,6 +62,6 @@ def encode_bpe(tokenizer: Any, documents: list[Document]) -> Iterator[np.ndarray
             yield separator
         for text in read_lines(document):
             pending.append(text)
-            if len(pending) == ENCODED_TOGETHER:
+            if len(pending) == BLOCKS_TOGETHER:
                 yield from encoded()
     yield from encoded()

@@ -1,4 +1,8 @@
-"""What every source of data gives: a specification for the model, and two indexable splits."""
+"""What a data set must provide: a description for the model, and two splits whose samples have an index.
+
+A function that returns a `Dataset` can be used with `data=custom data.import_path=package.module:function`.
+Everything is NumPy. In the shapes below, B is the number of samples that are asked for.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -10,10 +14,13 @@ from mlx_ring.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """What a model must fit.
+    """Describes the samples to the model.
 
-    `kind` is "classifier" or "language". `input_shape` is of one sample: (height, width, channels),
-    (features,), or (sequence_length,). `num_classes` is the number of classes, or the vocabulary's size.
+    Attributes:
+        kind: "classifier" for samples with one target each, "language" for sequences of tokens.
+        input_shape: the shape of one sample, without the batch: (features,) or (height, width, channels) for
+            a classifier, (sequence_length,) for a language model.
+        num_classes: the number of classes, or the size of the vocabulary. Targets are below it.
     """
 
     kind: str
@@ -22,33 +29,50 @@ class DataSpec:
 
 
 class Split(Protocol):
-    """Samples that can be drawn by index, in any order, from any thread."""
+    """The samples of one part of a data set. Any class with these two methods will do.
 
-    def __len__(self) -> int: ...
+    Samples are asked for by index, in any order and any number of times, from a thread of the loader. The
+    answer must depend on the indices alone: a random augmentation would make ranks and repeats differ.
+    """
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        ...
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at `indices` (B,), in that order.
+        """Returns samples and their targets.
 
-        Returns (inputs, targets): for a classifier float32 (B, *input_shape) and int32 (B,)
-        (or, with a loss of one's own, float32 (B,)); for a language
-        model both int32 (B, sequence_length). A target of -1 is not counted. Depends on `indices` alone.
+        Args:
+            indices: int64 (B,), each in [0, len(self)); the samples come back in this order.
 
-        Raises: DataError naming the file when a stored sample is damaged.
+        Returns: (inputs, targets), depending on the kind of the data set:
+            - classifier: inputs float32 (B, *input_shape); targets int32 (B,), or float32 (B,) for a loss of
+              your own, such as a regression;
+            - language: inputs int32 (B, sequence_length); targets int32 (B, sequence_length), each the token
+              after the input at its place.
+
+            A target of −1 is not counted in the loss.
+
+        Raises: DataError, with the file's name, if a stored sample is damaged.
         """
         ...
 
 
 class CheckedSplit:
-    """A split whose integer targets are classes: MLX would read one beyond them as an address."""
+    """A split whose integer targets are checked when they are drawn.
+
+    MLX does not check them: it would read memory outside the logits for a target that is not a class.
+    """
 
     def __init__(self, split: Split, num_classes: int) -> None:
-        self._split, self._num_classes = split, num_classes
+        self._split = split
+        self._num_classes = num_classes
 
     def __len__(self) -> int:
         return len(self._split)
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Like `Split.batch`. Raises: DataError for a target that is no class."""
+        """Does what `Split.batch` does. Raises: DataError if an integer target is num_classes or more."""
         inputs, targets = self._split.batch(indices)
         integers = np.issubdtype(targets.dtype, np.integer)
         if integers and (largest := int(targets.max(initial=0))) >= self._num_classes:
@@ -61,11 +85,17 @@ class CheckedSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Training and held-out samples of one specification.
+    """A data set: samples to train on and samples to evaluate with.
 
-    `digest` is a SHA-256 (hex) of what the data holds and how it is cut into samples: equal on all hosts that
-    hold the same data, wherever their files lie. `bytes_per_target` is the mean number of text bytes that a
-    held-out target stands for (a separator of documents counts as one); None where that is unknown.
+    Attributes:
+        spec: what both splits give.
+        digest: a SHA-256 (hex) of the content and of how it is cut into samples. It must be equal on all
+            hosts that hold the same data, wherever the files are: ranks with other digests refuse to train.
+        train: the samples to train on; at least one global batch.
+        held_out: the samples to evaluate with; at least one.
+        bytes_per_target: the mean number of bytes of text that a held-out target stands for; a separator
+            between documents counts as one byte. An evaluation needs it to report bits per byte. None if it
+            is unknown.
     """
 
     spec: DataSpec
@@ -75,7 +105,11 @@ class Dataset:
     bytes_per_target: float | None = None
 
     def checked(self) -> Self:
-        """The same, but with every integer target held against the number of classes as it is drawn."""
+        """Returns the same data set, but every integer target is checked when it is drawn.
+
+        Its splits raise DataError for a target that is not below the number of classes.
+        """
         classes = self.spec.num_classes
-        train, held_out = CheckedSplit(self.train, classes), CheckedSplit(self.held_out, classes)
-        return replace(self, train=train, held_out=held_out)
+        return replace(
+            self, train=CheckedSplit(self.train, classes), held_out=CheckedSplit(self.held_out, classes)
+        )

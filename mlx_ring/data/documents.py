@@ -1,4 +1,4 @@
-"""The files of a text: which they are, what they held when they were found, and their text block by block."""
+"""The files of a text: which they are, a hash of each, and reading them in blocks."""
 
 import codecs
 import glob
@@ -10,12 +10,12 @@ from pathlib import Path
 from mlx_ring.config.choices import TextData
 from mlx_ring.errors import DataError
 
-BLOCK_BYTES = 1 << 16  # of text read at once
+BLOCK_BYTES = 1 << 16  # text that is read at once
 
 
 @dataclass(frozen=True)
 class Document:
-    """A file of text, and the hash of what it held when it was found."""
+    """A file of text, with the size and the SHA-256 (hex) that it had when it was found."""
 
     path: Path
     size_bytes: int
@@ -23,15 +23,15 @@ class Document:
 
 
 def find_documents(config: TextData) -> list[Document]:
-    """The files of text, in the order of their paths relative to `data.path`, without empty and hidden ones.
+    """Returns the files of text, ordered by their paths below `data.path`, without empty and hidden files.
 
-    Raises: DataError naming the path and the pattern when there are none.
+    Raises: DataError, with the path and the pattern, if there are none or one cannot be read.
     """
     root = Path(config.path).expanduser()
     if root.is_dir():
-        left_out = {path for pattern in config.exclude for path in _matches(root, pattern)}
-        names = sorted(_matches(root, config.pattern) - left_out, key=lambda name: Path(name).parts)
-        # A link to a parent folder leads to every file again and again; each counts once, by its first name.
+        excluded = {path for pattern in config.exclude for path in _matches(root, pattern)}
+        names = sorted(_matches(root, config.pattern) - excluded, key=lambda name: Path(name).parts)
+        # A link to a parent folder gives every file many names; each file counts once, by its first name.
         first_names = {(root / name).resolve(): root / name for name in reversed(names)}
         paths = list(reversed(first_names.values()))
     elif root.is_file():
@@ -55,12 +55,14 @@ def find_documents(config: TextData) -> list[Document]:
 
 
 def read_text(document: Document) -> Iterator[str]:
-    """The document in blocks of about 64 KiB.
+    """Yields the document's text in blocks of about 64 KiB.
 
-    Raises: DataError naming the file and the line of a byte that is NUL or not UTF-8, or the file when it
-    changed after it was found.
+    Raises: DataError, with the file and the line, for a byte that is NUL or not UTF-8; DataError, with the
+    file, if it changed after it was found.
     """
-    decoder, sha256, line = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 1
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    sha256 = hashlib.sha256()
+    line = 1
     with document.path.open("rb") as file:
         more = True
         while more:
@@ -88,7 +90,7 @@ def read_text(document: Document) -> Iterator[str]:
 
 
 def read_lines(document: Document) -> Iterator[str]:
-    """Blocks cut at line ends where there are any, so that the cuts break few words."""
+    """Yields the document's text in blocks that end at a line end, if there is one: few words are cut."""
     rest = ""
     for text in read_text(document):
         rest += text
@@ -101,5 +103,5 @@ def read_lines(document: Document) -> Iterator[str]:
 
 
 def _matches(root: Path, pattern: str) -> set[str]:
-    # Path.glob gives a trailing ** another meaning before Python 3.13: folders only.
+    # Not Path.glob: before Python 3.13 it finds only folders for a pattern that ends in **.
     return set(glob.glob(pattern, root_dir=root, recursive=True))  # noqa: PTH207

@@ -1,4 +1,4 @@
-"""The two sets of labelled images: the digits in the package, and Fashion-MNIST from its IDX files."""
+"""Two data sets of labelled images: the digits in the package, and Fashion-MNIST from its IDX files."""
 
 import gzip
 import hashlib
@@ -25,27 +25,29 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages:
-    """uint8 images (N, height, width) with their labels, given as (pixel − mean) / deviation."""
+    """Images with their labels. A batch holds (pixel − mean) / deviation."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    mean: float
-    deviation: float
+    images: np.ndarray  # uint8 (N, height, width)
+    labels: np.ndarray  # uint8 (N,)
+    mean: float  # of the pixels
+    deviation: float  # of the pixels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, height, width, 1), float32, and labels (B,), int32."""
+        """Returns images, float32 (B, height, width, 1), and labels, int32 (B,)."""
         pixels = self.images[indices][..., np.newaxis].astype(np.float32)
         scaled = (pixels - np.float32(self.mean)) / np.float32(self.deviation)
         return scaled, self.labels[indices].astype(np.int32)
 
 
 def open_digits() -> Dataset:
-    """The 1,797 optical digits, 8 × 8, a fifth of each class held out."""
+    """Opens the 1,797 optical digits of 8 × 8 pixels; a fifth of each class is held out."""
     arrays = load_file(DIGITS)
-    images, labels, held_out = arrays["images"], arrays["labels"], arrays["held_out"]
+    images = arrays["images"]
+    labels = arrays["labels"]
+    held_out = arrays["held_out"]
     return _dataset(
         LabelledImages(images=images[~held_out], labels=labels[~held_out], mean=8, deviation=8),
         LabelledImages(images=images[held_out], labels=labels[held_out], mean=8, deviation=8),
@@ -53,9 +55,9 @@ def open_digits() -> Dataset:
 
 
 def find_fashion_mnist(path: str | None) -> dict[str, Path]:
-    """The four IDX files (plain or .gz) in the folder `path`, or in the Debian package's folder.
+    """Finds the four IDX files (plain or .gz) in the folder `path`, or in that of the Debian package.
 
-    Raises: DataError naming the folder and the remedies.
+    Raises: DataError, with the folder and the remedies, if one is missing.
     """
     folder = Path(path).expanduser() if path else DEBIAN_FOLDER
     found: dict[str, Path] = {}
@@ -72,9 +74,9 @@ def find_fashion_mnist(path: str | None) -> dict[str, Path]:
 
 
 def open_fashion_mnist(files: dict[str, Path]) -> Dataset:
-    """Fashion-MNIST, or any set of images in ten classes stored like it.
+    """Opens Fashion-MNIST, or any set of images in ten classes that is stored in the same files.
 
-    Raises: DataError naming the file that is damaged.
+    Raises: DataError, with the file's name, if one is damaged.
     """
     arrays = {key: _read_idx(files[key], 3 if key.endswith("images") else 1) for key in IDX_FILES}
     splits: list[LabelledImages] = []
@@ -85,7 +87,7 @@ def open_fashion_mnist(files: dict[str, Path]) -> Dataset:
             raise DataError(f"{path} holds labels of shape {labels.shape} for images of shape {images.shape}")
         if labels.max() >= NUM_CLASSES:
             raise DataError(f"{path} holds the label {labels.max()}; the classes are 0 to {NUM_CLASSES - 1}")
-        # The mean and deviation of Fashion-MNIST's training pixels, 0.2860 and 0.3530 of 255.
+        # Fashion-MNIST's training pixels have the mean 0.2860 and the deviation 0.3530, in parts of 255.
         splits.append(LabelledImages(images=images, labels=labels, mean=72.94, deviation=90.02))
     train, held_out = splits
     if train.images.shape[1:] != held_out.images.shape[1:]:
@@ -95,6 +97,7 @@ def open_fashion_mnist(files: dict[str, Path]) -> Dataset:
 
 
 def _dataset(train: LabelledImages, held_out: LabelledImages) -> Dataset:
+    """Puts two splits together and computes their digest."""
     digest = hashlib.sha256()
     for array in (train.images, train.labels, held_out.images, held_out.labels):
         digest.update(str(array.shape).encode())
@@ -105,14 +108,18 @@ def _dataset(train: LabelledImages, held_out: LabelledImages) -> Dataset:
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file: 00 00, 08 for uint8, the number of dimensions, each as a big-endian int32, the data."""
+    """Reads an IDX file: 00 00, 08 for uint8, the number of dimensions, each as a big-endian int32, the data.
+
+    Returns: uint8, with this many dimensions. Raises: DataError if the file is damaged.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; get the file again") from error
-    magic, expected = content[:4].hex(), f"000008{dimensions:02x}"
+    magic = content[:4].hex()
+    expected = f"000008{dimensions:02x}"
     if magic != expected:
         raise DataError(
             f"{path} starts with {magic or 'nothing'}, but must start with {expected}; get the file again"
@@ -122,7 +129,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     expected_bytes = header_bytes + int(np.prod(shape, dtype=object))
     if len(content) != expected_bytes:
         raise DataError(
-            f"{path} holds {len(content)} bytes, its header of shape {shape} tells of {expected_bytes}; "
+            f"{path} holds {len(content)} bytes, but its header of shape {shape} needs {expected_bytes}; "
             "get the file again"
         )
     return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)

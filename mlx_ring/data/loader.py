@@ -1,4 +1,4 @@
-"""This rank's share of each successive global batch, prepared ahead by one thread."""
+"""Prepares this rank's share of every global batch, in one thread, ahead of the trainer."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -12,37 +12,48 @@ from mlx_ring.data.dataset import Split
 from mlx_ring.data.sampler import sample_order
 from mlx_ring.errors import DataError
 
-DRAWN_AT_ONCE = 2048  # positions, and not more than an epoch
+DRAWN_AT_ONCE = 2048  # positions whose samples are drawn together, if the data set has that many
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """One rank's share of a global batch.
 
-    `first_sample` is the global position of the whole batch's first sample. `micro_batches` holds, of each
-    micro-batch of this rank, its index in the global batch, its inputs and its targets (see `Split.batch`).
+    Attributes:
+        first_sample: the position of the global batch's first sample, counted from the start of the run.
+        micro_batches: for each micro-batch of this rank: its index in the global batch, its inputs and its
+            targets. `Split.batch` gives their shapes and dtypes.
     """
 
     first_sample: int
     micro_batches: list[tuple[int, np.ndarray, np.ndarray]]
 
 
-class Loader(Iterator[GlobalBatch]):
-    """Draws global batches without end, in the sampler's order; its whole state is the integer `next_sample`.
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples that were drawn together."""
 
-    The arrays are NumPy's and are made in one thread; an error there is raised in the consumer, again at each
-    attempt, so that no batch is ever passed over. Iteration ends once the loader is closed.
+    first_sample: int  # of the first global batch
+    micro_batches: range
+    indices: np.ndarray  # int64 (global batches, samples of this rank)
+
+
+class Loader(Iterator[GlobalBatch]):
+    """Gives global batches without end, in the sampler's order. Its whole state is the integer `next_sample`.
+
+    A thread makes the arrays. If it fails, `next` raises its error, and raises it again at every further
+    call: no batch is ever skipped. Iteration ends when the loader is closed.
 
     Args:
         split: the samples.
-        seed: of the order.
-        global_batch_size: samples of a batch, over all ranks; a whole number of micro-batches.
-        micro_batch_size: samples of a micro-batch.
-        micro_batches: those of the global batch that this rank computes.
-        next_sample: the global position to start at.
-        prefetch: global batches prepared ahead.
+        seed: decides the order.
+        global_batch_size: samples in a global batch, over all ranks; a whole number of micro-batches.
+        micro_batch_size: samples in a micro-batch.
+        micro_batches: indices of the micro-batches, in each global batch, that this rank computes.
+        next_sample: the position to start at, counted in samples from the start of the run.
+        prefetch: global batches that are prepared ahead.
 
-    Raises: DataError when the split is smaller than one global batch.
+    Raises: DataError if the split is smaller than one global batch.
     """
 
     def __init__(
@@ -68,15 +79,14 @@ class Loader(Iterator[GlobalBatch]):
         self._micro_batches = micro_batches
         self._next_sample = next_sample
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
-        # The thread's own: the first sample, the micro-batches, and this rank's indices of each batch drawn.
-        self._drawn = 0, range(0), np.empty((0, 0), np.int64)
+        self._drawn = _Drawn(0, range(0), np.empty((0, 0), np.int64))  # used by the thread alone
         self._ahead: deque[Future[GlobalBatch]] = deque()
         for batch in range(prefetch):
             self._prepare(next_sample + batch * global_batch_size)
 
     @property
     def next_sample(self) -> int:
-        """The global position after the last batch taken."""
+        """The position after the last batch that was taken."""
         return self._next_sample
 
     def __next__(self) -> GlobalBatch:
@@ -89,15 +99,16 @@ class Loader(Iterator[GlobalBatch]):
         return batch
 
     def deal(self, micro_batches: range) -> None:
-        """From the next batch on give these of each global batch; what was prepared of others is dropped."""
+        """Changes which micro-batches this rank gets, from the next batch on; prepares those batches anew."""
         self._micro_batches = micro_batches
-        prepared, self._ahead = self._ahead, deque()
-        for batch, old in enumerate(prepared):
-            old.cancel()
+        prepared = self._ahead
+        self._ahead = deque()
+        for batch, outdated in enumerate(prepared):
+            outdated.cancel()
             self._prepare(self._next_sample + batch * self._global_batch_size)
 
     def close(self) -> None:
-        """Join the thread and drop what it prepared; more than once is fine."""
+        """Ends the thread and drops what it prepared. Can be called again."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
 
@@ -108,8 +119,10 @@ class Loader(Iterator[GlobalBatch]):
         self.close()
 
     def _draw(self, first_sample: int, micro_batches: range) -> np.ndarray:
-        """This rank's indices of the next global batches, a row each: drawn at once, a small batch costs a
-        tenth of what it costs alone."""
+        """Returns this rank's samples of the next global batches, int64, one batch in each row.
+
+        Drawn together, small batches cost a tenth of what they cost one by one.
+        """
         own = len(micro_batches) * self._micro_batch_size
         batches = max(1, min(DRAWN_AT_ONCE, len(self._split)) // own)
         firsts = first_sample + np.arange(batches) * self._global_batch_size
@@ -118,14 +131,19 @@ class Loader(Iterator[GlobalBatch]):
         return order.reshape(batches, own)
 
     def _prepare(self, first_sample: int) -> None:
+        """Has the thread make the global batch that begins at this position."""
         self._ahead.append(self._thread.submit(self._share, first_sample, self._micro_batches))
 
     def _share(self, first_sample: int, micro_batches: range) -> GlobalBatch:
-        first, drawn_for, drawn = self._drawn
-        number = (first_sample - first) // self._global_batch_size
-        if micro_batches != drawn_for or not 0 <= number < len(drawn):
-            number, drawn = 0, self._draw(first_sample, micro_batches)
-            self._drawn = first_sample, micro_batches, drawn
-        rows = drawn[number].reshape(len(micro_batches), self._micro_batch_size)
-        shares = zip(micro_batches, rows, strict=True)
-        return GlobalBatch(first_sample, [(index, *self._split.batch(indices)) for index, indices in shares])
+        """Makes this rank's share of one global batch. Runs in the thread."""
+        drawn = self._drawn
+        row = (first_sample - drawn.first_sample) // self._global_batch_size
+        if micro_batches != drawn.micro_batches or not 0 <= row < len(drawn.indices):
+            row = 0
+            drawn = _Drawn(first_sample, micro_batches, self._draw(first_sample, micro_batches))
+            self._drawn = drawn
+        indices = drawn.indices[row].reshape(len(micro_batches), self._micro_batch_size)
+        return GlobalBatch(
+            first_sample,
+            [(index, *self._split.batch(own)) for index, own in zip(micro_batches, indices, strict=True)],
+        )

@@ -1,6 +1,7 @@
-"""Every source of data by its configuration, in two steps: find or make its files, then open them.
+"""Opens the data of every `data=` choice, in two steps: find or make the files, then open them.
 
-The steps are apart because the files may come from another host: rank 0 prepares, others may receive.
+The steps are separate because the files may come from another host: rank 0 prepares them, and other hosts
+may receive them.
 """
 
 from pathlib import Path
@@ -33,9 +34,16 @@ REMEDIES = {
 
 
 def prepare(config: BundledData) -> dict[str, Path]:
-    """The local files that hold the data, by name; text is turned into tokens first. {} where there are none.
+    """Finds the files that hold the data on this host. Text is turned into tokens first.
 
-    Raises: DataError when the data is absent or damaged; ConfigError when it cannot be prepared.
+    Args:
+        config: the data group of the configuration.
+
+    Returns: the files by what they hold, such as "tokens" and "side_car"; empty for data that needs none.
+
+    Raises:
+        DataError: the data is missing or damaged.
+        ConfigError: tokens cannot be made, or the cache cannot be written.
     """
     match config:
         case TextData():
@@ -51,11 +59,19 @@ def prepare(config: BundledData) -> dict[str, Path]:
 def open_dataset(
     config: BundledData, *, kind: str, seed: int, sequence_length: int | None, files: dict[str, Path]
 ) -> Dataset:
-    """Open the data for a model of this `kind` ("classifier" or "language").
+    """Opens the data for a model.
 
-    `files` is what `prepare` returned, here or on another host. `sequence_length` is in tokens.
+    Args:
+        config: the data group of the configuration.
+        kind: what the model reads: "classifier" or "language".
+        seed: the run's seed; synthetic samples are computed from it.
+        sequence_length: tokens in a sample, for a language model.
+        files: what `prepare` returned on this host, or the same files received from another one.
 
-    Raises: ConfigError when data and model do not fit; DataError naming the file when it is damaged.
+    Raises:
+        ConfigError: the data does not fit the model, or the user's own function cannot be called.
+        DataError: a file is damaged (the message names it), or a sample of the user's own data does not have
+            the shape and dtype that its `DataSpec` promises.
     """
     if (gives := KINDS.get(config.name, kind)) != kind:
         raise ConfigError(_misfit(f"data={config.name}", gives, kind))
@@ -80,10 +96,12 @@ def open_dataset(
 
 
 def _misfit(data: str, gives: str, kind: str) -> str:
+    """Returns the message for data of one kind and a model of another."""
     return f"{data} is of kind {gives}, but the model is of kind {kind}; {REMEDIES[gives]}"
 
 
 def _open_custom(config: CustomData, kind: str) -> Dataset:
+    """Calls the user's own function and checks what it returns."""
     key = f"data.import_path={config.import_path}"
     dataset = import_path.call("data", config.import_path, config.arguments or {})
     if not isinstance(dataset, Dataset):
@@ -97,15 +115,19 @@ def _open_custom(config: CustomData, kind: str) -> Dataset:
 
 
 def _check_sample(key: str, dataset: Dataset) -> None:
-    """One sample of each split must have the shapes and types that the specification promises."""
+    """Raises: DataError unless a sample of each split has the shapes and dtypes that its spec promises."""
     language = dataset.spec.kind == "language"
-    shapes = ((1, *dataset.spec.input_shape), (1, *dataset.spec.input_shape) if language else (1,))
-    dtypes = (("int32",) if language else ("float32",), ("int32",) if language else ("int32", "float32"))
+    input_shape = (1, *dataset.spec.input_shape)
+    target_shape = input_shape if language else (1,)
+    input_dtypes = ("int32",) if language else ("float32",)
+    target_dtypes = ("int32",) if language else ("int32", "float32")
     for split in (dataset.train, dataset.held_out):
         if not len(split):
             raise DataError(f"{key} gave a split without samples; training and evaluation need one at least")
-        for what, array, shape, allowed in zip(
-            ("inputs", "targets"), split.batch(np.arange(1)), shapes, dtypes, strict=True
+        inputs, targets = split.batch(np.arange(1))
+        for what, array, shape, allowed in (
+            ("inputs", inputs, input_shape, input_dtypes),
+            ("targets", targets, target_shape, target_dtypes),
         ):
             if array.shape != shape or array.dtype not in allowed:
                 raise DataError(

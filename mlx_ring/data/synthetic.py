@@ -1,6 +1,7 @@
-"""Samples made up from (seed, index) alone: nothing is stored, and every machine makes the same bits.
+"""Samples that are computed from (seed, index): nothing is stored, and every machine computes the same bits.
 
-Only integers and correctly rounded float operations are used: libraries round logarithms and cosines apart.
+Only integers and correctly rounded float operations are used, because libraries round logarithms and cosines
+differently.
 """
 
 import hashlib
@@ -12,23 +13,23 @@ from mlx_ring.config.choices import SyntheticData
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.sampler import mix
 
-JUMP_PERCENT = 10  # tokens that do not follow the rule
+JUMP_PERCENT = 10  # share of the tokens that do not follow the rule
 
 
 def _random_bits(seed: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """uint64 (B, count): a row of random bits for each index."""
+    """Returns uint64 (B, count): a row of random bits for each index."""
     rows = mix(mix(indices.astype(np.uint64)) ^ mix(np.array([seed], np.uint64)))
     return mix(rows[:, np.newaxis] + np.arange(1, count + 1, dtype=np.uint64))
 
 
 def _uniform(bits: np.ndarray) -> np.ndarray:
-    """float32 in [−1, 1), from the upper 24 of 64 random bits."""
+    """Returns float32 numbers in [−1, 1), made from the upper 24 of 64 random bits."""
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWalks:
-    """Walks round the vocabulary: a token is the last one plus a fixed stride or, one time in ten, any."""
+    """Walks round the vocabulary: each token is the last plus a fixed stride or, one time in ten, random."""
 
     seed: int
     first: int  # index of the first sample
@@ -41,11 +42,11 @@ class TokenWalks:
 
     @property
     def stride(self) -> int:
-        """What the rule adds to a token, modulo the vocabulary's size."""
+        """The number that the rule adds to a token, modulo the size of the vocabulary."""
         return 1 + self.seed % (self.vocabulary_size - 1)
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and their successors, both int32 (B, sequence_length)."""
+        """Returns tokens and the tokens after them, both int32 (B, sequence_length)."""
         bits = _random_bits(self.seed, indices + self.first, self.sequence_length + 1)
         anywhere = ((bits >> np.uint64(32)) % np.uint64(self.vocabulary_size)).astype(np.int64)
         jumps = bits % np.uint64(100) < JUMP_PERCENT
@@ -57,7 +58,7 @@ class TokenWalks:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyCentres:
-    """Features in [−1, 1): the mean of the class's centre and of noise, both uniform."""
+    """Samples with features in [−1, 1): the mean of the centre of their class and of noise, both uniform."""
 
     seed: int
     first: int  # index of the first sample
@@ -69,16 +70,19 @@ class NoisyCentres:
         return self.samples
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features (B, features), float32, and classes (B,), int32."""
+        """Returns features, float32 (B, features), and classes, int32 (B,)."""
         bits = _random_bits(self.seed, indices + self.first, self.features + 1)
         labels = ((bits[:, 0] >> np.uint64(32)) % np.uint64(self.classes)).astype(np.int32)
-        # Centres are the samples of a stream of their own, so any number of classes costs no memory.
+        # A centre is computed like a sample, from another seed, so any number of classes costs no memory.
         centres = _uniform(_random_bits(self.seed ^ (1 << 40), labels, self.features))
         return (centres + _uniform(bits[:, 1:])) / np.float32(2), labels
 
 
 def open_synthetic(config: SyntheticData, *, seed: int, sequence_length: int | None) -> Dataset:
-    """Tokens when there is a `sequence_length`, else features with classes; held-out samples come last."""
+    """Opens synthetic data: tokens if there is a `sequence_length`, else features with classes.
+
+    The held-out samples have the indices after the training samples.
+    """
 
     def split(first: int, samples: int) -> Split:
         if sequence_length is None:

@@ -1,6 +1,6 @@
-"""Text to tokens, once: UTF-8 files become a token file in the cache, in bounded memory.
+"""Turns UTF-8 text into a file of tokens in the cache, once, with a limited amount of memory.
 
-The name in the cache comes from the contents of the files and the tokenizer's settings: a changed text has
+The name in the cache is made from the contents of the files and the tokenizer's settings: a changed text has
 another name, and the same text gives the same tokens on every host.
 """
 
@@ -21,10 +21,12 @@ from mlx_ring.errors import ConfigError, DataError
 
 
 def prepare_text(config: TextData) -> dict[str, Path]:
-    """The token files of the text at `data.path`, made under a lock unless the cache has them.
+    """Returns the token files of the text at `data.path`. Makes them under a lock unless the cache has them.
 
-    Raises: DataError when there is no text, or a file is not UTF-8 text; ConfigError when the tokenizer's
-    package is missing or the cache cannot be written.
+    Returns: the paths of "tokens", "side_car" and, for bpe, "tokenizer".
+
+    Raises: DataError if there is no text, or a file is not UTF-8 text; ConfigError if the tokenizer's package
+    is missing or the cache cannot be written.
     """
     documents = find_documents(config)
     cache = Path(config.cache_dir).expanduser()
@@ -45,6 +47,7 @@ def prepare_text(config: TextData) -> dict[str, Path]:
 
 
 def _cache_key(config: TextData, documents: list[Document]) -> str:
+    """Returns a digest of everything that the tokens depend on."""
     settings = (FORMAT_VERSION, config.tokenizer.name)
     if config.tokenizer is Tokenizer["bpe"]:
         settings += (config.vocabulary_size, BLOCK_BYTES, TRAINING_BYTES)
@@ -55,7 +58,7 @@ def _cache_key(config: TextData, documents: list[Document]) -> str:
 
 
 def _is_complete(files: dict[str, Path]) -> bool:
-    """Whether the cache has the files, whole. They are put there one by one, so each is looked for."""
+    """Tells whether the cache has every file. They are moved there one by one, so some may be missing."""
     try:
         side_car = SideCar.read(files["side_car"])
     except DataError:
@@ -65,13 +68,13 @@ def _is_complete(files: dict[str, Path]) -> bool:
 
 
 def _prepare(config: TextData, documents: list[Document], files: dict[str, Path]) -> None:
-    """Make the files in a folder of their own and move them into place, the side-car last."""
+    """Makes the files in a folder of their own and moves them to their places, the side-car last."""
     folder = files["tokens"].with_suffix(".preparing")
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left; the lock is ours
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed; we hold the lock
     folder.mkdir()
     try:
         made = {name: folder / path.name for name, path in files.items()}
-        _make(config, documents, made)
+        _write_tokens(config, documents, made)
         for name in ("tokenizer", "tokens", "side_car"):
             if name in made:
                 with made[name].open("rb") as file:
@@ -81,17 +84,21 @@ def _prepare(config: TextData, documents: list[Document], files: dict[str, Path]
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make(config: TextData, documents: list[Document], files: dict[str, Path]) -> None:
+def _write_tokens(config: TextData, documents: list[Document], files: dict[str, Path]) -> None:
+    """Encodes the documents and writes the tokens, their side-car and, for bpe, the tokenizer."""
     if config.tokenizer is Tokenizer["bytes"]:
-        vocabulary_size, vocabulary = 256, bytes(range(256))
+        vocabulary_size = 256
+        vocabulary = bytes(range(256))
         blocks = _byte_blocks(documents)
     else:
         tokenizer = train_bpe(documents, config.vocabulary_size)
-        vocabulary_size, vocabulary = tokenizer.get_vocab_size(), tokenizer.to_str(pretty=True).encode()
+        vocabulary_size = tokenizer.get_vocab_size()
+        vocabulary = tokenizer.to_str(pretty=True).encode()
         files["tokenizer"].write_bytes(vocabulary)
         blocks = encode_bpe(tokenizer, documents)
     dtype = next(name for name, dtype in DTYPES.items() if vocabulary_size <= 1 << (8 * dtype.itemsize))
-    sha256, tokens = hashlib.sha256(), 0
+    sha256 = hashlib.sha256()
+    tokens = 0
     with files["tokens"].open("wb") as file:
         for block in blocks:
             data = block.astype(DTYPES[dtype]).tobytes()
@@ -112,7 +119,7 @@ def _make(config: TextData, documents: list[Document], files: dict[str, Path]) -
 
 
 def _byte_blocks(documents: list[Document]) -> Iterator[np.ndarray]:
-    """The text's own bytes, with a NUL, which no text holds, between documents."""
+    """Yields the bytes of the text, uint8, with a NUL between documents; no text contains a NUL."""
     for index, document in enumerate(documents):
         if index:
             yield np.zeros(1, np.uint8)

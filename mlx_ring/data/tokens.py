@@ -1,4 +1,4 @@
-"""Files of tokens: raw little-endian integers (.bin), and a JSON side-car beside that says what they are."""
+"""Files of tokens: raw little-endian integers (.bin), with a JSON side-car that describes them."""
 
 import hashlib
 import json
@@ -12,38 +12,39 @@ from mlx_ring.data.dataset import Dataset, DataSpec
 from mlx_ring.errors import DataError
 
 FORMAT_VERSION = 1
-SAMPLES, SAMPLE_BYTES = 64, 2**16  # of a token file, read at every start
+PIECES = 64  # parts of a large token file that are read at every start
+PIECE_BYTES = 2**16
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole instead
 DTYPES = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-BLOCK_TOKENS = 1 << 20
+BLOCK_TOKENS = 1 << 20  # tokens that are read at once to measure their length
 
 
 @dataclass(frozen=True, kw_only=True)
 class SideCar:
-    """What a token file holds; the fields without a default are those that every side-car must have."""
+    """Describes a token file. A side-car must have the fields that have no default here."""
 
     format_version: int
     dtype: str  # uint8, uint16 or uint32
     vocabulary_size: int
     tokens: int
-    sha256: str  # of the .bin file, hex
-    vocabulary_sha256: str | None = None  # of the tokenizer's file
-    bytes: int | None = None  # of the text, a separator of documents counted as one
+    sha256: str  # (hex) of the .bin file
+    vocabulary_sha256: str | None = None  # (hex) of the tokenizer's file
+    bytes: int | None = None  # size of the text; a separator between documents counts as one
     tokenizer: str | None = None
     source: str | None = None  # a description for people
 
     @property
     def size_bytes(self) -> int:
-        """What the .bin file's size must be."""
+        """The size that the .bin file must have."""
         return self.tokens * DTYPES[self.dtype].itemsize
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Writes it as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> "SideCar":
-        """Raises: DataError naming the file and what is wrong with it."""
+        """Reads and checks a side-car. Raises: DataError, with the file and what is wrong with it."""
         required = {field.name: field.type for field in fields(SideCar) if field.default is MISSING}
         if not path.is_file():
             raise DataError(f"{path} is missing; it must be a JSON object that holds {', '.join(required)}")
@@ -69,12 +70,12 @@ class SideCar:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWindows:
-    """Non-overlapping windows of a run of tokens, each with its targets one token further.
+    """Cuts tokens into windows that do not overlap. The targets of a window are its tokens moved by one.
 
-    Only whole windows are given, or, with `partial`, also a last one whose missing targets are −1.
+    Gives whole windows only or, if `partial`, also a last shorter one, whose missing targets are −1.
     """
 
-    tokens: np.ndarray  # memory-mapped: a batch reads its own windows and no more
+    tokens: np.ndarray  # (N,), memory-mapped: a batch reads its own windows and no more
     sequence_length: int
     vocabulary_size: int
     path: Path
@@ -85,14 +86,14 @@ class TokenWindows:
         return -(-targets // self.sequence_length) if self.partial else targets // self.sequence_length
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and their successors, both int32 (B, sequence_length).
+        """Returns tokens and the tokens after them, both int32 (B, sequence_length).
 
-        Raises: DataError naming a token outside the vocabulary, and the file.
+        Raises: DataError, with the file, for a token outside the vocabulary.
         """
         last = len(self.tokens) - 1
         positions = indices[:, np.newaxis] * self.sequence_length + np.arange(self.sequence_length + 1)
         windows = self.tokens[np.minimum(positions, last)]
-        _check(windows, self.vocabulary_size, self.path)
+        _refuse_unknown_tokens(windows, self.vocabulary_size, self.path)
         windows = windows.astype(np.int32)
         targets = windows[:, 1:]
         if self.partial:
@@ -101,9 +102,9 @@ class TokenWindows:
 
 
 def find_tokens(path: Path) -> dict[str, Path]:
-    """The .bin file, its side-car, and its tokenizer where there is one.
+    """Returns the .bin file ("tokens"), its side-car ("side_car") and its "tokenizer", if it has one.
 
-    Raises: DataError naming the file that is missing.
+    Raises: DataError, with the file's name, if one is missing or the side-car is damaged.
     """
     if not path.is_file():
         raise DataError(
@@ -116,18 +117,20 @@ def find_tokens(path: Path) -> dict[str, Path]:
 
 
 def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fraction: float) -> Dataset:
-    """Windows of a token file, whose last part is held out. The file is mapped, not read.
+    """Opens a token file as windows, with the last part held out. Maps the file instead of reading it.
 
-    Raises: DataError when the file does not fit its side-car or is shorter than a window.
+    Args:
+        files: what `find_tokens` or `prepare_text` returned.
+        sequence_length: tokens in a window.
+        held_out_fraction: the part of the tokens to hold out, between 0 and 1.
+
+    Raises: DataError if the file does not fit its side-car, or is too short for a window.
     """
-    path, side_car = files["tokens"], SideCar.read(files["side_car"])
+    path = files["tokens"]
+    side_car = SideCar.read(files["side_car"])
     size_bytes = path.stat().st_size
-    if size_bytes != side_car.size_bytes:
-        raise DataError(
-            f"{path} holds {size_bytes} bytes, but {files['side_car']} tells of {side_car.tokens} tokens of "
-            f"{side_car.dtype} ({side_car.size_bytes} bytes); make the pair again"
-        )
-    _check_whole(path, side_car)
+    _check_size(files, size_bytes, side_car)
+    _check_small_file(path, side_car)
     held_out = round(side_car.tokens * held_out_fraction)
     first_held_out = side_car.tokens - held_out
     if first_held_out <= sequence_length or held_out < 2:
@@ -153,7 +156,7 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
         size_bytes,
         side_car.dtype,
         side_car.vocabulary_sha256,
-        _sampled(path, size_bytes),
+        _pieces_sha256(path, size_bytes),
     )
     return Dataset(
         spec=DataSpec(kind="language", input_shape=(sequence_length,), num_classes=side_car.vocabulary_size),
@@ -164,10 +167,19 @@ def open_tokens(files: dict[str, Path], *, sequence_length: int, held_out_fracti
     )
 
 
-def _check_whole(path: Path, side_car: SideCar) -> None:
-    """Compare a small file with its side-car: it takes a moment. Of a large one only samples are read.
+def _check_size(files: dict[str, Path], size_bytes: int, side_car: SideCar) -> None:
+    """Raises: DataError unless the file is as large as its side-car says."""
+    if size_bytes != side_car.size_bytes:
+        raise DataError(
+            f"{files['tokens']} holds {size_bytes} bytes, but {files['side_car']} describes "
+            f"{side_car.tokens} tokens of {side_car.dtype} ({side_car.size_bytes} bytes); make the pair again"
+        )
 
-    Raises: DataError where they differ.
+
+def _check_small_file(path: Path, side_car: SideCar) -> None:
+    """Compares a file of up to WHOLE_BYTES with the hash in its side-car; a larger one would take too long.
+
+    Raises: DataError if they differ.
     """
     if side_car.size_bytes > WHOLE_BYTES:
         return
@@ -180,17 +192,18 @@ def _check_whole(path: Path, side_car: SideCar) -> None:
         )
 
 
-def _sampled(path: Path, size_bytes: int) -> str:
-    """SHA-256 of pieces all over the file: the side-car's own may be of another one."""
+def _pieces_sha256(path: Path, size_bytes: int) -> str:
+    """Returns the SHA-256 (hex) of pieces all over the file: its side-car may belong to another file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for start in np.linspace(0, max(0, size_bytes - SAMPLE_BYTES), num=SAMPLES, dtype=np.int64):
+        for start in np.linspace(0, max(0, size_bytes - PIECE_BYTES), num=PIECES, dtype=np.int64):
             file.seek(int(start))
-            digest.update(file.read(SAMPLE_BYTES))
+            digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
 
 
-def _check(tokens: np.ndarray, vocabulary_size: int, path: Path) -> None:
+def _refuse_unknown_tokens(tokens: np.ndarray, vocabulary_size: int, path: Path) -> None:
+    """Raises: DataError for a token outside the vocabulary."""
     if (largest := int(tokens.max())) >= vocabulary_size:
         raise DataError(
             f"{path} holds the token {largest}, but its vocabulary has {vocabulary_size}; make the file again"
@@ -198,25 +211,26 @@ def _check(tokens: np.ndarray, vocabulary_size: int, path: Path) -> None:
 
 
 def _bytes_per_target(files: dict[str, Path], side_car: SideCar, first_target: int) -> float | None:
-    """The mean length of the tokens from `first_target` on; None where their tokenizer is not at hand."""
+    """Returns the mean length in bytes of the tokens from `first_target` on; None without their tokenizer."""
     if side_car.tokenizer == "bytes":
         return 1.0
     if side_car.tokenizer != "bpe" or "tokenizer" not in files:
         return None
     try:
         tokenizer: Any = json.loads(files["tokenizer"].read_text(encoding="utf-8"))
-        # A byte-level token is written with one character a byte; a special one counts as one byte.
+        # A byte-level token is spelled with one character a byte; a special token counts as one byte.
         lengths = np.ones(side_car.vocabulary_size, np.int64)
         for token, index in tokenizer["model"]["vocab"].items():
             lengths[index] = len(token)
         lengths[[token["id"] for token in tokenizer["added_tokens"]]] = 1
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"{files['tokenizer']} does not fit {files['side_car']}: {error}") from error
-    dtype, total = DTYPES[side_car.dtype], 0
-    # Read, not mapped: pages of a mapping would stay in the process's resident memory.
+    dtype = DTYPES[side_car.dtype]
+    total = 0
+    # Read, not mapped: the pages of a mapping would stay in this process's memory.
     with files["tokens"].open("rb") as file:
         file.seek(first_target * dtype.itemsize)
         while (block := np.fromfile(file, dtype, BLOCK_TOKENS)).size:
-            _check(block, side_car.vocabulary_size, files["tokens"])
+            _refuse_unknown_tokens(block, side_car.vocabulary_size, files["tokens"])
             total += int(lengths[block].sum())
     return total / (side_car.tokens - first_target)

@@ -10,8 +10,8 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from mlx_ring.checkpoint.restore import Found, fill
+from mlx_ring.checkpoint.saved_state import SavedState
 from mlx_ring.communication.agreement import agree, parameter_shapes, sha256_of
-from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.data.dataset import DataSpec
@@ -63,15 +63,12 @@ class Run:
         """
         if not self.strategy.replicas_agree:
             return None
-        return self.authority.verify(self.files()["model"], self.trainer.progress.step)
+        return self.authority.verify(self.state.parameters(), self.trainer.progress.step)
 
-    def files(self) -> dict[str, Arrays]:
-        """The arrays that a checkpoint holds, by file."""
-        return {
-            "model": dict(tree_flatten(self.model.parameters())),
-            "optimizer": dict(tree_flatten(self.optimizer.state)),
-            "strategy": self.strategy.state(),
-        }
+    @property
+    def state(self) -> SavedState:
+        """What checkpoints hold of it."""
+        return SavedState(self.model, self.optimizer, self.strategy)
 
 
 def build(config: RunConfig, communicator: Communicator, found: Found | None) -> Run:
@@ -96,7 +93,8 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     compiled = config.trainer.compile
     gradient = MicroBatchGradient(model, forward=forward, loss=loss, seed=config.seed, compile=compiled)
     first = _first_gradient(config, communicator, data, gradient)
-    progress = fill(config, communicator, authority, found, data.dataset.digest, model, optimizer, strategy)
+    state = SavedState(model, optimizer, strategy)
+    progress = fill(config, communicator, authority, found, data.dataset.digest, state)
     strategy.setup(model, optimizer)
     evaluator = Evaluator(
         model,

@@ -10,14 +10,22 @@ from mlx_ring.training.trainer import StepResult
 
 @dataclass
 class Interval:
-    """The steps between two rows of metrics: times and rates are means over them."""
+    """Steps since the last row of metrics. Times and rates in a row are means over them."""
 
     results: list[StepResult] = field(default_factory=list[StepResult])
     tokens_before: int = 0
 
     def row(self, global_batch_size: int, world_size: int) -> dict[str, Any]:
-        """One `train` row, and the start of the next interval."""
-        last, count = self.results[-1], len(self.results)
+        """Make a `train` row of the steps, and begin the next interval. There must be a step.
+
+        Args:
+            global_batch_size: samples of a step, over all ranks.
+            world_size: the number of ranks.
+
+        Returns: the row's fields: times in seconds, sizes in bytes, rates per second.
+        """
+        last = self.results[-1]
+        count = len(self.results)
 
         def mean(name: str) -> float:
             return sum(getattr(result, name) for result in self.results) / count
@@ -42,5 +50,6 @@ class Interval:
             "wire_bytes": last.wire_bytes,
             "wall_time": time.time(),
         }
-        self.results, self.tokens_before = [], last.tokens
+        self.results = []
+        self.tokens_before = last.tokens
         return row

@@ -1,10 +1,10 @@
-"""Repeats a step of a run on this machine, alone, and holds it against what the run's record says of it."""
+"""Repeats a step of a run on this machine alone, and compares it with what the run's record says of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_ring.checkpoint.manager import snapshot, to_host
+from mlx_ring.checkpoint.manager import parameters_sha256
 from mlx_ring.checkpoint.restore import Found
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import recorded_run
@@ -13,16 +13,16 @@ from mlx_ring.run.builder import Run, build
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 
-Facts = dict[str, Any]  # of one step, by name
+Figures = dict[str, Any]  # what came of one step, by name: loss, gradient norm, digests
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # told apart by identity
 class Repeated:
-    """One step that the record tells something of: its figures there, and the same ones here."""
+    """One step that the record says something of: its figures there, and the same ones computed here."""
 
     step: int
-    recorded: Facts
-    here: Facts
+    recorded: Figures
+    here: Figures
 
     @property
     def agrees(self) -> bool:
@@ -31,27 +31,30 @@ class Repeated:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """`steps` are those compared on the way, the one asked for last; the rest is for the report."""
+    """What a replay compared; the rest is for its report."""
 
-    start: str
+    start: str  # the checkpoint that it began from
     codec: str
-    world_size: int
-    steps: list[Repeated]
+    world_size: int  # of the run at that step
+    steps: list[Repeated]  # in order; the one asked for is the last
 
 
 def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
-    """Train from the newest checkpoint before `step`, or from the first weights, to `step`; write nothing.
+    """Train from the newest checkpoint before `step`, or from the first weights, to `step`. Writes nothing.
 
-    `overrides` are Hydra's, for what lies elsewhere on this machine, such as data.path.
+    Args:
+        directory: of the run.
+        step: the number of finished updates after which to compare.
+        overrides: Hydra's, for what is elsewhere on this machine, such as data.path.
 
-    Raises: CheckpointError for no run there; ConfigError for a step that its record tells nothing of, and as
-    a resumed run does.
+    Raises: CheckpointError if no run is there; ConfigError if its record says nothing of the step, and for
+        what a resumed run refuses.
     """
-    facts, world_sizes = _recorded_facts(directory)
-    if step not in facts:
-        _refuse(directory, step, facts)
+    figures, world_sizes = _recorded_figures(directory)
+    if step not in figures:
+        _refuse(directory, step, figures)
     found, config_record = _start(directory, step)
-    # Issued ahead, the weights would be those of the step after.
+    # If steps were issued ahead, the weights compared would be those of a later step.
     alone = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
     config = recorded_run(config_record, *alone, *overrides)
     if found is None and config.checkpoint.resume not in ("auto", "never"):
@@ -64,7 +67,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
     compared: list[Repeated] = []
     try:
         for result in run.trainer.steps():
-            recorded = {} if result.skipped else facts.get(result.step, {})
+            recorded = {} if result.skipped else figures.get(result.step, {})
             if recorded:
                 own = {"loss": result.loss, "gradient_norm": result.gradient_norm}
                 here = {name: own[name] if name in own else _weights(run, name) for name in recorded}
@@ -87,19 +90,19 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
     )
 
 
-def _recorded_facts(directory: Path) -> tuple[dict[int, Facts], dict[int, int]]:
-    """What metrics.jsonl, digests.jsonl and the manifests say of each step's outcome; the world sizes."""
-    facts: dict[int, Facts] = {}
+def _recorded_figures(directory: Path) -> tuple[dict[int, Figures], dict[int, int]]:
+    """What metrics.jsonl, digests.jsonl and the manifests say of each step; the world size of each step."""
+    figures: dict[int, Figures] = {}
     world_sizes: dict[int, int] = {}
     try:
         for row in read_rows(directory / "metrics.jsonl"):
             if row["kind"] == "train":
-                figures = {name: row[name] for name in ("loss", "gradient_norm")}
-                facts.setdefault(row["step"], {}).update(figures)
+                row_figures = {name: row[name] for name in ("loss", "gradient_norm")}
+                figures.setdefault(row["step"], {}).update(row_figures)
                 world_sizes[row["step"]] = row["world_size"]
         if (directory / "digests.jsonl").exists():
             for row in read_rows(directory / "digests.jsonl"):
-                facts.setdefault(row["step"], {})["weights_digest"] = row["weights"]
+                figures.setdefault(row["step"], {})["weights_digest"] = row["weights"]
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error}; give a run's directory") from None
     for checkpoint in checkpoint_format.scan(directory / "checkpoints"):
@@ -107,12 +110,13 @@ def _recorded_facts(directory: Path) -> tuple[dict[int, Facts], dict[int, int]]:
             digest = checkpoint_format.read_manifest(checkpoint).get("parameters_sha256")
         except CheckpointError:
             continue
-        facts.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
-    return facts, world_sizes
+        figures.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
+    return figures, world_sizes
 
 
-def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
-    known = sorted(facts)
+def _refuse(directory: Path, step: int, figures: dict[int, Figures]) -> None:
+    """Raise a ConfigError that says which steps can be replayed."""
+    known = sorted(figures)
     near = sorted(known, key=lambda other: abs(other - step))[:2]
     reached = f"steps {known[0]} to {known[-1]}" if known else "no step"
     raise ConfigError(
@@ -123,8 +127,12 @@ def _refuse(directory: Path, step: int, facts: dict[int, Facts]) -> None:
 
 
 def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
-    """The newest valid checkpoint before `step`, None for the first weights; and the configuration that the
-    step was made with, which a resume may have changed: that of the first checkpoint not before it."""
+    """Find the newest valid checkpoint before `step`, and the configuration that the step was made with.
+
+    Returns: the checkpoint, None for the first weights; and the configuration of the first checkpoint not
+        before the step, for a resume may have changed it.
+    Raises: CheckpointError.
+    """
     present = checkpoint_format.scan(directory / "checkpoints")  # newest first
     before = [path for path in present if checkpoint_format.step_of(path) < step]
     path, manifest, problems = checkpoint_format.newest_valid(before)
@@ -138,10 +146,7 @@ def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
 
 
 def _weights(run: Run, name: str) -> str:
-    """A digest of the weights as they are: what the replicas were compared by, or the checkpoint's."""
+    """A digest of the weights as they are: that by which replicas were compared, or a checkpoint's."""
     if name == "weights_digest":
         return str(run.verify_replicas())
-    arrays = run.files()["model"]
-    return checkpoint_format.parameters_sha256(
-        {path: to_host(snapshot(array), array.dtype) for path, array in arrays.items()}
-    )
+    return parameters_sha256(run.state.parameters())

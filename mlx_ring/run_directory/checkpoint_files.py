@@ -1,12 +1,12 @@
-"""Checkpoints on disk: one directory a step, complete or absent, verified by its manifest. No mlx here.
+"""Checkpoints on disk: one directory for each step, complete or absent, verified by its manifest.
 
     checkpoints/step_00000100/
       manifest.json          format version, step, progress, configuration, and every file's size and SHA-256
       model.safetensors      the model's own parameter names
-      optimizer.safetensors  strategy.safetensors (where the strategy keeps something)
+      optimizer.safetensors  strategy.safetensors (if the strategy keeps something)
 
-Written to `.tmp-…` beside it, every file synced, the manifest last; the rename is the commit. Safetensors and
-JSON only: nothing in a checkpoint is ever executed.
+A checkpoint is written to `.tmp-…` beside its place; every file is put on the disk, the manifest last; the
+rename commits it. It is safetensors and JSON only: nothing in a checkpoint is ever executed. No mlx here.
 """
 
 import errno
@@ -46,8 +46,11 @@ HostArrays = dict[str, HostArray]
 
 
 def parameters_sha256(parameters: HostArrays) -> str:
-    """SHA-256 over, for each parameter by sorted path: the path in UTF-8, a zero byte, the raw bytes,
-    row-major."""
+    """Compute the SHA-256 of a model's parameters, in hexadecimal.
+
+    It is over, for each parameter in sorted order of its dotted path: the path in UTF-8, one zero byte, and
+    the array's raw little-endian bytes, row-major.
+    """
     digest = hashlib.sha256()
     for path in sorted(parameters):
         digest.update(path.encode() + b"\0")
@@ -56,44 +59,37 @@ def parameters_sha256(parameters: HostArrays) -> str:
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """The directory of a step's checkpoint."""
     return checkpoints / f"step_{step:08d}"
 
 
 def write(
-    checkpoints: Path, step: int, files: dict[str, HostArrays], facts: dict[str, Any]
+    checkpoints: Path, step: int, files: dict[str, HostArrays], fields: dict[str, Any]
 ) -> tuple[Path, int]:
-    """Write one checkpoint and commit it. Returns its directory and its size in bytes.
+    """Write one checkpoint and commit it. Nothing that was there before is touched.
 
-    Raises: OSError from the disk; CheckpointError for too little space. Nothing that was there before is
-    touched.
+    Args:
+        checkpoints: the folder of all checkpoints; it is made if it is missing.
+        step: the number of finished updates.
+        files: the arrays of each file, by the file's name without `.safetensors`.
+        fields: what the manifest says beside the version, the step and the files.
+
+    Returns: the checkpoint's directory, and the size of its arrays' files in bytes.
+    Raises: OSError from the disk; CheckpointError if there is too little space.
     """
-    size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
     if not checkpoints.exists():
         checkpoints.mkdir(mode=0o700)
         sync(checkpoints.parent)
-    free = shutil.disk_usage(checkpoints).free
-    if free < 2 * size:
-        raise CheckpointError(
-            f"{checkpoints} has {free} bytes free, a checkpoint needs {2 * size}; make room"
-        )
-    final = step_directory(checkpoints, step)
+    _check_space(checkpoints, files)
     temporary = checkpoints / f".tmp-{step:08d}-{os.getpid()}"
     temporary.mkdir(mode=0o700)
     try:
-        entries: dict[str, Any] = {}
-        for name, arrays in files.items():
-            path = temporary / f"{name}.safetensors"
-            specs = {key: _spec(array) for key, array in arrays.items()}
-            serialize_file(specs, path, metadata={"format": "mlx"})
-            sync(path)
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-        manifest = sealed({"format_version": FORMAT_VERSION, "step": step, **facts, "files": entries})
+        entries = {f"{name}.safetensors": _write_file(temporary, name, files[name]) for name in files}
+        manifest = sealed({"format_version": FORMAT_VERSION, "step": step, **fields, "files": entries})
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
         sync(temporary / MANIFEST)
         sync(temporary)
+        final = step_directory(checkpoints, step)
         temporary.rename(final)
         sync(checkpoints)
     except BaseException as error:
@@ -102,6 +98,26 @@ def write(
             raise OSError(errno.EIO, str(error), str(temporary)) from error
         raise
     return final, sum(entry["bytes"] for entry in entries.values())
+
+
+def _check_space(checkpoints: Path, files: dict[str, HostArrays]) -> None:
+    size = sum(array.content.nbytes for arrays in files.values() for array in arrays.values())
+    free = shutil.disk_usage(checkpoints).free
+    if free < 2 * size:
+        raise CheckpointError(
+            f"{checkpoints} has {free} bytes free, a checkpoint needs {2 * size}; make room"
+        )
+
+
+def _write_file(folder: Path, name: str, arrays: HostArrays) -> dict[str, Any]:
+    """Write arrays as one file, onto the disk. Returns: the file's entry in the manifest."""
+    path = folder / f"{name}.safetensors"
+    specs = {key: _spec(array) for key, array in arrays.items()}
+    serialize_file(specs, path, metadata={"format": "mlx"})
+    sync(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _spec(array: HostArray) -> TensorSpec:
@@ -129,15 +145,15 @@ def sync(path: Path) -> None:
 
 
 def scan(checkpoints: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, verified or not."""
+    """List the checkpoints of a run, newest first, verified or not."""
     found = [path for path in checkpoints.glob("step_*") if STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def named(path: Path) -> list[Path]:
-    """The checkpoints that a path names, newest first: itself, or those of a run or of its checkpoints/.
+    """List the checkpoints that a path names, newest first: itself, or those of a run or of its checkpoints/.
 
-    Raises: CheckpointError where the path does not exist or is a file.
+    Raises: CheckpointError if the path does not exist or is a file.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
@@ -148,15 +164,15 @@ def named(path: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's directory name."""
+    """The step in the name of a checkpoint's directory; -1 for another name."""
     match = STEP_NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file is as it was written.
+    """Read every byte of a checkpoint and compare it with its manifest. Returns: the manifest.
 
-    Raises: CheckpointError naming the file that is not.
+    Raises: CheckpointError naming the first file that is not as it was written.
     """
     if directory.is_symlink() or not directory.is_dir():
         raise CheckpointError(f"{directory} is no checkpoint: a symbolic link, or not a directory")
@@ -186,7 +202,7 @@ def verify(directory: Path) -> dict[str, Any]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse what MLX's reader lets pass: overlapping tensors, trailing bytes, duplicate keys, a huge header.
+    """Refuse what MLX's reader accepts: overlapping tensors, trailing bytes, duplicate keys, a huge header.
 
     Raises: CheckpointError naming the file.
     """
@@ -198,9 +214,11 @@ def check_safetensors(path: Path) -> None:
 
 
 def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The first candidate that verifies, its manifest, and what was wrong with those before it.
+    """Find the first candidate that verifies.
 
-    Raises: NewerCheckpointError for one of a later version: whoever passes it over would overwrite it.
+    Returns: its directory and its manifest (None and {} if none verifies), and what was wrong with the others
+        before it.
+    Raises: NewerCheckpointError for one of a later version: passing it over would mean to overwrite it.
     """
     problems: list[str] = []
     for path in candidates:
@@ -214,7 +232,7 @@ def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any
 
 
 def replace(checkpoints: Path, step: int, complete: Path) -> None:
-    """Make a directory that verifies the checkpoint of a step, where another may be. Raises: OSError."""
+    """Make a complete directory the checkpoint of a step; one that is there goes. Raises: OSError."""
     final = step_directory(checkpoints, step)
     sync(complete)
     if final.exists():
@@ -224,14 +242,14 @@ def replace(checkpoints: Path, step: int, complete: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint so that a half-deleted one never bears a checkpoint's name."""
+    """Delete a checkpoint so that one that is half deleted never has a checkpoint's name."""
     doomed = path.with_name(f".del-{path.name}-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(checkpoints: Path) -> None:
-    """Delete what dead processes left half written or half deleted."""
+    """Delete what processes that have ended left half written or half deleted."""
     for path in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".del-*")]:
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):

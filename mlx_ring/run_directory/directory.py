@@ -13,41 +13,47 @@ from typing import Any
 from mlx_ring.errors import CheckpointError, ConfigError, DirectoryInUse
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
 from mlx_ring.run_directory.lock import LockHeld, ProcessLock
+from mlx_ring.run_directory.manifest import Lineage
+from mlx_ring.run_directory.whole_file import whole_file
 
-TOKEN = ".disk-"  # how the names of the files begin by which ranks find out who shares a disk
-RECORD_FILES, RECORD_FOLDERS = ("config.yaml", "metrics.jsonl", "digests.jsonl"), ("tensorboard", ".hydra")
-RECORD = (*RECORD_FILES, *RECORD_FOLDERS, "checkpoints")
+TOKEN = ".disk-"  # begins the names of the files by which ranks find out who shares a disk
+# The run's record: what it leaves beside its checkpoints, its status and its logs.
+RECORD_FILES = ("config.yaml", "metrics.jsonl", "digests.jsonl")
+RECORD_FOLDERS = ("tensorboard", ".hydra")
 
 
 def new_run_id() -> str:
-    """Local time, and more: two runs may start in one second."""
+    """Local time and four random digits: two runs may start in the same second."""
     return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{os.urandom(2).hex()}"
 
 
 def is_record_name(name: str) -> bool:
-    """Whether a name, perhaps from another host, is one of a file of the record; never one that leads
-    elsewhere."""
+    """Whether a name, perhaps sent by another host, is that of a file of a run's record.
+
+    A name that leads out of the run's directory is not.
+    """
     folder, _, file = name.rpartition("/")
     plain = checkpoint_format.FILE_NAME.fullmatch(file) is not None
     return name in RECORD_FILES or (folder in RECORD_FOLDERS and plain)
 
 
 class RunDirectory:
-    """One rank of each disk owns it: it alone writes there, but for the ranks' logs."""
+    """The directory of a run on this rank's disk. One rank of each disk owns it: it alone writes there, apart
+    from the ranks' own logs."""
 
     def __init__(self, path: Path, *, lock_seconds: float = 0.0) -> None:
-        """`lock_seconds`: how long `open` waits for another process that holds it."""
-        self.path, self._lock_seconds = path, lock_seconds
+        """`lock_seconds`: how long `open` waits for another process that holds the directory."""
+        self.path = path
+        self._lock_seconds = lock_seconds
         self._lock: ProcessLock | None = None
 
     def open(self) -> None:
-        """Make it private, lock it, and clear what dead processes left. The rank that owns it.
+        """Make the directory private, lock it, and clear what dead processes left. For the rank that owns it.
 
-        Raises: ConfigError when it cannot be written, DirectoryInUse when a live run holds it.
+        Raises: ConfigError if it cannot be written; DirectoryInUse if a live run holds it.
         """
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.path.chmod(0o700)
+            self.make()
             self._lock = self._locked(time.monotonic() + self._lock_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
@@ -55,6 +61,11 @@ class RunDirectory:
                 checkpoint_format.sweep(folder)
             for token in self.path.glob(f"{TOKEN}*"):
                 token.unlink(missing_ok=True)
+
+    def make(self) -> None:
+        """Make the directory, private (mode 0700). Any rank may. Raises: OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(0o700)
 
     def _locked(self, deadline: float) -> ProcessLock:
         while True:
@@ -66,27 +77,28 @@ class RunDirectory:
                 time.sleep(0.2)
 
     def is_free(self) -> bool:
-        """Whether no other process holds it. From then on this one does."""
+        """Whether no other process holds the directory; if so, this one does from now on."""
         with contextlib.suppress(LockHeld, OSError):
             self._lock = self._lock or ProcessLock(self.path / "run.lock")
         return self._lock is not None
 
     def log_to_file(self, rank: int) -> None:
-        """Send this process's log to logs/rank_N.log. Every rank. Raises: ConfigError."""
+        """Send this process's log to logs/rank_N.log. For every rank. Raises: ConfigError."""
         with self._writing():
-            (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            self.path.chmod(0o700)
+            self.make()
+            (self.path / "logs").mkdir(exist_ok=True)
             handler = logging.FileHandler(self.path / "logs" / f"rank_{rank}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
 
     def set_record_aside(self, status: dict[str, Any] | None) -> None:
-        """Move an earlier run's record to previous_N, so that a new one starts without losing it; `status`
-        is what its status.json said, which is the new one's by now. The rank that owns it.
+        """Move an earlier run's record and checkpoints to previous_N, so that a new run loses none of them.
 
-        Raises: ConfigError.
+        For the rank that owns the directory. `status` is what the earlier run's status.json said: by now that
+        file is the new run's. Raises: ConfigError.
         """
-        present = [self.path / name for name in RECORD if (self.path / name).exists()]
+        names = (*RECORD_FILES, *RECORD_FOLDERS, "checkpoints")
+        present = [self.path / name for name in names if (self.path / name).exists()]
         if not present:
             return
         number = 1
@@ -101,15 +113,15 @@ class RunDirectory:
                 self.write({f"{aside.name}/status.json": json.dumps(status, indent=2)})
 
     def generation(self) -> int:
-        """The greatest of its checkpoints' generations, damaged ones aside; -1 without any."""
+        """The greatest generation of its checkpoints, without damaged ones; -1 if there are none."""
         found = [-1]
         for path in checkpoint_format.scan(self.path / "checkpoints"):
             with contextlib.suppress(CheckpointError):
-                found.append(checkpoint_format.read_manifest(path)["line"]["generation"])
+                found.append(Lineage.of(checkpoint_format.read_manifest(path)).generation)
         return max(found)
 
     def record_sizes(self) -> dict[str, int]:
-        """Bytes of the record's files, without checkpoints, by name relative to the directory."""
+        """The size in bytes of each file of the record, by its name relative to the directory."""
         files = [self.path / name for name in RECORD_FILES]
         files += [path for folder in RECORD_FOLDERS for path in sorted((self.path / folder).glob("*"))]
         names = {path.relative_to(self.path).as_posix(): path for path in files}
@@ -120,19 +132,18 @@ class RunDirectory:
         }
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Delete what is in the record's folders and not among `names`. Raises: OSError."""
+        """Delete the files in the record's folders that are not among `names`. Raises: OSError."""
         for name in self.record_sizes().keys() - set(names):
             if "/" in name:
                 (self.path / name).unlink()
 
     def write(self, files: dict[str, str]) -> None:
-        """Text files by their names in the directory, each whole or not at all. Rank 0."""
+        """Write text files, given by their names in the directory, each whole or not at all. For rank 0."""
         for name, text in files.items():
             path = self.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}-{os.getpid()}")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with whole_file(path) as new:
+                new.write_text(text, encoding="utf-8")
 
     @contextlib.contextmanager
     def _writing(self) -> Generator[None]:

@@ -1,4 +1,4 @@
-"""A lock on a file that lives as long as its process, and that says who holds it."""
+"""A lock on a file that lasts as long as its process, and that says who holds it."""
 
 import fcntl
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; `holder` says which (host, pid), as far as it is known."""
+    """Another process holds the lock; `holder` says which one, as far as it is known."""
 
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(f"{path} is held by {holder}")
@@ -16,10 +16,13 @@ class LockHeld(Exception):
 
 
 class ProcessLock:
-    """An advisory lock (flock), freed by the kernel when the process ends, whatever ends it."""
+    """An advisory lock (flock). The kernel frees it when the process ends, however it ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: LockHeld; OSError where the file cannot be made, or its file system has no locks."""
+        """Take the lock.
+
+        Raises: LockHeld; OSError if the file cannot be made, or its file system has no locks.
+        """
         self.path = path
         self._file = self._lock()
         while not self._is_still_named():  # its holder removed it between our opening and our locking
@@ -29,7 +32,7 @@ class ProcessLock:
         os.pwrite(self._file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
 
     def release(self) -> None:
-        """Remove the file, where it is still ours, and free the lock."""
+        """Remove the file if it is still ours, and free the lock."""
         if self._is_still_named():
             self.path.unlink(missing_ok=True)
         os.close(self._file)

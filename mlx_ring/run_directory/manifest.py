@@ -4,7 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,48 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """Which course of training a checkpoint belongs to: a first start and everything that continued it.
+
+    Disks may hold checkpoints of several courses in one run directory: a host may have been away when a run
+    was started anew. Their steps cannot be compared: the later generation wins, and two courses never mix.
+    """
+
+    generation: int = 0  # a run that was started anew over another is of the next generation
+    name: str = ""  # drawn at random; earlier versions gave none
+
+    @classmethod
+    def new(cls, generation: int) -> "Lineage":
+        """The lineage of a run that starts now."""
+        return cls(generation, secrets.token_hex(8))
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Lineage":
+        """What a manifest that `read_manifest` gave says."""
+        return cls(manifest["line"]["generation"], manifest["line"]["line"])
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest's field `line`."""
+        return {"generation": self.generation, "line": self.name}
+
+
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With `sha256`: over all its other fields, as JSON with sorted keys."""
+    """Add `sha256`: over all other fields, as JSON with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return {**rest, "sha256": digest}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's directory. Raises: CheckpointError naming the file and its mistake;
-    NewerCheckpointError."""
+    """Read the manifest in a checkpoint's directory; fields that earlier versions lack get their defaults.
+
+    Raises:
+        CheckpointError: it cannot be read or is damaged; the message names the file and the field.
+        NewerCheckpointError: a later version wrote it.
+    """
     path = directory / MANIFEST
-    try:
-        with open_file(path) as file:
-            text = file.read(MANIFEST_LIMIT_BYTES + 1)
-        manifest = json.loads(text)
-        whole = isinstance(manifest, dict) and manifest.get("sha256") == sealed(manifest)["sha256"]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    manifest, is_whole = _read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path} is no manifest: it lists no files")
     version = manifest.get("format_version")
@@ -43,26 +68,39 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise (NewerCheckpointError if newer else CheckpointError)(
             f"{path} has format version {version}; this version reads {FORMAT_VERSION}: update mlx_ring"
         )
-    if not whole:
+    if not is_whole:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that it was written with")
-    manifest.setdefault("line", {"generation": 0, "line": ""})
-    manifest.setdefault("line", {"generation": 0, "line": ""})
+    manifest.setdefault("line", Lineage().as_json())
+    _check_fields(path, manifest)
+    return manifest
+
+
+def _read_json(path: Path) -> tuple[Any, bool]:
+    """Read a file of JSON. Returns: its value, and whether that is an object with the right `sha256`."""
+    try:
+        with open_file(path) as file:
+            value = json.loads(file.read(MANIFEST_LIMIT_BYTES + 1))
+        return value, isinstance(value, dict) and value.get("sha256") == sealed(value)["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def _check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises: CheckpointError for the first field that is not what this version reads."""
+    step, progress = manifest.get("step"), manifest.get("progress")
     for name, rule, right in (
         ("files", "sizes and SHA-256s by name", all(map(_is_entry, manifest["files"].values()))),
-        ("step", "a whole number", _is_count(manifest.get("step"))),
-        (
-            "progress",
-            "counters, its step the manifest's",
-            _is_progress(manifest.get("progress"), manifest.get("step")),
-        ),
-        ("line", "a generation and a name", _is_line(manifest.get("line"))),
+        ("step", "a whole number", _is_count(step)),
+        ("progress", "counters, its step the manifest's", _is_progress(progress, step)),
+        ("line", "a generation and a name", _is_lineage(manifest["line"])),
         ("config", "a group of values", isinstance(manifest.get("config", {}), dict)),
     ):
         if not right:
             raise CheckpointError(
                 f"{path} is damaged: {name} must be {rule}; got {str(manifest.get(name))[:80]}"
             )
-    return manifest
 
 
 def _is_count(value: Any) -> bool:
@@ -77,13 +115,17 @@ def _is_progress(value: Any, step: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_count, value.values())) and value.get("step") == step
 
 
-def _is_line(value: Any) -> bool:
+def _is_lineage(value: Any) -> bool:
     named = isinstance(value, dict) and isinstance(value.get("line"), str)
     return named and _is_count(value.get("generation"))
 
 
-def open_file(path: Path) -> Any:
-    """Open a regular file for reading, never through a symbolic link."""
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading bytes, never through a symbolic link.
+
+    Raises: OSError if the file is a symbolic link (ELOOP), is a folder or a device (EINVAL), is absent or
+    cannot be read; its `strerror` says which.
+    """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "a symbolic link, which is refused", str(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,7 +1,7 @@
 """Hands every row of a run's metrics to its sinks.
 
-Rank 0 alone has a tracker. metrics.jsonl is the record; the two others are views of it, and a view that fails
-is switched off while the run goes on. No mlx here.
+Rank 0 alone has a tracker. metrics.jsonl is the record; the console and TensorBoard are views of it. A view
+that fails is switched off, and the run goes on. No mlx here.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,18 @@ class MetricsTracker:
         hyperparameters: dict[str, float | int | str | bool],
         title: str,
     ) -> None:
-        """`restored_step` is 0 for a new run. What metrics.jsonl holds after it (rows of later steps, a torn
-        last line) is cut, and TensorBoard is told to drop its points after it.
+        """Open the sinks.
 
-        Raises: OSError where metrics.jsonl cannot be read or written.
+        Args:
+            run_directory: where metrics.jsonl and tensorboard/ are, or are made.
+            total_steps: the run's last step.
+            restored_step: the step from which the run continues, 0 for a new run. Rows of later steps and a
+                torn last line are cut from metrics.jsonl, and TensorBoard is told to drop its later points.
+            console, tensorboard: which views there are.
+            hyperparameters: the experiment's scalar values, for TensorBoard.
+            title: the first line on the console.
+
+        Raises: OSError if metrics.jsonl cannot be read or written.
         """
         self._step = restored_step
         self._jsonl = JSONLSink(run_directory / "metrics.jsonl", restored_step)
@@ -46,10 +54,13 @@ class MetricsTracker:
         self._to_tensorboard(lambda board: board.open(restored_step, hyperparameters))
 
     def record(self, kind: str, row: Row) -> None:
-        """Write one row: `kind` is train, evaluation, checkpoint or event; the fields are the contract's,
-        `step` among them. Times are seconds, sizes bytes. NaN and infinities become null in metrics.jsonl.
+        """Write one row. Times are seconds, sizes bytes. NaN and infinities become null in metrics.jsonl.
 
-        Raises: OSError naming metrics.jsonl where it cannot be written (a full disk).
+        Args:
+            kind: train, evaluation, checkpoint or event.
+            row: the fields of that kind, `step` among them.
+
+        Raises: OSError naming metrics.jsonl if it cannot be written, for example on a full disk.
         """
         assert kind in KINDS, kind
         self._step = finished_steps(row)
@@ -59,12 +70,12 @@ class MetricsTracker:
             self._console.record(kind, row)
 
     def message(self, text: str) -> None:
-        """One line on the console, above the live view."""
+        """Print one line on the console, above the live view."""
         if self._console is not None:
             self._console.line(text)
 
     def flush(self) -> None:
-        """Put on the disk what was recorded: with a checkpoint, so that a power cut loses no row before it.
+        """Put the rows on the disk. Call it before a checkpoint: then a power cut loses no row before that.
 
         Raises: OSError naming metrics.jsonl.
         """
@@ -80,7 +91,7 @@ class MetricsTracker:
                 self._console.close()
 
     def _to_tensorboard(self, write: "Callable[[TensorBoardSink], None]") -> None:
-        """A view that cannot be written ends, once and heard."""
+        """Write to TensorBoard. If that fails, switch it off and record why."""
         board = self._tensorboard
         if board is None:
             return

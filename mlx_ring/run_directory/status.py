@@ -1,14 +1,15 @@
-"""status.json: the state of a run, for whoever looks into its directory. Always whole, whoever writes it."""
+"""status.json: the state of a run, for anybody who looks into its directory. It is always whole."""
 
 import fcntl
 import json
 import os
-import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from mlx_ring.run_directory.whole_file import whole_file
 
 State = Literal["starting", "running", "completed", "stopped", "failed"]
 FILE_NAME = "status.json"
@@ -16,10 +17,10 @@ LOCK_SECONDS = 5.0  # longest wait for another rank's write; a dying rank must n
 
 
 class RunStatus:
-    """Rank 0's hand on status.json. Any other rank only reads it, or marks it failed.
+    """Rank 0's access to status.json. Any other rank only reads it, or marks the run as failed.
 
     A failure is final for its job: rank 0 may not know yet that another rank has died, and its next update
-    must not hide that. What rank 0 learns after it (step, parameters_sha256) is still recorded.
+    must not hide that. The step and the digest that rank 0 learns later are still recorded.
     """
 
     def __init__(
@@ -33,11 +34,16 @@ class RunStatus:
         hosts: list[str],
         reached: dict[str, Any] | None = None,
     ) -> None:
-        """Write state `starting`. `reached` holds the step and parameters_sha256 of the checkpoint that the
-        run continues from, where that is its own. None: what was there `before` stays until `forget`.
+        """Write state `starting`.
 
-        `job` is equal on all ranks of this process group and differs from every earlier one's.
-        Raises: OSError where the file cannot be written.
+        Args:
+            run_directory: where the file is, or is made.
+            job: equal on all ranks of this process group, and different from that of every earlier group.
+            world_size, backend, device, hosts: as status.json has them.
+            reached: the manifest of the checkpoint in this directory from which the run continues, or {};
+                None if what the file said `before` shall stay until `forget`.
+
+        Raises: OSError if the file cannot be written.
         """
         self._directory = run_directory
         self._job = job
@@ -74,9 +80,9 @@ class RunStatus:
         parameters_sha256: str | None = None,
         message: str | None = None,
     ) -> None:
-        """Write what is given; None leaves a field as it is.
+        """Write the fields that are given; None leaves a field as it is.
 
-        Raises: OSError where the file cannot be written; the old file is then still there, whole.
+        Raises: OSError if the file cannot be written; the old file is then still there, whole.
         """
         given = {"state": state, "step": step, "parameters_sha256": parameters_sha256, "message": message}
         with _locked(self._directory):
@@ -87,15 +93,15 @@ class RunStatus:
             _replace(self._directory, self._status)
 
     def forget(self) -> None:
-        """Nothing of what was reached before is this run's. Raises: OSError like `update`."""
+        """Drop the step and the digest that an earlier run had reached. Raises: OSError like `update`."""
         self._status |= {"step": 0, "parameters_sha256": None}
         self.update()
 
     @staticmethod
     def read(run_directory: Path) -> dict[str, Any] | None:
-        """The fields of status.json, or None where there is none (or it is not ours).
+        """The fields of status.json, or None if there is no such file or it is not mlx_ring's.
 
-        Raises: OSError where the file is there and cannot be read.
+        Raises: OSError if the file is there and cannot be read.
         """
         try:
             status = json.loads((run_directory / FILE_NAME).read_bytes())
@@ -109,7 +115,7 @@ class RunStatus:
     ) -> None:
         """Say that the last command was refused before its run began; what an earlier run reached stays.
 
-        For rank 0, while no live run holds the directory. Raises: OSError where the file cannot be written.
+        Call it only while no live run holds the directory. Raises: OSError if the file cannot be written.
         """
         with _locked(run_directory):
             before = RunStatus.read(run_directory) or {}
@@ -129,9 +135,9 @@ class RunStatus:
 
     @staticmethod
     def mark_failed(run_directory: Path, *, job: str, message: str) -> bool:
-        """For any rank that dies: set this job's starting or running status to `failed`.
+        """Set this job's status from `starting` or `running` to `failed`. Any rank that dies may.
 
-        The first failure recorded wins. Never raises: a disk that cannot be written is no second failure.
+        The first failure recorded stays. Never raises: a disk that cannot be written is no second failure.
         Returns: whether it wrote.
         """
         with suppress(OSError), _locked(run_directory):
@@ -143,9 +149,9 @@ class RunStatus:
 
     @staticmethod
     def conclude(run_directory: Path, state: str, message: str) -> None:
-        """A supervisor's word on all its attempts, once no rank runs any more. What has completed stays.
+        """Write a supervisor's verdict on all its attempts, once no rank runs. A completed run stays so.
 
-        Raises: OSError where the file cannot be written.
+        Raises: OSError if the file cannot be written.
         """
         with _locked(run_directory):
             status = RunStatus.read(run_directory)
@@ -155,8 +161,11 @@ class RunStatus:
 
 @contextmanager
 def _locked(directory: Path) -> Generator[None]:
-    """One writer at a time, so that reading and replacing are one act. Where no lock is to be had (a file
-    system without, a stopped holder) it goes on: the file stays whole, only the order is then open."""
+    """Let one writer in at a time, so that nobody writes between its reading and its replacing.
+
+    If the lock cannot be had (the file system has none, or its holder is stopped), go on without it: the file
+    stays whole, but another writer's change may be lost.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -179,15 +188,6 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _replace(directory: Path, status: dict[str, Any]) -> None:
-    """Write beside status.json under a name of its own, then rename: readers meet the old file or the new."""
     status["updated_at"] = time.time()
-    descriptor, name = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=directory)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(status, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(directory / FILE_NAME)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(directory / FILE_NAME, mode=0o600, sync=True) as new:
+        new.write_text(json.dumps(status, indent=2), encoding="utf-8")

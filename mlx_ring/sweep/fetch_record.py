@@ -1,4 +1,4 @@
-"""A job's record, brought from the host of its rank 0: a sweep's directory holds them all. No mlx here."""
+"""Copies the record of a job from the host that has it, so that a sweep's directory holds them all."""
 
 import asyncio
 import io
@@ -12,32 +12,36 @@ from mlx_ring.cluster.hosts.on_hosts import Answer, ask
 from mlx_ring.run_directory.directory import is_record_name
 from mlx_ring.run_directory.status import FILE_NAME as STATUS
 from mlx_ring.run_directory.status import RunStatus
+from mlx_ring.run_directory.whole_file import whole_file
 
-SECONDS = 600.0  # for a record; a host that hangs holds up no sweep
+FETCH_SECONDS = 600.0  # for one record; a host that hangs must not hold up the sweep
 RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
 
 
-async def bring_record(file: HostFile, directory: Path) -> None:
-    """Copy the record of a run from that of its hosts where it came furthest into the folder of that name
-    here, where there is none that came as far."""
+async def fetch_record(file: HostFile, directory: Path) -> None:
+    """Copies the record of a run into the folder of the same name here, from the host where it came furthest.
+
+    Copies nothing if a record that came as far is here already.
+    """
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
+    environment = file.envs | {"COPYFILE_DISABLE": "1"}  # keeps the tar of macOS from adding files
     answers = await asyncio.gather(
-        *(ask(name, command, file.envs | {"COPYFILE_DISABLE": "1"}, seconds=SECONDS) for name in file.names)
+        *(ask(name, command, environment, seconds=FETCH_SECONDS) for name in file.names)
     )
-    records = [files for files in map(_files, answers) if STATUS in files]
+    records = [files for files in map(_unpack, answers) if STATUS in files]
     best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))
     if best and _progress(json.loads(best[STATUS])) > _progress(RunStatus.read(directory)):
         await asyncio.to_thread(_write, best, directory)
 
 
 def _progress(status: dict[str, Any] | None) -> tuple[bool, int]:
-    """Clocks of hosts differ: how far it came tells which is the newest."""
+    """Returns how far a run came. It decides which record is the newest, because clocks of hosts differ."""
     status = status or {"state": "", "step": -1}
     return status["state"] == "completed", status["step"] or 0
 
 
-def _files(answer: Answer) -> dict[str, bytes]:
-    """The files in a host's answer, by name; none where it has none, or is no archive."""
+def _unpack(answer: Answer) -> dict[str, bytes]:
+    """Returns the files of a record in a host's answer, content by name; none if it is not an archive."""
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(answer.stdout)) as archive:
@@ -51,10 +55,9 @@ def _files(answer: Answer) -> dict[str, bytes]:
 
 
 def _write(files: dict[str, bytes], directory: Path) -> None:
-    """The status last: with it the record is whole."""
+    """Writes the files, the status last: once it is there, the record is complete."""
     for name in sorted(files, key=lambda name: name == STATUS):
         path = directory / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_bytes(files[name])
-        temporary.replace(path)
+        with whole_file(path) as new:
+            new.write_bytes(files[name])

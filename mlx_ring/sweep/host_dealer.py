@@ -1,4 +1,4 @@
-"""Deals a host file's machines out among jobs that run at once, as far as they answer. No mlx here."""
+"""Deals the hosts of a host file, those that answer, out to jobs that run at the same time."""
 
 import asyncio
 import contextlib
@@ -11,59 +11,78 @@ from pathlib import Path
 
 from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import ask, problem
-from mlx_ring.cluster.supervisor.agent_link import READY_SECONDS
+from mlx_ring.cluster.limits import AGENT_READY_SECONDS
 from mlx_ring.errors import ClusterError, ConfigError
 
-WAIT_SECONDS = 60.0  # for machines to answer, when no other job is about to free any
-LOOK_SECONDS = 5.0
+WAIT_SECONDS = 60.0  # how long to wait for hosts to answer if no job is running that could free some
+LOOK_SECONDS = 5.0  # between two attempts to reach them
 
 
 @dataclass(frozen=True)
-class Dealt:
-    """The hosts of one job: a host file of its own."""
+class JobHosts:
+    """The hosts of one job, and the host file that lists them."""
 
     path: Path
     file: HostFile
 
 
 class HostDealer:
-    """The machines of one host file; each serves one job at a time, also of another dealer with the same
-    `busy`."""
+    """Deals out the hosts of one host file. A host serves one job at a time.
+
+    Dealers of other host files may list the same hosts, so all dealers share the set `busy`.
+    """
 
     def __init__(self, path: Path, parallel: int, busy: set[str], say: Callable[[str], None]) -> None:
-        """Raises: ConfigError for a wrong host file."""
-        self._path, self._parallel, self._busy, self._say = path, parallel, busy, say
+        """Reads the host file.
+
+        Args:
+            path: the host file; it is read again before every deal.
+            parallel: jobs that run at the same time.
+            busy: names of the hosts that serve a job.
+            say: prints a message to the user.
+
+        Raises: ConfigError if the host file has a mistake.
+        """
+        self._path = path
+        self._parallel = parallel
+        self._busy = busy
+        self._say = say
         self._file = read_hostfile(path)
-        self._problems: dict[str, str] = {}  # of those that do not answer
-        self._failures = Counter[str]()  # of jobs, by machine
-        self._turn, self._changed = asyncio.Lock(), asyncio.Event()
+        self._problems: dict[str, str] = {}  # by host that does not answer: why
+        self._failures = Counter[str]()  # by host: jobs that it failed
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
 
     @asynccontextmanager
-    async def deal(self, ranks: int | None, directory: Path) -> AsyncGenerator[Dealt]:
-        """Machines that answer, for the job of this directory, for as long as it lasts: with as many entries
-        as it needs, or else an equal share of all.
+    async def deal(self, ranks: int | None, directory: Path) -> AsyncGenerator[JobHosts]:
+        """Gives hosts to a job until the `async with` block ends.
 
-        Raises: ClusterError where too few answer; ConfigError where so many were never listed.
+        Args:
+            ranks: the entries of the host file that the job needs; None: an equal share of all hosts.
+            directory: the job's directory, for its host file.
+
+        Raises: ClusterError if too few hosts answer; ConfigError if the host file lists too few ranks.
         """
-        async with self._turn:  # so that one that needs many is not passed by for ever
-            hosts = await self._take(ranks)
+        async with self._turn:  # jobs wait in a line, so that one that needs many hosts gets its turn
+            hosts = await self._wait_for_hosts(ranks)
         try:
             file = replace(self._file, hosts=tuple(hosts))
-            yield Dealt(_write(directory, file), file)
+            yield JobHosts(_write(directory, file), file)
         finally:
             self._busy -= {host.ssh for host in hosts}
-            self._changed.set()
+            self._freed.set()
 
     def blame(self, file: HostFile) -> None:
-        """These machines failed a job: others come first from now on."""
+        """Notes that these hosts failed a job: from now on others are given out first."""
         self._failures.update({host.ssh for host in file.hosts})
 
-    async def _take(self, ranks: int | None) -> list[Host]:
+    async def _wait_for_hosts(self, ranks: int | None) -> list[Host]:
+        """Waits until enough free hosts answer, and marks them as busy."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WAIT_SECONDS
         while True:
-            self._changed.clear()
-            with contextlib.suppress(ConfigError):  # of a file that is being edited
+            self._freed.clear()
+            with contextlib.suppress(ConfigError):  # the file is being edited: keep the last one
                 self._file = read_hostfile(self._path)
             listed = self._file.hosts
             if ranks is not None and ranks > len(listed):
@@ -75,7 +94,7 @@ class HostDealer:
             answering = [name for name in await self._answering(names) if name not in self._busy]
             answering.sort(key=lambda name: self._failures[name])
             share = max(1, len(names) // self._parallel) if ranks is None else None
-            if hosts := _chosen(self._file, answering, ranks, share):
+            if hosts := _choose(self._file, answering, ranks, share):
                 self._busy |= {host.ssh for host in hosts}
                 return hosts
             if self._busy:
@@ -85,25 +104,29 @@ class HostDealer:
                 raise ClusterError(f"{len(answering)} hosts answer, too few for {ranks or 1} ranks: {why}")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
-                    await self._changed.wait()
+                    await self._freed.wait()
 
     async def _answering(self, names: list[str]) -> list[str]:
-        """Those of the machines that are free."""
+        """Returns those of these hosts that are free and answer; says of each host once that it does not."""
         free = [name for name in names if name not in self._busy]
         answers = await asyncio.gather(
-            *(ask(name, ["true"], self._file.envs, seconds=READY_SECONDS) for name in free)
+            *(ask(name, ["true"], self._file.envs, seconds=AGENT_READY_SECONDS) for name in free)
         )
         for name, answer in zip(free, answers, strict=True):
             if not answer.status:
                 self._problems.pop(name, None)
             elif name not in self._problems:
                 self._problems[name] = f"host {name}: {problem(answer, 'true') or answer.stderr}"
-                self._say(f"{self._problems[name]}; no job is given to it for now")
+                self._say(f"{self._problems[name]}; it gets no job for now")
         return [name for name in free if name not in self._problems]
 
 
-def _chosen(file: HostFile, names: list[str], ranks: int | None, share: int | None) -> list[Host]:
-    """Whole machines, in their order; the last may have more entries than are needed. Empty: too few."""
+def _choose(file: HostFile, names: list[str], ranks: int | None, share: int | None) -> list[Host]:
+    """Returns the entries of the first of these hosts.
+
+    Takes whole hosts, up to `share` of them or until there are `ranks` entries; of the last host, only the
+    entries that are needed. Returns nothing if there are too few.
+    """
     chosen: list[Host] = []
     for count, name in enumerate(names):
         if count == share or (ranks is not None and len(chosen) >= ranks):
@@ -113,6 +136,7 @@ def _chosen(file: HostFile, names: list[str], ranks: int | None, share: int | No
 
 
 def _write(directory: Path, file: HostFile) -> Path:
+    """Writes the host file of a job into its directory, and returns its path."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / "hosts.json"
     entries = [{"ssh": host.ssh, "ips": list(host.ips)} for host in file.hosts]

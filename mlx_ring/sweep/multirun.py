@@ -1,4 +1,4 @@
-"""What `train.py -m` needs before its first job, and what it refuses. No mlx here."""
+"""Opens a sweep: what `train.py -m` needs before its first job, and what it refuses."""
 
 import re
 import sys
@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
-from mlx_ring.config.compose import name_sweep
+from mlx_ring.config.compose import register_sweep_id
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
 from mlx_ring.run_directory.lock import LockHeld, ProcessLock
 
-HELD: list[ProcessLock] = []  # of sweeps, as long as this process lives
+SWEEP_LOCKS: list[ProcessLock] = []  # held until this process ends
 
 
 def begin_multirun(config: Any) -> tuple[str, ...]:
-    """What a sweep needs before its first job: a name of its own, a private directory, held by this process.
+    """Gives a sweep its name and its private directory, and locks the directory for this process.
 
-    Returns: the override by which its jobs find configurations that lie elsewhere, if there are any.
-    Raises: ConfigError where there can be no sweep.
+    Returns: the override by which the jobs find configurations in other folders; empty if there are none.
+
+    Raises: ConfigError if the command line asks for what a sweep cannot do, or the directory cannot be used.
     """
     RankEnvironment.read().refuse_multirun(sys.argv[1:])
     for item in (*config.hydra.overrides.task, *config.hydra.overrides.hydra):
         if re.match(r"\+*(hydra\.)?run\.dir=", item):
             raise ConfigError(
-                f"{item} cannot be given in a multirun, where each job's is its own in hydra.sweep.dir; give "
+                f"{item} cannot be given in a multirun, where each job has its own in hydra.sweep.dir; give "
                 "hydra.sweep.dir=FOLDER"
             )
     if config.hydra.job.config_name != "config":
@@ -32,12 +33,12 @@ def begin_multirun(config: Any) -> tuple[str, ...]:
             f"--config-name {config.hydra.job.config_name} cannot be given in a multirun; give its values as "
             "overrides, or as a choice of a group in --config-dir"
         )
-    name_sweep(new_run_id())
+    register_sweep_id(new_run_id())
     directory = Path(config.hydra.sweep.dir)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
-        HELD.append(ProcessLock(directory / "sweep.lock"))
+        SWEEP_LOCKS.append(ProcessLock(directory / "sweep.lock"))
     except LockHeld as held:
         message = f"hydra.sweep.dir {directory} is in use by {held.holder}; wait for it, or choose another"
         raise ConfigError(message) from None

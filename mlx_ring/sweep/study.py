@@ -1,6 +1,7 @@
-"""One Optuna study of a sweep: it draws each job's values, hears its evaluations, ends hopeless ones. No mlx.
+"""The Optuna study of a sweep: chooses the values of each job and ends jobs that are hopeless.
 
-A trial has its job's number. The study is kept in the sweep's directory, so that the same command goes on.
+A trial has the number of its job. The study is kept in the sweep's directory, so that the same command goes
+on where it stopped.
 """
 
 import json
@@ -18,9 +19,10 @@ try:
 except ImportError as error:
     raise ConfigError("hydra/sweeper=optuna needs Optuna; pip install 'mlx-ring[sweep]'") from error
 
-Values = list[str] | tuple[float, float, set[str]]  # choices; or low, high and tags (int, log)
+# What a key may be: one of these texts; or a number between low and high, with tags (int, log).
+Values = list[str] | tuple[float, float, set[str]]
 SAMPLERS = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
-KNOWN = {
+KNOWN = {  # the values that a setting may have
     "metric": ("loss", "accuracy", "perplexity", "bits_per_byte"),
     "direction": ("minimize", "maximize"),
     "sampler": tuple(SAMPLERS),
@@ -29,10 +31,10 @@ RESULT = "study.json"
 
 
 class Launcher(Protocol):
-    """What a study needs of the plugin that runs jobs."""
+    """What a study uses of the plugin that runs jobs."""
 
     parallel: int
-    hopeless: Any
+    is_hopeless: Any
     shows_table: bool
 
     def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> Any: ...
@@ -58,14 +60,22 @@ class Study:
         study_name: str,
         storage: str | None,
     ) -> None:
-        """`fixed` are overrides, as the keys of `space` are with their values. Raises: ConfigError."""
-        _refuse(metric, direction, sampler, n_trials, 1 if n_jobs is None else n_jobs)
+        """Opens the study, or makes one; conf/hydra/sweeper/optuna.yaml explains its settings.
+
+        `fixed` are overrides that every job has, `space` holds the keys that vary, each with what it may be.
+
+        Raises: ConfigError if a setting is wrong or nothing varies.
+        """
+        _refuse_settings(metric, direction, sampler, n_trials, 1 if n_jobs is None else n_jobs)
         if not space:
             raise ConfigError(
                 "nothing varies; give for example optimizer.learning_rate='interval(1e-4,1e-2)'"
             )
-        self._directory, self._fixed, self._metric = directory, fixed, metric
-        self._n_trials, self._n_jobs = n_trials, n_jobs
+        self._directory = directory
+        self._fixed = fixed
+        self._metric = metric
+        self._n_trials = n_trials
+        self._n_jobs = n_jobs
         self._space = {key: _distribution(key, values) for key, values in space.items()}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal = JournalFileBackend(str(directory / "study.journal"))
@@ -78,28 +88,33 @@ class Study:
             load_if_exists=True,
         )
         known = len(self._study.get_trials(deepcopy=False))
-        own = None if seed is None else seed + known  # not the values again that an earlier start has drawn
-        self._study.sampler = SAMPLERS[sampler](seed=own)
+        # Another seed at each start, so that it does not choose the values of the first start again.
+        start_seed = None if seed is None else seed + known
+        self._study.sampler = SAMPLERS[sampler](seed=start_seed)
         self._prunes = prune
         self._trials: dict[int, Trial] = {}
 
     def run(self, launcher: Launcher) -> None:
-        """Until there are so many trials. Raises: JobFailed for the first job that failed, when all have
-        ended; for one that was asked to stop, at once."""
+        """Runs trials until there are `n_trials`, then prints the best one and writes it to study.json.
+
+        Raises: JobFailed for a job that was asked to stop, at once; for the first job that failed, when all
+        have ended.
+        """
         launcher.parallel = self._n_jobs or launcher.parallel
-        launcher.hopeless, launcher.shows_table = self._is_hopeless if self._prunes else None, False
+        launcher.is_hopeless = self._is_hopeless if self._prunes else None
+        launcher.shows_table = False
         failures: list[MlxRingError] = []
         try:
-            while batch := self._next(launcher.parallel):
-                failures += self._batch(launcher, batch)
+            while batch := self._next_trials(launcher.parallel):
+                failures += self._run_trials(launcher, batch)
         finally:
             show(self._directory)
         self._conclude()
         if failures:
             raise failures[0]
 
-    def _batch(self, launcher: Launcher, batch: list[Trial]) -> list[MlxRingError]:
-        """Some trials at once. Returns: the failures. Raises: MlxRingError where the sweep was stopped."""
+    def _run_trials(self, launcher: Launcher, batch: list[Trial]) -> list[MlxRingError]:
+        """Runs some trials. Returns: the failures. Raises: JobFailed if the sweep was asked to stop."""
         self._trials = {trial.number: trial for trial in batch}
         failures: list[MlxRingError] = []
         for result in launcher.launch([self._overrides(trial) for trial in batch], batch[0].number):
@@ -108,29 +123,32 @@ class Study:
                 if row.state in ("pending", "stopped") or row.exit_status == Interrupted.exit_status:
                     raise failed
                 failures.append(failed)
-            self._tell(row)
+            self._tell_optuna(row)
         return failures
 
-    def _next(self, parallel: int) -> list[Trial]:
-        """Trials with numbers that follow one another: what an earlier start has left, then new ones."""
+    def _next_trials(self, parallel: int) -> list[Trial]:
+        """Returns trials with consecutive numbers: first those that an earlier start left, then new ones."""
         known = self._study.get_trials(deepcopy=False)
-        left = [trial for trial in known if trial.state == TrialState.RUNNING]
-        if left:
-            run = [each for place, each in enumerate(left) if each.number == left[0].number + place]
-            return [Trial(self._study, each._trial_id) for each in run[:parallel]]  # pyright: ignore[reportPrivateUsage]
+        unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
+        if unfinished:
+            first = unfinished[0].number
+            consecutive = [each for place, each in enumerate(unfinished) if each.number == first + place]
+            return [Trial(self._study, each._trial_id) for each in consecutive[:parallel]]  # pyright: ignore[reportPrivateUsage]
         return [self._study.ask(self._space) for _ in range(min(parallel, self._n_trials - len(known)))]
 
     def _overrides(self, trial: Trial) -> list[str]:
         return [*self._fixed, *(f"{key}={value}" for key, value in trial.params.items())]
 
     def _is_hopeless(self, number: int, evaluation: dict[str, float]) -> bool:
+        """Reports an evaluation of a job to Optuna and returns whether to end the job."""
         trial = self._trials[number]
         if self._metric not in evaluation:
             return False
         trial.report(evaluation[self._metric], int(evaluation["step"]))
         return trial.should_prune()
 
-    def _tell(self, row: Row) -> None:
+    def _tell_optuna(self, row: Row) -> None:
+        """Gives the result of a job to the study."""
         value = row.evaluation.get(self._metric)
         if row.state == "pruned":
             self._study.tell(row.number, state=TrialState.PRUNED)
@@ -140,7 +158,7 @@ class Study:
             self._study.tell(row.number, state=TrialState.FAIL)
 
     def _conclude(self) -> None:
-        """The best of them, for people and for programs."""
+        """Prints the best trial and writes it to study.json. Raises: ConfigError if no job has the metric."""
         completed = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if not completed:
             raise ConfigError(
@@ -153,7 +171,7 @@ class Study:
         print(f"best: job {best.number} of {self._n_trials}, {self._metric} {best.value:.5g}: {words}")
 
 
-def _refuse(metric: str, direction: str, sampler: str, n_trials: int, n_jobs: int) -> None:
+def _refuse_settings(metric: str, direction: str, sampler: str, n_trials: int, n_jobs: int) -> None:
     chosen = {"metric": metric, "direction": direction, "sampler": sampler}
     for name, value in chosen.items():
         if value not in KNOWN[name]:
@@ -164,6 +182,7 @@ def _refuse(metric: str, direction: str, sampler: str, n_trials: int, n_jobs: in
 
 
 def _distribution(key: str, values: Values) -> optuna.distributions.BaseDistribution:
+    """Returns what Optuna chooses the values of a key from. Raises: ConfigError for a bad interval."""
     if isinstance(values, list):
         return optuna.distributions.CategoricalDistribution(values)
     low, high, tags = values

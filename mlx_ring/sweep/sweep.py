@@ -1,4 +1,4 @@
-"""A sweep's jobs: each a supervised run with ranks of its own, started, dealt hosts, told of. No mlx here."""
+"""Runs the jobs of a sweep: starts each as a supervised run with ranks of its own, on hosts of its own."""
 
 import asyncio
 import contextlib
@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
-from mlx_ring.config.redaction import redacted
+from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
-from mlx_ring.sweep.fetch_record import bring_record
+from mlx_ring.sweep.fetch_record import fetch_record
 from mlx_ring.sweep.host_dealer import HostDealer
-from mlx_ring.sweep.table import Row, SweepRecord, evaluations, last_evaluation, quoted
+from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, quoted
 
-LINE_BYTES = 2**20
-DEALS = 3  # of hosts to a job, where the first ones are lost
-WAIT_SECONDS = 20  # for a job's lost hosts, at each of its restarts
-LOOK_SECONDS = 1.0  # between looks at the evaluations of a job
-Hopeless = Callable[[int, dict[str, float]], bool]  # of a job's number and an evaluation: whether to end it
+LINE_BYTES = 2**20  # longest line of a job's output
+MOST_DEALS = 3  # how often a job gets hosts, if the first ones are lost
+WAIT_SECONDS = 20  # how long a job waits for its lost hosts at each restart
+LOOK_SECONDS = 1.0  # between two looks at a job's evaluations
+# Takes a job's number and the figures of an evaluation; tells whether to end the job early.
+IsHopeless = Callable[[int, dict[str, float]], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,16 @@ class Job:
     """One run of a sweep."""
 
     number: int
-    overrides: tuple[str, ...]  # as they were typed or drawn
-    searchpath: tuple[str, ...]  # an override, where configurations are looked for elsewhere too
-    directory: Path
-    ranks: int | None
-    hostfile: Path | None
+    overrides: tuple[str, ...]  # as they were typed or chosen
+    searchpath: tuple[str, ...]  # the override that names further folders with configurations, if any
+    directory: Path  # of its run
+    ranks: int | None  # None: one without a host file, else an equal share of the hosts
+    hostfile: Path | None  # None: this machine
     backend: str
 
 
 class Sweep:
-    """Jobs, some at once."""
+    """The jobs of one start of a sweep; some run at the same time."""
 
     def __init__(
         self,
@@ -47,10 +48,20 @@ class Sweep:
         *,
         parallel: int,
         max_restarts: int,
-        hopeless: Hopeless | None,
+        is_hopeless: IsHopeless | None,
         output: ConsoleOutput,
     ) -> None:
-        """Raises: ConfigError for what can never run."""
+        """Prepares the jobs; `run` starts them.
+
+        Args:
+            jobs: the jobs, in the order in which they start.
+            parallel: jobs that run at the same time.
+            max_restarts: restarts of each job.
+            is_hopeless: tells of each evaluation whether to end its job early; None ends none.
+            output: where the output of the jobs goes.
+
+        Raises: ConfigError if a number or a backend can never work.
+        """
         if parallel < 1:
             raise ConfigError(f"hydra.launcher.parallel must be 1 or more; got {parallel}")
         for job in jobs:
@@ -59,9 +70,12 @@ class Sweep:
                     f"job {job.number}: cluster.backend={job.backend} is not for a multirun, whose ranks "
                     "mlx-ring run starts; give auto, ring or mpi"
                 )
-        self._jobs, self._max_restarts, self._hopeless, self._output = jobs, max_restarts, hopeless, output
+        self._jobs = jobs
+        self._max_restarts = max_restarts
+        self._is_hopeless = is_hopeless
+        self._output = output
         self._slots = asyncio.Semaphore(parallel)
-        busy = set[str]()  # machines, of whatever host file
+        busy = set[str]()  # names of hosts, from all host files
         self._dealers = {
             path: HostDealer(path, parallel, busy, self._say)
             for path in dict.fromkeys(job.hostfile for job in jobs)
@@ -70,41 +84,44 @@ class Sweep:
         self._waiting: dict[int, asyncio.Task[None]] = {}
         self._running: dict[int, Process] = {}
         self._pruned: set[int] = set()  # asked to stop because they are hopeless
-        self._stops = 0
+        self._stops = 0  # how often the user asked to stop
 
-    async def run(self, record: SweepRecord) -> None:
-        """To the end of all of them."""
+    async def run(self, table: SweepTable) -> None:
+        """Runs all jobs until each has ended, and keeps the table up to date."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._signalled, number)
-        tasks = {job.number: asyncio.create_task(self._do(job, record)) for job in self._jobs}
+        tasks = {job.number: asyncio.create_task(self._run_job(job, table)) for job in self._jobs}
         self._waiting = dict(tasks)
-        await asyncio.wait(tasks.values())  # those that had not begun may be cancelled
+        await asyncio.wait(tasks.values())  # a stop cancels jobs that have not begun
 
-    async def _do(self, job: Job, record: SweepRecord) -> None:
-        """One job, whatever comes of it."""
-        row = record.rows[job.number]
-        if record.is_finished(row):
-            self._say(f"job {job.number} was {row.state} before: {_words(job)}")
+    async def _run_job(self, job: Job, table: SweepTable) -> None:
+        """Runs one job, unless an earlier start finished it, and writes how it ended. Raises nothing."""
+        row = table.rows[job.number]
+        if table.is_finished(row):
+            self._say(f"job {job.number} was {row.state} before: {_describe(job)}")
             return
         async with self._slots:
             row.message = ""
             try:
                 row.exit_status = await self._train(job, row)
             except MlxRingError as error:
-                row.exit_status, row.message = error.exit_status, str(error)
+                row.exit_status = error.exit_status
+                row.message = str(error)
             except Exception as error:  # noqa: BLE001 - the other jobs go on
-                row.exit_status, row.message = 1, f"{type(error).__name__}: {error}"
+                row.exit_status = MlxRingError.exit_status
+                row.message = f"{type(error).__name__}: {error}"
         self._conclude(job, row)
         try:
-            record.write()
+            table.write()
         except OSError as error:
             self._say(f"the sweep's table cannot be written: {error}")
 
     def _conclude(self, job: Job, row: Row) -> None:
-        early = row.exit_status == Interrupted.exit_status  # before its first step: there was nothing to save
-        if early and self._stops == 1:
+        """Sets the state of a job that has ended, and says it."""
+        unstarted = row.exit_status == Interrupted.exit_status  # no step was done: there was nothing to save
+        if unstarted and self._stops == 1:
             row.exit_status = EXIT_STOPPED
         row.state = {0: "completed", EXIT_STOPPED: "stopped"}.get(row.exit_status or 0, "failed")
         if row.state == "stopped" and job.number in self._pruned and not self._stops:
@@ -112,28 +129,31 @@ class Sweep:
         row.message = "" if row.state in ("completed", "pruned") else row.message
         row.evaluation = last_evaluation(job.directory)
         if row.state == "completed" and not row.evaluation and job.hostfile is not None:
-            row.message = "its record could not be brought here"
+            row.message = "its record could not be copied here"
         self._say(f"job {job.number} {row.state}{row.message and ': ' + row.message}")
 
     async def _train(self, job: Job, row: Row) -> int:
-        """Where its hosts are lost, all of them, it is given others. Returns: its exit status."""
+        """Trains a job and returns its exit status. If its hosts are lost, gives it others."""
         if job.hostfile is None:
             return await self._supervised(job, ["-n", str(job.ranks or 1)], row)
-        dealer, status = self._dealers[job.hostfile], 0
-        for _ in range(DEALS):
-            async with dealer.deal(job.ranks, job.directory) as dealt:
-                where = ["--hostfile", str(dealt.path), "--wait", str(WAIT_SECONDS)]
+        dealer = self._dealers[job.hostfile]
+        status = 0
+        for _ in range(MOST_DEALS):
+            async with dealer.deal(job.ranks, job.directory) as hosts:
+                where = ["--hostfile", str(hosts.path), "--wait", str(WAIT_SECONDS)]
                 status = await self._supervised(job, where, row)
-                await bring_record(dealt.file, job.directory)
+                await fetch_record(hosts.file, job.directory)
             if status != ClusterError.exit_status or self._stops:
                 break
-            dealer.blame(dealt.file)
+            dealer.blame(hosts.file)
             self._waiting[job.number] = asyncio.current_task()  # pyright: ignore[reportArgumentType]
         return status
 
     async def _supervised(self, job: Job, where: list[str], row: Row) -> int:
-        """Its exit status, once it has ended. It ends by itself when this process does, whose end of its
-        stdin is then closed."""
+        """Runs a job under `mlx-ring run` and returns its exit status.
+
+        Its stdin is a pipe from this process: if this process dies, the pipe closes and the job ends itself.
+        """
         self._waiting.pop(job.number, None)
         if job.backend == "mpi":
             where = [*where, "--launcher", "mpirun"]
@@ -143,12 +163,12 @@ class Sweep:
             "--leash", "--", *job.overrides, *job.searchpath, "hydra.mode=RUN",
             f"run.dir={quoted(str(job.directory))}",
         ]  # fmt: skip
-        self._say(f"job {job.number} starts, {' '.join(where)}: {_words(job)}")
+        self._say(f"job {job.number} starts, {' '.join(where)}: {_describe(job)}")
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
         )
         self._running[job.number] = process
-        for _ in range(self._stops):  # that came while it was being started
+        for _ in range(self._stops):  # requests that came while it was starting
             process.send_signal(signal.SIGINT)
         assert process.stdout is not None and process.stderr is not None
         pruning = asyncio.create_task(self._prune(job, process))
@@ -169,11 +189,11 @@ class Sweep:
         return ended.exit_status
 
     async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> None:
-        """Its words, with its number; the last error is why it failed."""
+        """Prints the lines of a job after its number. The last error among them becomes its message."""
         while True:
             try:
                 line = await stream.readline()
-            except ValueError:  # too long a line: what was read of it is dropped
+            except ValueError:  # the line is too long: drop what was read of it
                 continue
             if not line:
                 return
@@ -183,12 +203,12 @@ class Sweep:
                 row.message = found[1]
 
     async def _prune(self, job: Job, process: Process) -> None:
-        """Have it stop, once an evaluation is hopeless."""
+        """Watches the evaluations of a job and asks it to stop once one is hopeless."""
         seen = 0
-        while self._hopeless is not None:
+        while self._is_hopeless is not None:
             await asyncio.sleep(LOOK_SECONDS)
             found = await asyncio.to_thread(evaluations, job.directory)
-            verdicts = [self._hopeless(job.number, each) for each in found[seen:]]
+            verdicts = [self._is_hopeless(job.number, each) for each in found[seen:]]
             if any(verdicts):
                 self._pruned.add(job.number)
                 process.send_signal(signal.SIGINT)
@@ -196,8 +216,8 @@ class Sweep:
             seen = len(found)
 
     def _signalled(self, number: int) -> None:
-        """The first: the running jobs save and leave, and no other starts. The second: at once. A closed
-        terminal sends SIGHUP twice."""
+        """Handles a signal: at the first, running jobs save and end, and no other starts; at the second, they
+        end at once. A second SIGHUP is ignored, because a terminal that closes sends two."""
         if self._stops and number == signal.SIGHUP:
             return
         self._stops += 1
@@ -207,25 +227,41 @@ class Sweep:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)
         if self._stops == 1:
-            self._say("asked to stop: the jobs under way save their state; once more to leave at once")
+            self._say("asked to stop: the running jobs save their state; ask again to end them at once")
 
     def _say(self, message: str) -> None:
         self._output.write("err", f"mlx-ring: {message}")
 
 
 def run_jobs(
-    directory: Path, jobs: list[Job], *, parallel: int, max_restarts: int, hopeless: Hopeless | None = None
+    directory: Path,
+    jobs: list[Job],
+    *,
+    parallel: int,
+    max_restarts: int,
+    is_hopeless: IsHopeless | None = None,
 ) -> list[Row]:
-    """Run them all. Returns: how each ended, in their order.
+    """Runs all jobs of one start of a sweep.
 
-    Raises: ConfigError, before any has begun.
+    Args:
+        directory: the sweep's directory.
+        jobs: the jobs.
+        parallel: jobs that run at the same time.
+        max_restarts: restarts of each job.
+        is_hopeless: tells of each evaluation whether to end its job early; None ends none.
+
+    Returns: a row for each job, in the same order.
+
+    Raises: ConfigError, before any job has begun, if they can never run or the directory cannot be used.
     """
     output = ConsoleOutput()
     rows = [Row(number=job.number, overrides=job.overrides, directory=job.directory) for job in jobs]
 
     async def run() -> None:
-        sweep = Sweep(jobs, parallel=parallel, max_restarts=max_restarts, hopeless=hopeless, output=output)
-        await sweep.run(SweepRecord(directory, rows))
+        sweep = Sweep(
+            jobs, parallel=parallel, max_restarts=max_restarts, is_hopeless=is_hopeless, output=output
+        )
+        await sweep.run(SweepTable(directory, rows))
 
     try:
         asyncio.run(run())
@@ -234,5 +270,6 @@ def run_jobs(
     return rows
 
 
-def _words(job: Job) -> str:
-    return shlex.join(map(redacted, job.overrides)) or "no overrides"
+def _describe(job: Job) -> str:
+    """Returns the overrides of a job, without secrets."""
+    return shlex.join(map(redact_override, job.overrides)) or "no overrides"

@@ -1,7 +1,6 @@
-"""What a sweep leaves in its directory: sweep.csv, a row a job, written whenever a job ends. No mlx here."""
+"""The table of a sweep, sweep.csv in its directory: one row a job, written whenever a job ends."""
 
 import csv
-import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -10,21 +9,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mlx_ring.config.redaction import redacted
+from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
+from mlx_ring.run_directory.whole_file import whole_file
 
 TABLE = "sweep.csv"
-# Of the last evaluation.
+# Columns for the figures of a job's last evaluation.
 FIGURES = ("step", "loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
-WORDS = ("null", "true", "false", "nan", "inf")  # that are no text in an override
+NOT_TEXT = ("null", "true", "false", "nan", "inf")  # Hydra reads these words as values, unless quoted
 COLUMNS = ("job", "overrides", "state", "exit_status", *FIGURES, "message", "directory")
 
 
 @dataclass(kw_only=True)
 class Row:
-    """One job's."""
+    """The row of one job."""
 
     number: int
     overrides: tuple[str, ...]
@@ -36,21 +36,30 @@ class Row:
 
     @property
     def cells(self) -> dict[str, object]:
+        """The cells by column, without secrets."""
         known = {name: self.evaluation.get(name, "") for name in FIGURES}
         return {
-            "job": self.number, "overrides": shlex.join(map(redacted, self.overrides)), "state": self.state,
-            "exit_status": "" if self.exit_status is None else self.exit_status, **known,
-            "message": self.message, "directory": self.directory,
-        }  # fmt: skip
+            "job": self.number,
+            "overrides": shlex.join(map(redact_override, self.overrides)),
+            "state": self.state,
+            "exit_status": "" if self.exit_status is None else self.exit_status,
+            **known,
+            "message": self.message,
+            "directory": self.directory,
+        }
 
 
-class SweepRecord:
+class SweepTable:
     """The table of one sweep."""
 
     def __init__(self, directory: Path, rows: list[Row]) -> None:
-        """`rows` take what an earlier start of this sweep knew of them.
+        """Opens the table in the sweep's directory, or makes one.
 
-        Raises: ConfigError where there was another sweep, or where it cannot be written.
+        Args:
+            directory: the sweep's directory.
+            rows: the jobs of this start; each takes the state that an earlier start of the sweep gave it.
+
+        Raises: ConfigError if another sweep used the directory, or the table cannot be written.
         """
         self.directory = directory
         self.rows = {row.number: row for row in rows}
@@ -65,6 +74,7 @@ class SweepRecord:
             ) from None
 
     def _recall(self, row: Row, before: dict[str, str]) -> None:
+        """Copies what an earlier start wrote about a job into its row."""
         if before["state"] == "pending":
             return
         now = row.cells["overrides"]
@@ -73,11 +83,9 @@ class SweepRecord:
                 f"job {row.number} of the sweep in {self.directory} had {before['overrides']!r}, and now has "
                 f"{now!r}; choose another hydra.sweep.dir"
             )
-        row.state, row.exit_status, row.message = (
-            before["state"],
-            int(before["exit_status"]),
-            before["message"],
-        )
+        row.state = before["state"]
+        row.exit_status = int(before["exit_status"])
+        row.message = before["message"]
         row.evaluation = {
             name: float(before[name]) if "." in before[name] else int(before[name])
             for name in FIGURES
@@ -85,26 +93,30 @@ class SweepRecord:
         }
 
     def is_finished(self, row: Row) -> bool:
-        """Whether an earlier start of this sweep has done the job, and nobody has removed it since."""
+        """Tells whether an earlier start of this sweep finished the job, and nobody has removed it since."""
         status = RunStatus.read(row.directory)
-        if status is None:  # of other hosts, which could not be asked for its record
+        if status is None:  # the job ran on other hosts, and its record could not be copied
             return row.state == "completed" and (row.directory / "hosts.json").exists()
         return (row.state, status["state"]) in (("completed", "completed"), ("pruned", "stopped"))
 
     def write(self) -> None:
-        """Keep how the jobs stand; those that belong to other starts of this sweep stay as they are."""
+        """Writes the table. Rows that belong to other starts of this sweep stay as they are."""
         rows: dict[int, dict[str, object]] = {number: dict(row) for number, row in self._before.items()}
         rows |= {number: row.cells for number, row in self.rows.items()}
-        temporary = self.directory / f".{TABLE}-{os.getpid()}"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            whole_file(self.directory / TABLE) as new,
+            new.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows([row[name] for name in COLUMNS] for _, row in sorted(rows.items()))
-        temporary.replace(self.directory / TABLE)
 
 
 def read_table(directory: Path) -> list[dict[str, str]]:
-    """The rows of a sweep's table, if there is one. Raises: ConfigError for another file; OSError."""
+    """Returns the rows of a sweep's table; none if there is no table.
+
+    Raises: ConfigError if the file is not such a table; OSError if it cannot be read.
+    """
     path = directory / TABLE
     if not path.exists():
         return []
@@ -116,7 +128,7 @@ def read_table(directory: Path) -> list[dict[str, str]]:
 
 
 def failure(row: Row, directory: Path) -> JobFailed | None:
-    """What is to be raised of a job that did not complete."""
+    """Returns the error to raise for a job that did not complete; None if it did, or was ended early."""
     if row.state in ("completed", "pruned"):
         return None
     again = f"the same command with hydra.sweep.dir={quoted(str(directory))} goes on"
@@ -126,15 +138,15 @@ def failure(row: Row, directory: Path) -> JobFailed | None:
 
 
 def quoted(value: str) -> str:
-    """A value as Hydra's grammar of overrides wants it."""
-    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@:+-]*", value) and value.lower() not in WORDS:
+    """Returns a value in quotes if Hydra's grammar of overrides needs them."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@:+-]*", value) and value.lower() not in NOT_TEXT:
         return value
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
     return f"'{escaped}'"
 
 
 def show(directory: Path) -> None:
-    """The table for people: of the overrides those in which jobs differ."""
+    """Prints the table. Of the overrides, shows only those in which jobs differ."""
     rows = read_table(directory)
     typed = [shlex.split(row["overrides"]) for row in rows]
     common = set[str].intersection(*map(set, typed)) if len(rows) > 1 else set[str]()
@@ -149,11 +161,12 @@ def show(directory: Path) -> None:
 
 
 def _short(cell: str) -> str:
+    """Returns a cell with five digits if it is a fraction."""
     return f"{float(cell):.5g}" if re.fullmatch(r"[0-9]+\.[0-9]+(e[+-]?[0-9]+)?", cell) else cell
 
 
 def evaluations(run: Path) -> list[dict[str, float]]:
-    """The figures of a run's evaluations so far, in order; without those that are no numbers."""
+    """Returns the figures of a run's evaluations so far, in order; leaves out those without a value."""
     try:
         rows = read_rows(run / "metrics.jsonl")
     except OSError:
@@ -166,5 +179,5 @@ def evaluations(run: Path) -> list[dict[str, float]]:
 
 
 def last_evaluation(run: Path) -> dict[str, float]:
-    """The figures of the newest one; none where there is none."""
+    """Returns the figures of a run's newest evaluation; empty if there is none."""
     return next(reversed(evaluations(run)), {})

@@ -62,7 +62,7 @@ class Evaluator:
         self._compiled = mx.compile(self._sums, inputs=[model.state]) if compile else self._sums
 
     def evaluate(self) -> Evaluation:
-        """Evaluates the model on the whole held-out set. Collective: every rank must call, with equal weights.
+        """Evaluates the whole held-out set. Collective: every rank must call, with equal weights.
 
         The sums of single micro-batches are gathered, and added with one exact rounding (`math.fsum`). So
         their order, and with it the number of ranks, changes nothing.

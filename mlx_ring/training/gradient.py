@@ -47,8 +47,8 @@ class MicroBatchGradient:
             micro_batch: the index of the micro-batch within the global batch.
             inputs, targets: its samples, as `Split.batch` gives them.
 
-        Returns: the sum of the losses, a float32 scalar; the number of targets, an int32 scalar; the gradients
-        of that sum, by dotted path, of the parameters' shapes.
+        Returns: the sum of the losses, a float32 scalar; the number of targets, an int32 scalar; the
+        gradients of that sum, by dotted path, of the parameters' shapes.
         """
         mx.random.seed(batch_key(self._seed, batch, micro_batch))
         return self._function(mx.array(inputs), mx.array(targets))

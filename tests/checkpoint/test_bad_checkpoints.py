@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
+
 Damage = Callable[[Path], None]
 MODEL = "model.safetensors"
 

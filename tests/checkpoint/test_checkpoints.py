@@ -1,6 +1,7 @@
 """Checkpoints of real runs: kept, damaged, rewound, evaluated, taken as a start."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,16 @@ from safetensors.numpy import load_file
 
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
 EVERY = ("checkpoint.every_steps=1", "schedule=constant")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A completed run of six steps, saved after each; the newest are kept."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(folder, *EVERY).ok()
+    return folder / "run"
 
 
 def steps(folder: Path, run: str = "run") -> list[int]:
@@ -70,15 +80,15 @@ def test_a_rewind_leaves_the_later_steps(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path, "train")] == [1, 2, 3, 4]
 
 
-def test_another_runs_checkpoint_can_be_continued_elsewhere(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_another_runs_checkpoint_can_be_continued_elsewhere(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     train(tmp_path, *EVERY, "checkpoint.resume=run", "trainer.steps=8", run="more").ok()
     assert status(tmp_path, "more")["step"] == 8
     assert [row["step"] for row in rows(tmp_path, "train", "more")] == [7, 8]
 
 
-def test_never_starts_anew_and_loses_nothing(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_never_starts_anew_and_loses_nothing(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     before, verdict = (tmp_path / "run/metrics.jsonl").read_text(), status(tmp_path)
     train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.steps=2").ok()
     assert steps(tmp_path) == [1, 2] and status(tmp_path)["step"] == 2
@@ -87,8 +97,8 @@ def test_never_starts_anew_and_loses_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "run/previous_1/checkpoints/step_00000006/manifest.json").exists()
 
 
-def test_a_refused_command_moves_no_record(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_a_refused_command_moves_no_record(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     verdict = status(tmp_path)
     refused = train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.global_batch_size=4096")
     assert refused.statuses == [2] and "fewer than one global batch" in refused.errors[0], refused.report()
@@ -99,8 +109,8 @@ def test_a_refused_command_moves_no_record(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 8))
 
 
-def test_a_new_run_from_the_weights_of_the_one_it_replaces(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_a_new_run_from_the_weights_of_the_one_it_replaces(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     anew = ("checkpoint.resume=never", "checkpoint.initialize_from=run", "optimizer.learning_rate=1e-30")
     train(tmp_path, *anew, "schedule=constant", "trainer.steps=1").ok()
     old, new = newest(tmp_path, "run/previous_1"), newest(tmp_path)
@@ -108,8 +118,8 @@ def test_a_new_run_from_the_weights_of_the_one_it_replaces(tmp_path: Path) -> No
         np.testing.assert_array_equal(load_file(new / "model.safetensors")[name], array)
 
 
-def test_a_newest_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_a_newest_of_a_later_version_is_not_passed_over(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     manifest = newest(tmp_path) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
     before = manifest.read_bytes()
@@ -118,8 +128,8 @@ def test_a_newest_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
     assert steps(tmp_path)[-1] == 6 and manifest.read_bytes() == before
 
 
-def test_a_checkpoint_of_a_version_with_fewer_fields(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_a_checkpoint_of_a_version_with_fewer_fields(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     manifest = newest(tmp_path) / "manifest.json"
     facts = json.loads(manifest.read_text())
     del facts["config"]["trainer"]["max_skipped_batches"]
@@ -139,8 +149,8 @@ def test_a_look_up_that_gives_another_value_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["run", "run/checkpoints/step_00000006", "model.safetensors"])
-def test_initialize_from_takes_the_weights_alone(tmp_path: Path, source: str) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_initialize_from_takes_the_weights_alone(saved: Path, tmp_path: Path, source: str) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     weights = newest(tmp_path) / "model.safetensors"
     (tmp_path / "model.safetensors").write_bytes(weights.read_bytes())
     options = ("optimizer=sgd", "optimizer.learning_rate=1e-30", "trainer.steps=1")
@@ -152,8 +162,8 @@ def test_initialize_from_takes_the_weights_alone(tmp_path: Path, source: str) ->
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_evaluation_only_changes_nothing(saved: Path, tmp_path: Path, world_size: int) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     at_the_end = rows(tmp_path, "evaluation")[-1]
     before = (tmp_path / "run/metrics.jsonl").read_bytes(), (tmp_path / "run/status.json").read_bytes()
     shown = train(tmp_path, "evaluation.only=true", world_size=world_size).ok().members[0].stdout
@@ -164,8 +174,8 @@ def test_evaluation_only_changes_nothing(tmp_path: Path, world_size: int) -> Non
     assert f"accuracy {at_the_end['accuracy']:.6g}" in elsewhere.members[0].stdout
 
 
-def test_evaluation_only_of_weights_from_elsewhere(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_evaluation_only_of_weights_from_elsewhere(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     train(tmp_path, *EVERY, "seed=3", run="other").ok()
     both = ("evaluation.only=true", "checkpoint.initialize_from=other", "trainer.global_batch_size=4096")
     refused = train(tmp_path, *both)
@@ -174,15 +184,15 @@ def test_evaluation_only_of_weights_from_elsewhere(tmp_path: Path) -> None:
     assert f"loss {rows(tmp_path, 'evaluation', 'other')[-1]['loss']:.6g}" in shown
 
 
-def test_evaluation_only_never_moves_a_record(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_evaluation_only_never_moves_a_record(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     refused = train(tmp_path, "evaluation.only=true", "checkpoint.resume=never")
     assert refused.statuses == [2] and "checkpoint.initialize_from" in refused.errors[0], refused.report()
     assert steps(tmp_path)[-1] == 6 and not (tmp_path / "run/previous_1").exists()
 
 
-def test_a_finished_checkpoint_elsewhere_ends_with_its_own(tmp_path: Path) -> None:
-    train(tmp_path, *EVERY).ok()
+def test_a_finished_checkpoint_elsewhere_ends_with_its_own(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
     train(tmp_path, *EVERY, "checkpoint.resume=run", world_size=2, run="copy").ok()
     assert steps(tmp_path, "copy") == [6] and len(rows(tmp_path, "evaluation", "copy")) == 1
     assert status(tmp_path, "copy")["parameters_sha256"] == status(tmp_path)["parameters_sha256"]

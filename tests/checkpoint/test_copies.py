@@ -15,6 +15,7 @@ from mlx_ring.checkpoint import file_transfer
 from mlx_ring.checkpoint.file_transfer import Part, Writing
 from mlx_ring.run_directory.directory import is_record_name
 
+pytestmark = pytest.mark.ranks
 OPTIONS = (
     "communicator=exact", "checkpoint.every_steps=2", "checkpoint.keep_last=9", "schedule=constant",
     "model.dropout=0.3",
@@ -66,6 +67,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("undisturbed")
     together(hosts(folder, "a"), "trainer.steps=8").ok()
     return str(status(folder / "a")["parameters_sha256"])
+
+
+@pytest.fixture(scope="module")
+def held_by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hosts a and b after a run of six steps on both."""
+    folder = tmp_path_factory.mktemp("held_by_two")
+    together(hosts(folder, "ab")).ok()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held_by_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Host a after a run of six steps on it alone."""
+    folder = tmp_path_factory.mktemp("held_by_one")
+    together(hosts(folder, "a")).ok()
+    return folder
 
 
 def test_every_disk_holds_the_run(tmp_path: Path) -> None:
@@ -157,9 +174,9 @@ def test_other_runs_are_set_aside(tmp_path: Path, undisturbed: str) -> None:
     assert_refused(refused, CONFIGURATION, "rank 1 on ", "seed is 9 now and was 0", agreed=True)
 
 
-def test_a_completed_run_is_left_as_it_is_on_new_disks_too(tmp_path: Path) -> None:
+def test_a_completed_run_is_left_as_it_is_on_new_disks_too(held_by_two: Path, tmp_path: Path) -> None:
     folders = hosts(tmp_path, "ab")
-    together(folders).ok()
+    shutil.copytree(held_by_two, tmp_path, dirs_exist_ok=True)
     digest = status(folders[0])["parameters_sha256"]
     moved = [*hosts(tmp_path, "c"), folders[1]]
     shown = together(moved).ok().members[0].stdout
@@ -168,9 +185,9 @@ def test_a_completed_run_is_left_as_it_is_on_new_disks_too(tmp_path: Path) -> No
     assert (final["state"], final["parameters_sha256"]) == ("completed", digest)
 
 
-def test_a_damaged_newest_copy_is_replaced(tmp_path: Path) -> None:
+def test_a_damaged_newest_copy_is_replaced(held_by_two: Path, tmp_path: Path) -> None:
     folders = hosts(tmp_path, "ab")
-    together(folders).ok()
+    shutil.copytree(held_by_two, tmp_path, dirs_exist_ok=True)
     whole = checkpoints(folders[0])
     path = folders[0] / "run/checkpoints/step_00000006/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -184,9 +201,9 @@ def test_a_damaged_newest_copy_is_replaced(tmp_path: Path) -> None:
     assert_clean(folders)
 
 
-def test_checkpoints_all_of_which_are_damaged_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_all_of_which_are_damaged_are_refused(held_by_two: Path, tmp_path: Path) -> None:
     a, b = hosts(tmp_path, "ab")
-    together([a, b]).ok()
+    shutil.copytree(held_by_two, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(a)
     hosts(tmp_path, "ab")
     for path in (b / "run/checkpoints").rglob("model.safetensors"):
@@ -203,10 +220,10 @@ def test_checkpoints_all_of_which_are_damaged_are_refused(tmp_path: Path) -> Non
     together([a, b], "trainer.steps=2", "checkpoint.resume=never").ok()
 
 
-def test_a_new_start_is_one_on_every_disk(tmp_path: Path) -> None:
+def test_a_new_start_is_one_on_every_disk(held_by_two: Path, tmp_path: Path) -> None:
     """Also on the disk of a host that was away meanwhile: its later steps are an older run's."""
     a, b = hosts(tmp_path, "ab")
-    together([a, b]).ok()
+    shutil.copytree(held_by_two, tmp_path, dirs_exist_ok=True)
     before = [checkpoints(folder) for folder in (a, b)]
     together([a], "checkpoint.resume=never", "trainer.steps=2").ok()
     assert [steps(folder) for folder in (a, b)] == [[2], [2, 4, 6]]
@@ -231,9 +248,9 @@ def test_a_rewind_is_one_on_every_disk(tmp_path: Path, undisturbed: str) -> None
     assert status(a)["parameters_sha256"] == undisturbed
 
 
-def test_an_evaluation_writes_nothing_anywhere(tmp_path: Path) -> None:
+def test_an_evaluation_writes_nothing_anywhere(held_by_one: Path, tmp_path: Path) -> None:
     a, b = hosts(tmp_path, "ab")
-    together([a]).ok()
+    shutil.copytree(held_by_one, tmp_path, dirs_exist_ok=True)
     together([a, b], "evaluation.only=true").ok()
     assert list((b / "run").iterdir()) == []
 
@@ -307,9 +324,11 @@ def test_a_disk_that_cannot_hold_checkpoints_ends_no_run(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("who", [pytest.param("receiver", marks=pytest.mark.long), "sender"])
-def test_a_rank_killed_while_a_copy_is_sent(tmp_path: Path, who: str, undisturbed: str) -> None:
+def test_a_rank_killed_while_a_copy_is_sent(
+    held_by_one: Path, tmp_path: Path, who: str, undisturbed: str
+) -> None:
     a, b = hosts(tmp_path, "ab")
-    together([a]).ok()
+    shutil.copytree(held_by_one, tmp_path, dirs_exist_ok=True)
     program = tmp_path / "killed.py"
     program.write_text(KILLED.replace("{who}", who))
     killed = [sys.executable, str(program)]

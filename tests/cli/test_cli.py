@@ -1,4 +1,4 @@
-"""The command mlx-ring, as a process, on the checkpoints of a real run."""
+"""The command mlx-ring, run as a process, on the checkpoints of a real run."""
 
 import hashlib
 import json
@@ -13,13 +13,14 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import pytest
+import ranks
 from ranks import environment, status, train
 from safetensors.numpy import load_file
 
 from mlx_ring import __version__
 from mlx_ring.cli.commands import cli
 
-CLI = [sys.executable, "-c", "from mlx_ring.cli import main; main()"]
+pytestmark = pytest.mark.ranks
 STEPS = ["step_00000003", "step_00000006"]
 
 
@@ -38,16 +39,9 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def mlx_ring(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in `folder`."""
-    return subprocess.run(
-        [*CLI, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    """Runs the command in `folder`."""
+    (ended,) = ranks.mlx_ring(folder, *arguments).members
+    return subprocess.CompletedProcess(arguments, ended.status, ended.stdout, ended.stderr)
 
 
 def damage(folder: Path, step: str) -> None:
@@ -56,7 +50,7 @@ def damage(folder: Path, step: str) -> None:
 
 
 def assert_error(ended: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
-    """One line on stderr, after what was told before it."""
+    """The last line on stderr is the only error, with this status and these words."""
     assert ended.returncode == status, ended
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), ended.stderr
@@ -232,7 +226,7 @@ def test_completion(folder: Path, shell: str) -> None:
 
 
 def test_it_needs_no_mlx(folder: Path) -> None:
-    """Looking at checkpoints must work while a run holds the machine's memory, and at once."""
+    """The command must work at once, also while a run uses all the memory of the machine."""
     program = "import sys; import mlx_ring.cli; print('mlx.core' in sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True

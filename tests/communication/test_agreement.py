@@ -14,6 +14,8 @@ from ranks import ROOT, SMALL, Rank, Ranks, free_ports, mpirun, start, status
 from mlx_ring.communication.agreement import agree
 from mlx_ring.errors import ClusterError
 
+pytestmark = pytest.mark.ranks
+
 
 def refused(ranks: Ranks, *words: str) -> None:
     """All ranks left with status 3, and exactly one line says why."""

@@ -13,6 +13,7 @@ from mlx_ring.communication.buckets import plan_buckets
 CHECKS = [sys.executable, str(SUPPORT / "communicator_checks.py")]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ring(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -21,6 +22,7 @@ def test_ring(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) 
         assert f"rank {number} of {world_size}" in rank.stdout and "all checks passed" in rank.stdout
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_mpi(tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""A wrong configuration or command line: one line that names the key, status 2, and nothing touched."""
+"""A wrong configuration or command line ends with one line and status 2, and changes nothing."""
 
 import json
 import sys
@@ -9,8 +9,9 @@ import pytest
 from ranks import SMALL, TRAIN, free_ports, start, status, train
 from refusals import CONFIGURATION, assert_refused, contents
 
-from mlx_ring.run import patience
+from mlx_ring.run import failure
 
+pytestmark = pytest.mark.ranks
 SAVED = {"step": 6, "parameters_sha256": "ab" * 32}
 UNKNOWN = [
     (["trainer.stepz=3"], ["unknown configuration key trainer.stepz", "did you mean trainer.steps?"]),
@@ -98,11 +99,11 @@ COMMAND_LINES = [
     (["--config-dir=nowhere"], ["nowhere", "not found"]),
     (["hydra.mode=MULTIRUN", "seed=1,2", "run.dir=one"], ["run.dir=one", "hydra.sweep.dir=FOLDER"]),
 ]
-# The rank loses patience, and only then hears that its peer did not come: both ways lead to the same words.
+# The time limit is over before the rank hears that its peer did not come: both ways lead to the same words.
 IMPATIENT = """
 import os, threading
 from mlx_ring import train
-from mlx_ring.run import patience, process
+from mlx_ring.run import failure, process
 from mlx_ring.errors import ClusterError
 
 told, leave = threading.Event(), os._exit
@@ -116,8 +117,8 @@ def meet_nobody(process):
     told.wait()
     raise ClusterError("nobody came")
 
-patience.GRACE_SECONDS = process.MEETING_SECONDS = 0
-os._exit, process.Process._meet = leave_slowly, meet_nobody
+failure.GRACE_SECONDS = failure.MEETING_SECONDS = 0
+os._exit, process.Process.meet = leave_slowly, meet_nobody
 train.main()
 """
 ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES, *COMMAND_LINES]
@@ -125,7 +126,7 @@ ROWS = [*UNKNOWN, *TYPES, *MISSING, *INTERPOLATIONS, *CHOICES, *TARGETS, *RANGES
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
-    """A folder whose `run` holds an earlier run's record."""
+    """A folder whose `run` holds the record of an earlier run."""
     record = tmp_path / "run"
     (record / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/notes"):
@@ -192,7 +193,7 @@ def test_a_mistake_that_all_ranks_see_is_told_once(tmp_path: Path) -> None:
     [("trainer.steps=-1", "trainer.steps must be"), ("trainer.stepz=1", "unknown configuration key")],
 )
 def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str, words: str) -> None:
-    """Its exit status says nothing; what the earlier run reached stays."""
+    """mlx.launch always exits with 0, so status.json says it; what the earlier run reached stays."""
     before = contents(earlier)
     ranks = train(earlier, override, world_size=2)
     assert ranks.statuses == [2, 2], ranks.report()
@@ -202,7 +203,7 @@ def test_under_a_launcher_the_status_is_the_verdict(earlier: Path, override: str
 
 
 def rank_whose_peer_never_comes(earlier: Path, program: list[str]) -> None:
-    """It tells its mistake once, and leaves the verdict in the run's directory."""
+    """The rank prints its mistake once and writes it to status.json."""
     (earlier / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     launched = {"MLX_RANK": "1", "MLX_HOSTFILE": "ring.json"}
     command = [*SMALL, "run.dir=run", "trainer.stepz=1"]
@@ -216,14 +217,14 @@ def test_a_mistake_whose_peers_never_come_is_told_alone(earlier: Path) -> None:
     rank_whose_peer_never_comes(earlier, TRAIN)
 
 
-def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_patience_ends(earlier: Path) -> None:
+def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_the_time_ends(earlier: Path) -> None:
     rank_whose_peer_never_comes(earlier, [sys.executable, "-c", IMPATIENT])
 
 
 @pytest.mark.parametrize(("grace", "over", "called"), [(60, True, []), (0, False, ["otherwise"])])
-def test_patience(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
+def test_a_time_limit(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
     """What ends within the grace has the last word."""
-    monkeypatch.setattr(patience, "GRACE_SECONDS", grace)
+    monkeypatch.setattr(failure, "GRACE_SECONDS", grace)
     found: list[str] = []
     ended = threading.Event()
 
@@ -231,7 +232,7 @@ def test_patience(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, cal
         found.append("otherwise")
         ended.set()
 
-    with patience.patience(0, otherwise):
+    with failure.time_limit(0, otherwise):
         assert over or ended.wait(60)
     assert found == called
 

@@ -1,4 +1,4 @@
-"""The composed configuration: what is understood, refused and recorded, and what a resume may change."""
+"""The composed configuration: what is accepted, refused and saved, and what a resumed run may change."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ from mlx_ring.config import parser as config_parser
 from mlx_ring.config.choices import CHOICES
 from mlx_ring.config.compose import CONF, compose_run, register_look_ups, usual_codec
 from mlx_ring.config.parser import nearest_key
-from mlx_ring.config.redaction import record, to_yaml
+from mlx_ring.config.redaction import redact, to_yaml
 from mlx_ring.config.resume_rules import refuse_changes
 from mlx_ring.config.run_config import SECTIONS, RunConfig
 from mlx_ring.errors import ConfigError
@@ -33,7 +33,7 @@ def parse(*overrides: str) -> RunConfig:
     return config_parser.parse(composed(*overrides))
 
 
-# Understood
+# Accepted
 
 
 def test_the_default_run() -> None:
@@ -193,7 +193,7 @@ def test_any_value_of_any_section_is_taken_or_refused_in_one_line(value: Any) ->
     for section in ("trainer", "model", "run"):
         try:
             whole[section] = value
-        except GrammarParseError:  # such as `${`: OmegaConf holds no such value, so none comes to be parsed
+        except GrammarParseError:  # such as `${`: OmegaConf itself refuses the value
             return
         try:
             config_parser.parse(whole)
@@ -222,7 +222,7 @@ def test_the_nearest_key_is_told(key: str, hint: str) -> None:
     assert nearest_key(key, BASE).startswith(hint)
 
 
-# Recorded
+# Saved
 
 
 SECRETS = [
@@ -246,24 +246,25 @@ def test_a_secret_is_nowhere_in_the_record(name: str) -> None:
         f"+data.arguments={{{name}: hunter2, list: [{{{name}: hunter2}}]}}",
     )
     assert config.data.arguments[name] == "hunter2"
-    assert "hunter2" not in to_yaml(config.record) and "<redacted>" in to_yaml(config.record)
+    assert "hunter2" not in to_yaml(config.redacted) and "<redacted>" in to_yaml(config.redacted)
 
 
 @pytest.mark.parametrize("argument", ["max_tokens: 5", "key_gain: 1.5", "author: null"])
 def test_a_number_is_no_key_and_no_token(argument: str) -> None:
     config = parse("data=custom", "data.import_path=a:b", f"+data.arguments={{{argument}}}")
-    assert argument in to_yaml(config.record) and f"data.arguments.{argument.split(':')[0]}" in config.flat()
+    assert argument in to_yaml(config.redacted)
+    assert f"data.arguments.{argument.split(':')[0]}" in config.flat()
 
 
 def test_a_number_may_be_a_password() -> None:
     config = parse("data=custom", "data.import_path=a:b", "+data.arguments={password: 271828}")
-    assert "271828" not in to_yaml(config.record) and 271828 not in config.flat().values()
+    assert "271828" not in to_yaml(config.redacted) and 271828 not in config.flat().values()
 
 
 @pytest.mark.parametrize("name", ["tokens", "tokenizer", "tokenization", "monkeys"])
 def test_what_only_looks_like_a_secret_is_recorded(name: str) -> None:
     config = parse("data=custom", "data.import_path=a:b", f"+data.arguments={{{name}: hunter2}}")
-    assert "hunter2" in to_yaml(config.record) and "hunter2" in config.flat().values()
+    assert "hunter2" in to_yaml(config.redacted) and "hunter2" in config.flat().values()
 
 
 def test_secrets_are_not_compared_between_ranks() -> None:
@@ -278,14 +279,14 @@ def test_an_environment_look_up_stays_one_in_the_record(monkeypatch: pytest.Monk
         "data=custom", "data.import_path=a:b", "+data.arguments={where: '${oc.env:MLX_RING_TEST_VALUE}'}"
     )
     assert config.data.arguments == {"where": "hunter2"}
-    text = to_yaml(config.record)
+    text = to_yaml(config.redacted)
     assert "hunter2" not in text and "${oc.env:MLX_RING_TEST_VALUE}" in text
 
 
 def test_the_record_can_be_read_back() -> None:
     config = parse("model=transformer", "data=synthetic")
-    again = OmegaConf.create(to_yaml(config.record))
-    assert isinstance(again, DictConfig) and record(again) == config.record
+    again = OmegaConf.create(to_yaml(config.redacted))
+    assert isinstance(again, DictConfig) and redact(again) == config.redacted
     assert config_parser.parse(again).flat() == config.flat()
 
 
@@ -327,11 +328,11 @@ MAY_NOT_CHANGE = {
 
 @pytest.mark.parametrize("override", MAY_CHANGE)
 def test_a_resumed_run_may_change(override: str) -> None:
-    refuse_changes(parse().record, parse(override).record)
+    refuse_changes(parse().redacted, parse(override).redacted)
 
 
 def test_the_list_of_what_a_resumed_run_may_change_is_whole() -> None:
-    """Every section and every key of the contract's list is tried above, and nothing else."""
+    """MAY_CHANGE tries every section and every key that a resumed run may change, and nothing else."""
     tried = {re.split("[.=]", override)[0] for override in MAY_CHANGE}
     assert tried == set(SECTIONS) | {"communicator"}
     both = {
@@ -349,16 +350,16 @@ def test_a_resumed_run_may_not_change(override: str) -> None:
     with pytest.raises(
         ConfigError, match=f"{MAY_NOT_CHANGE[override]} when the checkpoint was saved; .*initialize_from"
     ):
-        refuse_changes(parse().record, parse(override).record)
+        refuse_changes(parse().redacted, parse(override).redacted)
 
 
 def test_data_may_move() -> None:
-    before, after = (parse("data=tokens", f"data.path={path}").record for path in "ab")
+    before, after = (parse("data=tokens", f"data.path={path}").redacted for path in "ab")
     refuse_changes(before, after)
 
 
 def test_a_field_of_a_later_version_ends_no_run() -> None:
-    before, after = parse().record, copy.deepcopy(parse().record)
+    before, after = parse().redacted, copy.deepcopy(parse().redacted)
     after["trainer"]["later"] = 3
     refuse_changes(before, after)
 
@@ -366,8 +367,8 @@ def test_a_field_of_a_later_version_ends_no_run() -> None:
 @pytest.mark.parametrize("arguments", ["{}", "{size: 3}"])
 def test_a_new_argument_of_ones_own_part_is_a_change(arguments: str) -> None:
     own = ("data=custom", "data.import_path=a:b")
-    before = parse(*own, f"+data.arguments={arguments}").record
-    after = parse(*own, "+data.arguments={size: 3, width: 5}").record
+    before = parse(*own, f"+data.arguments={arguments}").redacted
+    after = parse(*own, "+data.arguments={size: 3, width: 5}").redacted
     with pytest.raises(ConfigError, match=r"data\.arguments\S* is .* now and was"):
         refuse_changes(before, after)
 
@@ -378,6 +379,7 @@ def test_a_new_argument_of_ones_own_part_is_a_change(arguments: str) -> None:
 OWN_DATA = "from mlx_ring.data.images import open_digits\n\ndef build(api_key):\n    return open_digits()\n"
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("arguments", ["{api_key: hunter2}", "{api_key: hunter2, more: 1}"])
 def test_a_secret_is_in_no_file_of_a_run(tmp_path: Path, arguments: str) -> None:
     (tmp_path / "own.py").write_text(OWN_DATA)

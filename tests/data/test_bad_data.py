@@ -1,4 +1,4 @@
-"""Data that is absent, damaged, too small or not the same everywhere: one line that names the file."""
+"""Data that is missing, damaged, too small or different between hosts gives one line that names the file."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import pytest
 from ranks import start
 from refusals import CLUSTER, CONFIGURATION, assert_refused, contents
 
+pytestmark = pytest.mark.ranks
 SMALL = (
     "trainer.steps=1",
     "trainer.global_batch_size=8",
@@ -21,7 +22,7 @@ TOKENS = (*SMALL, "model=transformer", "data=tokens")
 
 
 def write_tokens(folder: Path, name: str, *, count: int = 3000, largest: int = 99, **changes: object) -> None:
-    """A token file of a vocabulary of 100, and its side-car with `changes`."""
+    """Writes a token file with a vocabulary of 100, and its side-car with `changes`."""
     tokens = (np.arange(count) % (largest + 1)).astype("<u2").tobytes()
     side_car = {"format_version": 1, "dtype": "uint16", "vocabulary_size": 100, "tokens": count}
     (folder / f"{name}.bin").write_bytes(tokens)

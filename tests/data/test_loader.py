@@ -1,4 +1,4 @@
-"""Global batches: equal for every world size and prefetch, resumable, and honest about errors."""
+"""Global batches are equal for every world size and prefetch, can be resumed, and skip no error."""
 
 import threading
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def test_a_loader_resumes_at_next_sample(prefetch: int) -> None:
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_another_share_begins_with_the_next_batch(prefetch: int) -> None:
-    """Whatever was prepared of the old share is dropped; no batch is passed over or given twice."""
+    """What was prepared for the old share is dropped; no batch is skipped or given twice."""
     whole = [plain(batch) for batch in batches(make_loader(), 6)]
     with make_loader(micro_batches=range(3), prefetch=prefetch) as loader:
         taken = [plain(next(loader)) for _ in range(2)]
@@ -106,7 +106,7 @@ def test_another_share_begins_with_the_next_batch(prefetch: int) -> None:
 
 
 def test_a_resume_may_change_the_batch_size() -> None:
-    """The position counts samples, so it means the same to a batch of another size."""
+    """The position counts samples, so it means the same for a batch of another size."""
     [batch] = batches(make_loader(next_sample=10), 1)
     drawn = [sample for _, inputs, _ in plain(batch) for sample in inputs]
     assert drawn == sample_order(5, 10 + np.arange(GLOBAL_BATCH_SIZE), SAMPLES).tolist()

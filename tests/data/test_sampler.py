@@ -1,4 +1,4 @@
-"""The order of samples: a permutation an epoch, fixed for all versions, cheap anywhere."""
+"""The order of samples: one permutation an epoch, the same in all versions, cheap at any position."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Every source of data but text: what it gives, and what it says when it is absent, damaged or misused."""
+"""Every source of data except text: what it gives, and its message if it is missing, damaged or misused."""
 
 import gzip
 import hashlib
@@ -99,7 +99,7 @@ def test_fashion_mnist(idx_folder: Path) -> None:
 
 
 def test_fashion_mnist_files_may_have_any_name(idx_folder: Path) -> None:
-    """As they have when another host sent them."""
+    """Files that another host sent have other names."""
     config = fashion_mnist(idx_folder)
     files = prepare(config)
     digest = open_config(config, kind="classifier").digest

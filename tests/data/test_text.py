@@ -1,4 +1,4 @@
-"""Text becomes tokens once, the same everywhere, or the file and line that cannot be read are named."""
+"""Text is turned into tokens once, the same on every host; a mistake names its file and line."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, **texts: str | bytes) -> Path:
-    """Files by name; __ stands for a folder's /."""
+    """Writes files by name; __ stands for the / after a folder."""
     for name, text in texts.items():
         path = folder / f"{name.replace('__', '/')}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def test_a_failed_preparation_leaves_nothing_behind(folder: Path, cache: Path) -
 PREPARE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {support!r})
+sys.path[:0] = {support!r}
 from test_text import Tokenizer, prepare, text_config
 print("ready", flush=True)
 sys.stdin.readline()
@@ -196,7 +196,9 @@ print(files["tokens"].stat().st_ino, files["tokenizer"].stat().st_ino)
 
 def test_processes_that_start_together_prepare_once(folder: Path, cache: Path) -> None:
     write(folder, a="the cat sat on the mat\n" * 2000)
-    code = PREPARE.format(support=str(SUPPORT), folder=str(folder), cache=str(cache))
+    code = PREPARE.format(
+        support=[str(SUPPORT), str(Path(__file__).parent)], folder=str(folder), cache=str(cache)
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -217,7 +219,7 @@ def test_processes_that_start_together_prepare_once(folder: Path, cache: Path) -
 
 
 def decoded(files: dict[str, Path]) -> list[str]:
-    """The documents, as the saved tokenizer reads the tokens."""
+    """The documents, decoded from the tokens with the saved tokenizer."""
     from tokenizers import Tokenizer as BPETokenizer
 
     tokenizer: Any = BPETokenizer.from_file(str(files["tokenizer"]))
@@ -245,7 +247,7 @@ def test_bpe_gives_back_every_document(folder: Path, cache: Path) -> None:
 
 
 def test_bytes_per_target_counts_the_held_out_text(folder: Path, cache: Path) -> None:
-    """The end of the text is harder to compress than the rest, so the mean of the whole would be wrong."""
+    """The end of the text has shorter tokens than the rest, so the mean of the whole would be wrong."""
     texts = {"a": "the cat sat on the mat " * 300, "b": "Qj%7 zK!2 wX#9 pV&4 " * 20}
     config = text_config(write(folder, **texts), cache, tokenizer=Tokenizer["bpe"], held_out_fraction=0.1)
     files = prepare(config)
@@ -328,7 +330,7 @@ def test_text_is_for_language_models(folder: Path, cache: Path) -> None:
 LARGE_TEXT = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, {support!r})
+sys.path[:0] = {support!r}
 from test_text import Tokenizer, prepare, text_config
 prepare(text_config(Path({small!r}), Path({cache!r}), tokenizer=Tokenizer[{tokenizer!r}]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -349,7 +351,11 @@ def test_a_large_text_is_prepared_in_little_memory(
     write(folder, small=line, large=line * round(size_bytes / len(line)))
     small, large = str(folder / "small.txt"), str(folder / "large.txt")
     code = LARGE_TEXT.format(
-        support=str(SUPPORT), small=small, large=large, cache=str(cache), tokenizer=tokenizer
+        support=[str(SUPPORT), str(Path(__file__).parent)],
+        small=small,
+        large=large,
+        cache=str(cache),
+        tokenizer=tokenizer,
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(output) < most_bytes

@@ -1,12 +1,15 @@
-"""What the benchmarks conclude from what they saw."""
+"""What the benchmarks conclude from what they saw, and that CI runs every one of them."""
 
 import argparse
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import all_reduce
+import faults
 import growth
 import harness
 import local_ranks
@@ -16,8 +19,53 @@ import pytest
 import scaling
 
 ROOT = Path(__file__).parents[2]
+FILES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py")}
 STEPS = np.arange(20_000.0)
 NOISE = np.random.default_rng(0)
+
+
+# All of them run
+
+
+def run_by_ci() -> set[str]:
+    """The programs of benchmarks/ that .ci/run starts, by name or in a loop over names."""
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = set(re.findall(r"benchmarks/(\w+)\.py", script))
+    for names, body in re.findall(r"for name in ([\w ]+); do\n(.*?)\ndone", script, re.DOTALL):
+        if "benchmarks/$name.py" in body:
+            found |= set(names.split())
+    return found
+
+
+def test_ci_runs_every_benchmark_that_the_documents_name() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    words = {word for path in documents for word in re.findall(r"(\w+)\.py\b", path.read_text("utf-8"))}
+    named = words & set(FILES)
+    assert "exact_cost" in named
+    assert named - run_by_ci() == set()
+
+
+def test_ci_runs_every_program_that_is_a_benchmark() -> None:
+    programs = {name for name, text in FILES.items() if re.search(rf'parse\("{name}"', text)}
+    assert len(programs) > 10
+    assert programs - run_by_ci() == set()
+    assert run_by_ci() <= set(FILES)
+
+
+OF_THE_SUITE = [trial for _, _, trial in faults.FAULTS if isinstance(trial, faults.SuiteTests)]
+
+
+@pytest.mark.parametrize("tests", OF_THE_SUITE, ids=lambda tests: tests.files)
+def test_faults_that_are_tests_of_the_suite_are_there(tests: faults.SuiteTests) -> None:
+    """Each file exists and has a test that pytest's -k selects."""
+    words = tests.words.split(" or ")
+    for file in tests.files.split():
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        names = [each.name for each in tree.body if isinstance(each, ast.FunctionDef)]
+        assert any(word in name for name in names if name.startswith("test_") for word in words), file
+
+
+# What they conclude
 
 
 @pytest.mark.parametrize("planted", [0.0, 3e-3])
@@ -120,6 +168,7 @@ def test_the_other_ranks_have_their_last_word(tmp_path: Path) -> None:
         local_ranks.end(ranks)
 
 
+@pytest.mark.ranks
 def test_a_mistake_in_what_peers_are_to_train_is_told() -> None:
     told = subprocess.run(
         [sys.executable, "benchmarks/peers.py", "--quick", "--ranks=1", "--override=data.sequence_length=-1"],
@@ -161,3 +210,17 @@ def test_a_quick_check_has_attempts(
     assert found == status and list(values) == seen[attempts:]
     figures = json.loads(options.output.read_text())["figures"]
     assert figures["efficiency"] == seen[attempts - 1] and figures.get("attempts", 1) == attempts
+
+
+def test_notes_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(
+        benchmark="any", quick=True, check=True, output=tmp_path / "found.json", page=None
+    )
+    harness.run(
+        options, lambda _: {"ratio": 1.2}, {"ratio": ("<=", 1.0)}, {"ratio": ("<=", 1.5)}, notes=["A."]
+    )
+    result = json.loads(options.output.read_text())
+    assert {"benchmark", "figures", "goals", "environment"} <= set(result)
+    assert result["goals"] == {"ratio": ["<=", 1.5]}
+    assert result["notes"][0] == "A." and "looser" in result["notes"][1]
+    assert "looser" in capsys.readouterr().out

@@ -11,7 +11,10 @@ import pytest
 from emulated_hosts import AVAILABLE, NAMESPACES, SETTINGS, Cluster, wait_until
 from ranks import SUPPORT
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 
 SSH_FAILED = 255
 

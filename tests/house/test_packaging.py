@@ -34,6 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(python.parent)
 
 
+@pytest.mark.ranks
 def test_the_installed_program_trains_alone(installed: str, tmp_path: Path) -> None:
     command([f"{installed}/train.py", "trainer.steps=5", "run.dir=run"], tmp_path, PYTHONPATH="").ok()
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("completed", 5)
@@ -42,6 +43,7 @@ def test_the_installed_program_trains_alone(installed: str, tmp_path: Path) -> N
     assert (tmp_path / "model.safetensors").stat().st_size > 100_000
 
 
+@pytest.mark.ranks
 def test_the_installed_program_trains_under_mlx_launch(installed: str, tmp_path: Path) -> None:
     way = ["-n", "2", ring_ports(2), "train.py", "trainer.steps=5", "run.dir=run"]
     path = os.pathsep.join([installed, "/usr/bin", "/bin"])

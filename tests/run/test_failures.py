@@ -14,6 +14,7 @@ import pytest
 from ranks import ROOT, SMALL, SUPPORT, TRAIN, Rank, Ranks, mpirun, rows, start, status, wait_for
 from refusals import CONFIGURATION, assert_refused
 
+pytestmark = pytest.mark.ranks
 FAULTY = [
     *SMALL,
     "run.dir=run",

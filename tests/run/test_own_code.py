@@ -7,6 +7,7 @@ import pytest
 from ranks import ROOT, SMALL, SUPPORT, Ranks, rows, start
 from refusals import CONFIGURATION, assert_refused
 
+pytestmark = pytest.mark.ranks
 OWN = (
     "model=custom", "model.import_path=user_parts:Line", "model.arguments={scale: 2.0}", "data=custom",
     "data.import_path=user_parts:points", "trainer.loss=user_parts:squared", "optimizer.learning_rate=0.1",

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import SMALL, Ranks, command, rows, start
+from ranks import SMALL, Ranks, mlx_ring, rows, start
 from refusals import CHECKPOINT, CONFIGURATION, TRAINING, assert_refused, contents
 
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
 EXACT = [*SMALL, "communicator=exact", "model.dropout=0.2", "trainer.steps=9", "checkpoint.every_steps=4",
          "communicator.verify_every_steps=3", "run.dir=run"]  # fmt: skip
 
@@ -29,7 +30,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 
 
 def replay(folder: Path, step: int, *overrides: str) -> Ranks:
-    return command(["mlx-ring", "replay", "run", "--step", str(step), *overrides], folder)
+    return mlx_ring(folder, "replay", "run", "--step", str(step), *overrides)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_what_cannot_be_replayed_is_refused(folder: Path) -> None:
     shutil.rmtree(folder / "run/checkpoints")
     assert_refused(replay(folder, 6), CHECKPOINT, "run has no usable checkpoint")
     assert_refused(
-        command(["mlx-ring", "replay", "nowhere", "--step", "1"], folder),
+        mlx_ring(folder, "replay", "nowhere", "--step", "1"),
         CHECKPOINT,
         "nowhere",
         "run's directory",
     )
-    assert command(["mlx-ring", "replay", "run", "--step", "0"], folder).statuses == [2]
+    assert mlx_ring(folder, "replay", "run", "--step", "0").statuses == [2]
 
 
 def test_replicas_are_compared_as_often_as_asked(finished: Path) -> None:

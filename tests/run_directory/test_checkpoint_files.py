@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import SUPPORT
 from safetensors.numpy import load_file, save_file
 
 from mlx_ring.errors import CheckpointError, NewerCheckpointError
@@ -427,51 +428,8 @@ def test_no_bytes_make_the_reader_stumble(tmp_path_factory: pytest.TempPathFacto
 # Killed
 
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-import numpy as np
-from mlx_ring.run_directory import checkpoint_files as disk
-from mlx_ring.run_directory.checkpoint_files import HostArray
-
-checkpoints, chance = Path(sys.argv[1]), random.Random(0)
-
-
-def write_for_ever(pipe):
-    disk.sweep(checkpoints)
-    while True:
-        step = max([disk.step_of(path) for path in disk.scan(checkpoints)], default=0) + 1
-        arrays = {"a": HostArray("float32", (1 << 17,), np.full(1 << 17, step, np.float32))}
-        disk.write(checkpoints, step, {"model": arrays, "optimizer": arrays}, {"progress": {"step": step}})
-        os.write(pipe, step.to_bytes(4, "little"))
-        for old in disk.scan(checkpoints)[3:]:
-            disk.remove(old)
-
-
-for _ in range(int(sys.argv[2])):
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        write_for_ever(writing)
-    os.close(writing)
-    acknowledged = os.read(reading, 4)
-    time.sleep(chance.uniform(0, 0.03))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    acknowledged += os.read(reading, 1 << 16)
-    os.close(reading)
-    found = disk.scan(checkpoints)
-    assert disk.step_of(found[0]) >= int.from_bytes(acknowledged[-4:], "little"), "one is lost"
-    for path in found:
-        assert disk.verify(path)["step"] == disk.step_of(path)
-        print("readable")
-    for path in checkpoints.glob(".*"):
-        print("interrupted")
-"""
-
-
 def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "checkpoints"), "60"]
+    command = [sys.executable, str(SUPPORT / "killed_while_saving.py"), str(tmp_path / "checkpoints"), "60"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found = ended.stdout.split()

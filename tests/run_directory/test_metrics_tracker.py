@@ -70,7 +70,7 @@ EVENT = {"event": "straggler", "step": 120, "message": "rank 1 takes 1.4 times t
 PROGRAM = """
 import itertools, json, sys
 from pathlib import Path
-sys.path.insert(0, "tests/support")
+sys.path[:0] = ["tests/support", "tests/run_directory"]
 from test_metrics_tracker import CHECKPOINT, EVALUATION, EVENT, open_tracker, train_row
 """
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 import psutil
 from network_switch import NAMESPACES, Bridge, UserSpaceSwitch, run
+from ranks import share_kernels
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 SETTINGS = Path("/etc/netns")  # of hosts, by namespace
@@ -179,6 +180,7 @@ class Cluster:
     def _up(self) -> None:
         Path("/run/sshd").mkdir(exist_ok=True)
         (self._folder / "tmp").mkdir(parents=True, exist_ok=True)
+        share_kernels(self._folder / "tmp")
         for path in self._private:
             path.mkdir(parents=True, exist_ok=True)
         _keygen(self._folder / "id")

@@ -14,7 +14,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from mlx_ring.checkpoint.choose_newest import Newest, _Arrival, _look  # pyright: ignore[reportPrivateUsage]
+from mlx_ring.checkpoint.choose_newest import Arrival, DiskOffer, own_offer
 from mlx_ring.checkpoint.file_transfer import Part, read
 from mlx_ring.run_directory import checkpoint_files as disk
 from mlx_ring.run_directory.directory import RunDirectory
@@ -36,11 +36,11 @@ def kill_at(change: int) -> None:
     sys.addaudithook(watch)
 
 
-def take_over(source: Path, target: Path, newest: Newest, own: Newest, change: int) -> None:
+def take_over(source: Path, target: Path, newest: DiskOffer, own: DiskOffer, change: int) -> None:
     """What a start does with what it was sent."""
     directory = RunDirectory(target)
     directory.open()
-    arrived = _Arrival(directory, newest, own)
+    arrived = Arrival(directory, newest, own)
     checkpoint = disk.step_directory(source / "checkpoints", newest.step)
     for sizes, folder, writing in (
         (newest.record, source, arrived.record), (newest.checkpoint, checkpoint, arrived.checkpoint),
@@ -53,7 +53,7 @@ def take_over(source: Path, target: Path, newest: Newest, own: Newest, change: i
         sys.exit(failure)
 
 
-def attempt(source: Path, target: Path, newest: Newest, own: Newest, change: int = -1) -> int:
+def attempt(source: Path, target: Path, newest: DiskOffer, own: DiskOffer, change: int = -1) -> int:
     """`take_over` in a process of its own. Returns: its status."""
     child = os.fork()
     if child == 0:
@@ -62,11 +62,11 @@ def attempt(source: Path, target: Path, newest: Newest, own: Newest, change: int
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def look(folder: Path) -> Newest:
-    return _look(RunDirectory(folder), lambda _: None)
+def look(folder: Path) -> DiskOffer:
+    return own_offer(RunDirectory(folder), lambda _: None)
 
 
-def content(folder: Path, newest: Newest) -> dict[str, bytes]:
+def content(folder: Path, newest: DiskOffer) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in newest.record}
 
 
@@ -83,7 +83,9 @@ def main() -> None:
         assert own.problem is None, own.problem
         whole = own.manifest_sha256 == newest.manifest_sha256
         older = own.manifest_sha256 == before.manifest_sha256
-        assert whole or older or before.line != newest.line, change  # another run's may be set aside already
+        assert whole or older or before.lineage != newest.lineage, (
+            change
+        )  # another run's may be set aside already
         if not whole:  # as the next start does
             assert attempt(source, target, newest, own) == 0, change
         disk.sweep(target)

@@ -6,11 +6,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from fork_server import ForkedProcess, can_fork
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent  # where the parts of a user's own are that tests name as import paths
@@ -22,13 +25,14 @@ SMALL = (
     "evaluation.every_steps=null",
 )  # fmt: skip
 TIMEOUT_SECONDS = 120
+Process = subprocess.Popen[str] | ForkedProcess
 
 
 @dataclass
 class Rank:
     """One started rank."""
 
-    process: subprocess.Popen[str]
+    process: Process
     stdout: str = ""
     stderr: str = ""
 
@@ -106,6 +110,13 @@ def environment(**more: str) -> dict[str, str]:
     return clean | {"PATH": path, "NO_COLOR": "1"} | more
 
 
+def share_kernels(temporary: Path) -> None:
+    """Gives programs that keep temporary files in this folder the kernels that MLX has compiled already."""
+    usual = Path(tempfile.gettempdir()) / "mlx"
+    usual.mkdir(exist_ok=True)
+    (temporary / usual.name).symlink_to(usual)
+
+
 def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:
     """Until a rank has made this file, while rank 0 runs."""
     deadline = time.monotonic() + timeout_seconds
@@ -131,15 +142,24 @@ def start(
         launched = {"MLX_RANK": str(number), "MLX_HOSTFILE": str(hostfile)} if world_size > 1 else {}
         own = variables[number] if variables else {}
         where, what = folders[number] if folders else folder, programs[number] if programs else program
-        ranks.members.append(
-            Rank(
-                subprocess.Popen(
-                    [*what, *command], cwd=where, env=environment(**launched, **own), text=True,
-                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )
-        )  # fmt: skip
+        ranks.members.append(Rank(process([*what, *command], where, environment(**launched, **own))))
     return ranks
+
+
+def process(command: Sequence[str], folder: Path, variables: dict[str, str]) -> Process:
+    """Start a program in `folder`, its standard input empty."""
+    if can_fork(command, variables):
+        return ForkedProcess(command, folder, variables)
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def mlx_ring(folder: Path, *arguments: str) -> Ranks:
+    """Run the command `mlx-ring` in `folder` to its end."""
+    program = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
+    return Ranks([Rank(process([*program, *arguments], folder, environment()))]).wait()
 
 
 def train(folder: Path, *overrides: str, world_size: int = 1, run: str = "run") -> Ranks:

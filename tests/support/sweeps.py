@@ -4,15 +4,14 @@ import csv
 import subprocess
 from pathlib import Path
 
-from ranks import SUPPORT, TRAIN, environment
+from ranks import SUPPORT, TRAIN, Rank, Ranks, environment, process
 
 
 def sweep(folder: Path, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """Run one in `folder` to its end."""
-    return subprocess.run(
-        [*TRAIN, "-m", *arguments], cwd=folder, env=environment(PYTHONPATH=str(SUPPORT)),
-        capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    started = process([*TRAIN, "-m", *arguments], folder, environment(PYTHONPATH=str(SUPPORT)))
+    (ended,) = Ranks([Rank(started)]).wait(timeout).members
+    return subprocess.CompletedProcess(arguments, ended.status, ended.stdout, ended.stderr)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

@@ -9,6 +9,7 @@ from ranks import SMALL
 from sweeps import sweep, table
 
 pytest.importorskip("optuna")
+pytestmark = pytest.mark.ranks
 OPTUNA = (
     *SMALL[1:-1], "evaluation.every_steps=3", "trainer.steps=6", "communicator=exact",
     "hydra.sweep.dir=sweep", "hydra/sweeper=optuna", "hydra.sweeper.seed=1",
@@ -37,7 +38,7 @@ def test_ten_trials_of_which_the_best_is_told_and_more_follow(tmp_path: Path) ->
 
 
 def test_what_is_worse_than_the_others_is_ended_early(tmp_path: Path) -> None:
-    """A batch takes 50 ms, and every tenth step is evaluated."""
+    """A batch takes 50 ms and every tenth step is evaluated, so that there is time to end a job."""
     slow = (
         "data=custom", "data.import_path=broken_data:build", "data.prefetch=1", "trainer.steps=80",
         "data.arguments={fault: slow, rank: 0, at_call: 1, repeats: 1000}", "trainer.micro_batch_size=32",
@@ -47,7 +48,7 @@ def test_what_is_worse_than_the_others_is_ended_early(tmp_path: Path) -> None:
     )  # fmt: skip
     done = study(tmp_path, *slow)
     assert done.returncode == 0, done
-    learns, does_not = table(tmp_path)  # by the seed
+    learns, does_not = table(tmp_path)  # in the order that the seed gives
     assert learns["overrides"].endswith("learning_rate=0.01") and learns["state"] == "completed"
     assert does_not["overrides"].endswith("learning_rate=1e-09")
     assert (does_not["state"], does_not["exit_status"]) == ("pruned", "75"), done

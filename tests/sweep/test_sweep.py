@@ -17,6 +17,7 @@ from tensorboard_server import Server
 
 from mlx_ring.sweep.table import quoted
 
+pytestmark = pytest.mark.ranks
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]
 
 
@@ -82,7 +83,7 @@ def test_a_job_that_fails_ends_no_other_and_is_run_again(tmp_path: Path) -> None
 
 
 def test_jobs_at_once(tmp_path: Path) -> None:
-    """Each waits for a word that is given when all of them have come so far."""
+    """Each job waits for a file that is written when both have come that far."""
     waits = (
         "data=custom", "data.import_path=broken_data:build", "hydra.launcher.parallel=2", "seed=1,2",
         "model=mlp",
@@ -162,7 +163,7 @@ def test_secrets_stay_out_of_the_table(tmp_path: Path) -> None:
 
 
 def test_a_multirun_chosen_in_a_configuration(tmp_path: Path) -> None:
-    """Also one in a folder of the user's own, which every job finds."""
+    """The configuration may be in the user's own folder; every job finds it there."""
     folder = tmp_path / "mine/experiment"
     folder.mkdir(parents=True)
     (folder / "search.yaml").write_text(
@@ -187,7 +188,7 @@ def test_hydras_own_launchers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_job_without_hosts_in_the_file(tmp_path: Path) -> None:
-    """Two entries of this machine: a job takes one or both, and three are not to be had."""
+    """This machine has two entries: a job can take one or both, but not three."""
     hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2
     (tmp_path / "two.json").write_text(json.dumps(hosts))
     done = sweep(tmp_path, "cluster.hostfile=two.json", "cluster.ranks=1,2,3")

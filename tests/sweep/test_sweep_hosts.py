@@ -1,4 +1,4 @@
-"""A sweep over hosts that share no disk, one of which is lost: its job is done by another."""
+"""A sweep over hosts that share no disk: if one is lost, another host does its job."""
 
 import json
 import subprocess
@@ -9,7 +9,10 @@ from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, Cluster
 from ranks import ROOT, SMALL, TRAIN, environment
 from sweeps import table
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 STEPS = 300
 
 

@@ -41,6 +41,7 @@ def outcome(folder: Path, name: str) -> tuple[object, list[object]]:
     return status(folder, name)["parameters_sha256"], steps
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("codec", ["native", "exact"])
 @pytest.mark.parametrize("arguments", ["{factor: 1e4, rare: 50}", "{factor: nan, rare: 100}"])
 def test_what_voids_a_step_voids_the_one_issued_after_it(tmp_path: Path, codec: str, arguments: str) -> None:
@@ -59,6 +60,7 @@ def test_what_voids_a_step_voids_the_one_issued_after_it(tmp_path: Path, codec: 
     assert any(skipped) == ("nan" in arguments)
 
 
+@pytest.mark.ranks
 def test_a_stop_that_one_rank_asks_for(tmp_path: Path) -> None:
     """The others know of it when the step's sum is there, and have issued the next one by then."""
     told = "data.arguments={fault: tell, rank: 0, at_call: 40}"
@@ -75,6 +77,7 @@ def test_a_stop_that_one_rank_asks_for(tmp_path: Path) -> None:
     assert outcome(tmp_path, "run") == outcome(tmp_path, "reference")
 
 
+@pytest.mark.ranks
 def test_a_save_by_the_clock(tmp_path: Path) -> None:
     """Rank 0's clock alone asks for it, after any step: saved is the state of that step."""
     often = ("checkpoint.every_seconds=0.02", "checkpoint.keep_last=1000", "trainer.steps=60")

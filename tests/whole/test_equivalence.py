@@ -8,6 +8,7 @@ import pytest
 from ranks import ROOT, SMALL, SUPPORT, mpirun, rows, status, train
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.ranks
 WEIGHTED = ("communicator=native", "trainer.clip_gradient_norm=0.5")  # exact mode has tests of its own
 
 

@@ -8,7 +8,10 @@ import pytest
 from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, Cluster
 from ranks import ROOT, SMALL, Ranks, command, rows, status
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 
 
 def launch(folder: Path, hosts: Cluster, *overrides: str, first: str | None = None) -> Ranks:

@@ -8,6 +8,8 @@ import pytest
 from ranks import ROOT, TRAIN, command, launch, mpirun, ring_ports, rows, start, status
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.ranks
+
 # The default experiment, shortened.
 SHORT = ("trainer.steps=60", "evaluation.every_steps=60", "checkpoint.every_steps=60")
 RECORD = {

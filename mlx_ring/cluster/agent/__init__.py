@@ -2,7 +2,8 @@
 mlx_ring.cluster.agent`.
 
 The supervisor starts one agent on every host. An agent that hears nothing from the supervisor ends its
-ranks and itself, so nothing is left behind, whatever dies.
+ranks and itself, so nothing is left behind, no matter which process dies. `host_agent` obeys the orders;
+`rank_process` is one process that it started.
 """
 
 from mlx_ring.cluster.agent.host_agent import HostAgent

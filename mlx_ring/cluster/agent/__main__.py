@@ -1,4 +1,4 @@
-"""The agent of this host: orders on stdin, reports on stdout."""
+"""Runs the agent of this host: orders come in on stdin, reports go out on stdout."""
 
 import asyncio
 import contextlib
@@ -6,16 +6,17 @@ import signal
 import sys
 
 from mlx_ring.cluster.agent.host_agent import HostAgent
-from mlx_ring.cluster.agent.rank_process import LINE_BYTES
+
+ORDER_BYTES = 2**16  # the longest order
 
 
 async def _main() -> None:
     loop = asyncio.get_running_loop()
-    orders = asyncio.StreamReader(limit=LINE_BYTES)
+    orders = asyncio.StreamReader(limit=ORDER_BYTES)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin.buffer)
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout.buffer)
     agent = HostAgent(orders, asyncio.StreamWriter(transport, protocol, None, loop))
-    for number in (signal.SIGINT, signal.SIGHUP):  # a lost terminal is the supervisor's affair
+    for number in (signal.SIGINT, signal.SIGHUP):  # the supervisor decides what a lost terminal means
         signal.signal(number, lambda *_: None)
     life = asyncio.ensure_future(agent.run())
     loop.add_signal_handler(signal.SIGTERM, life.cancel)

@@ -1,9 +1,8 @@
-"""The hands of `mlx-ring run` on one host: starts the ranks there, watches them and ends them. No mlx here.
+"""Does on one host what the supervisor orders: starts the ranks there, watches them and ends them.
 
-The supervisor starts one on every host, through ssh where that is another one. Orders come in on stdin and
-reports go out on stdout, one JSON object a line; ranks report to a Unix socket (`heartbeat.py`). An agent
-holds a lease: where orders end, or none has come for `LEASE_SECONDS`, it asks its ranks to stop, ends them,
-and leaves. So whatever dies, no rank is left behind.
+The supervisor starts one agent on every host, through ssh if the host is another machine. The agent holds a
+lease: when its orders end, or none has come for `LEASE_SECONDS`, it asks its ranks to stop, ends them, and
+leaves. So no rank is left behind, no matter which process dies.
 """
 
 import asyncio
@@ -14,45 +13,89 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from mlx_ring import __version__
-from mlx_ring.cluster.agent.rank_process import GRACE_SECONDS, MPIRUN, RankProcess, end
-from mlx_ring.cluster.hosts.host_probe import machine
-from mlx_ring.cluster.rank.protocol import GO, JOB, LEASE_SECONDS, REACHED, READY, agent_directory
+from mlx_ring.cluster.agent.rank_process import RankProcess, end
+from mlx_ring.cluster.hosts.host_probe import machine_id
+from mlx_ring.cluster.limits import GRACE_SECONDS, LAST_REPORT_SECONDS, LEASE_SECONDS, PULSE_SECONDS
+from mlx_ring.cluster.rank.protocol import (
+    JOB_ID,
+    MPIRUN,
+    REACHED_STEP,
+    AllEnded,
+    Conclude,
+    DumpStacks,
+    EndProcesses,
+    Events,
+    Exited,
+    FindPorts,
+    Go,
+    Order,
+    Phase,
+    Ping,
+    PortsFound,
+    Printed,
+    ProcessPlan,
+    Pulse,
+    RankReport,
+    RankState,
+    Ready,
+    Report,
+    SendSignal,
+    StartProcesses,
+    ToRank,
+    agent_directory,
+    agent_socket,
+    decode,
+    encode,
+)
 from mlx_ring.cluster.rank.ring_ports import sweep_port_locks
 from mlx_ring.errors import MlxRingError
 from mlx_ring.run_directory.status import RunStatus
 
-PULSE_SECONDS = 0.5
-OF_LAUNCHERS = {  # what another launcher told this process is not for its ranks
-    "MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", JOB, REACHED,
+# What another launcher told this process is not meant for its ranks.
+OF_LAUNCHERS = {
+    "MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", JOB_ID,
+    REACHED_STEP,
 }  # fmt: skip
-BACKLOG_BYTES = 2**24  # reports that nobody takes: further output is dropped
-Message = dict[str, Any]
+BACKLOG_BYTES = 2**24  # while this much waits for a slow supervisor, further output of ranks is dropped
+SAVING = (Phase.SAVING, Phase.FINISHING)
+NOT_STARTED = 127  # the status that a shell gives for a command that it cannot run
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A rank's last report, and when it came (monotonic clock)."""
+
+    report: RankReport
+    at: float
 
 
 class HostAgent:
-    """Everything that an agent holds. `run` is its life."""
+    """Obeys the supervisor's orders, and reports what the ranks of this host do. `run` is its whole life."""
 
     def __init__(self, orders: asyncio.StreamReader, reports: asyncio.StreamWriter) -> None:
-        self._orders, self._reports = orders, reports
+        self._orders = orders
+        self._reports = reports
         self._processes: list[RankProcess] = []
-        self._vitals: dict[int, Message] = {}  # by rank, as last reported
-        self._ranks: dict[int, asyncio.StreamWriter] = {}
+        self._heard: dict[int, _Heard] = {}  # by rank
+        self._connections: dict[int, asyncio.StreamWriter] = {}  # by rank
         self._tasks: set[asyncio.Task[None]] = set()
         self._directory: Path | None = None
         self._job = ""
         self._server: asyncio.Server | None = None
-        self._quiet_beats = 0  # since the last order
+        self._beats_without_order = 0
 
     async def run(self) -> None:
-        """Obey until there is nobody left to obey."""
+        """Obeys orders until the lease ends, then ends every process and removes every file."""
         host = socket.gethostname()
-        self._report("ready", version=__version__, pid=os.getpid(), host=host, machine=machine())
+        self._report(Ready(version=__version__, pid=os.getpid(), host=host, machine=machine_id()))
         pulse = asyncio.create_task(self._pulse())
         try:
             while order := await self._next_order():
@@ -62,155 +105,162 @@ class HostAgent:
             await self._end()
             self._clean()
 
-    async def _next_order(self) -> Message | None:
-        """None at the end of the lease."""
+    async def _next_order(self) -> Order | None:
+        """Returns: None at the end of the lease."""
         try:
             line = await self._orders.readline()
+            self._beats_without_order = 0
+            return decode(line, Order) if line else None
         except (ValueError, OSError):
             return None
-        self._quiet_beats = 0
-        return json.loads(line) if line else None
 
-    async def _obey(self, order: Message) -> None:
-        match order["do"]:
-            case "ping":
+    async def _obey(self, order: Order) -> None:
+        match order:
+            case Ping():
                 pass
-            case "ports":
-                self._report("ports", **_free_ports(order["address"], order["count"]))
-            case "start":
+            case FindPorts():
+                self._report(_free_ports(order.address, order.count))
+            case StartProcesses():
                 await self._start(order)
-            case "signal":
-                self._signal(signal.Signals[order["name"]])
-            case "dump":
-                self._signal_reported(signal.SIGUSR1)  # all stacks, to stderr (`faulthandler`)
-            case "go":
-                for writer in self._ranks.values():
-                    writer.write(json.dumps(GO).encode() + b"\n")
-            case "note":
-                self._note(order["events"])
-            case "end":
+            case SendSignal():
+                self._signal(signal.Signals[order.name])
+            case DumpStacks():
+                self._signal_connected(signal.SIGUSR1)  # `faulthandler` prints all stacks to stderr
+            case Go():
+                for rank in self._connections:
+                    self._tell(rank, order)
+            case Events():
+                self._tell(0, order)
+            case EndProcesses():
                 await self._end()
                 self._clean()
-                self._report("ended")
-            case "conclude":
-                _conclude(Path(order["directory"]), order["state"], order["message"])
-            case other:
-                raise AssertionError(other)
+                self._report(AllEnded())
+            case Conclude():
+                _conclude(Path(order.directory), order.state, order.message)
+            case _:
+                raise AssertionError(order)
 
-    # Ranks
+    # Processes
 
-    async def _start(self, order: Message) -> None:
-        """Start processes: each {name, command, environment}; `ring` is the content of MLX_HOSTFILE."""
+    async def _start(self, order: StartProcesses) -> None:
+        """Opens the socket for ranks and starts the processes."""
         _sweep()
-        self._job = order["job"]
-        self._directory = agent_directory(order["job"])
+        self._job = order.job
+        self._heard.clear()
+        self._directory = agent_directory(order.job)
         self._directory.mkdir(mode=0o700)
-        self._server = await asyncio.start_unix_server(self._listen, self._directory / "ranks")
-        if order["ring"]:
-            hostfile = self._directory / "ring.json"
-            hostfile.write_text(json.dumps(order["ring"]))
-            order["environment"]["MLX_HOSTFILE"] = str(hostfile)
+        self._server = await asyncio.start_unix_server(self._listen, agent_socket(order.job))
         inherited = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
-        self._vitals.clear()
-        for each in order["members"]:
-            own = inherited | order["environment"] | each["environment"]
-            try:
-                process = await RankProcess.start(each["name"], each["command"], own)
-            except OSError as error:
-                self._report("exit", job=self._job, name=each["name"], status=127, error=str(error), last=[])
-                continue
+        common = inherited | order.environment
+        if order.ring:
+            hostfile = self._directory / "ring.json"
+            hostfile.write_text(json.dumps(order.ring))
+            common["MLX_HOSTFILE"] = str(hostfile)
+        for plan in order.processes:
+            await self._start_process(plan, common | plan.environment)
+
+    async def _start_process(self, plan: ProcessPlan, environment: dict[str, str]) -> None:
+        try:
+            process = await RankProcess.start(plan.name, plan.command, environment)
+        except OSError as error:
+            self._report(Exited(job=self._job, name=plan.name, status=NOT_STARTED, error=str(error), last=[]))
+        else:
             self._processes.append(process)
             self._keep(self._watch(process))
 
     async def _watch(self, process: RankProcess) -> None:
-        """Until the process has ended and all it said is told."""
+        """Passes on what the process prints, and reports its end after its rank's last report."""
 
         def tell(stream: str, text: str) -> None:
-            self._report("output", name=process.name, stream=stream, text=text)
+            self._report(Printed(name=process.name, stream=stream, text=text))
 
         status = await process.watch(tell)
-        for _ in range(100):  # its last word may still be on the way
-            if not any(self._vitals[rank]["pid"] == process.pid for rank in self._ranks):
-                break
+        deadline = time.monotonic() + LAST_REPORT_SECONDS
+        while process.pid in self._connected_pids() and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._processes.remove(process)
-        last = [vitals for vitals in self._vitals.values() if vitals["pid"] == process.pid]
-        self._report("exit", job=self._job, name=process.name, status=status, error="", last=last)
+        last = [_state(heard) for heard in self._heard.values() if heard.report.pid == process.pid]
+        self._report(Exited(job=self._job, name=process.name, status=status, error="", last=last))
 
     async def _end(self) -> None:
-        saving = any(self._vitals[rank]["phase"] in ("saving", "finishing") for rank in self._ranks)
-        grace = LEASE_SECONDS if saving else GRACE_SECONDS
-        await end(self._processes, grace, lambda: self._signal_reported(signal.SIGKILL))
+        saves = any(report.vitals.phase in SAVING for report in self._connected())
+        grace = LEASE_SECONDS if saves else GRACE_SECONDS
+        await end(self._processes, grace, lambda: self._signal_connected(signal.SIGKILL))
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def _signal(self, number: int) -> None:
-        """To all ranks. To mpirun, which would end them, only where none has reported yet."""
-        reported = {self._vitals[rank]["pid"] for rank in self._ranks}
+        """Signals all ranks. Signals mpirun only if none of its ranks has reported: it would end them."""
+        connected = self._connected_pids()
         for process in self._processes:
-            if process.pid not in reported and not (process.name == MPIRUN and reported):
+            if process.pid not in connected and not (process.name == MPIRUN and connected):
                 process.signal(number)
-        self._signal_reported(number)
+        self._signal_connected(number)
 
-    def _signal_reported(self, number: int) -> None:
-        """To the ranks that are connected, whoever started them."""
-        for rank in self._ranks:
+    def _signal_connected(self, number: int) -> None:
+        """Signals the ranks that are connected, whether this agent or mpirun started them."""
+        for pid in self._connected_pids():
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._vitals[rank]["pid"], number)
+                os.kill(pid, number)
 
-    # What ranks tell
+    def _connected(self) -> list[RankReport]:
+        """The last reports of the ranks that are connected."""
+        return [self._heard[rank].report for rank in self._connections if rank in self._heard]
+
+    def _connected_pids(self) -> set[int]:
+        return {report.pid for report in self._connected()}
+
+    # Ranks
 
     async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Takes the reports of one rank until it hangs up."""
         rank = -1
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError):
             while line := await reader.readline():
-                vitals = json.loads(line)
-                rank = vitals["rank"]
-                self._vitals[rank] = vitals | {"heard": time.monotonic()}
-                self._ranks[rank] = writer
-                if vitals["phase"] == READY:  # others wait for it
-                    self._tell_vitals()
-        self._ranks.pop(rank, None)
+                report = decode(line, RankReport)
+                rank = report.rank
+                self._heard[rank] = _Heard(report, time.monotonic())
+                self._connections[rank] = writer
+                if report.vitals.phase == Phase.READY:  # the other ranks wait for this one
+                    self._report_ranks()
+        self._connections.pop(rank, None)
         writer.close()
 
-    def _note(self, events: list[Message]) -> None:
-        """Hand the supervisor's events to rank 0, the one writer of the record."""
-        if writer := self._ranks.get(0):
-            for event in events:
-                writer.write(json.dumps(event).encode() + b"\n")
+    def _tell(self, rank: int, message: ToRank) -> None:
+        if writer := self._connections.get(rank):
+            writer.write(encode(message))
 
     async def _pulse(self) -> None:
-        """The end of the lease is counted in beats: while this host sleeps none goes by."""
-        while self._quiet_beats < LEASE_SECONDS / PULSE_SECONDS:
-            self._quiet_beats += 1
-            self._tell_vitals()
+        """Reports the ranks twice a second, and ends the orders when the lease is over.
+
+        The lease is counted in beats and not by a clock: while this host sleeps, no beat passes.
+        """
+        while self._beats_without_order < LEASE_SECONDS / PULSE_SECONDS:
+            self._beats_without_order += 1
+            self._report_ranks()
             await asyncio.sleep(PULSE_SECONDS)
         self._orders.feed_eof()
 
-    def _tell_vitals(self) -> None:
-        """Tell the supervisor where the ranks are, also those that say nothing any more."""
-        now = time.monotonic()
-        ranks = {
-            rank: {**vitals, "heard": now - vitals["heard"], "process": _process_state(vitals["pid"])}
-            for rank, vitals in self._vitals.items()
-        }
-        self._report("pulse", job=self._job, ranks=list(ranks.values()))
+    def _report_ranks(self) -> None:
+        """Reports where the ranks are, also those that have fallen silent."""
+        self._report(Pulse(job=self._job, ranks=[_state(heard) for heard in self._heard.values()]))
 
     # The rest
 
-    def _report(self, kind: str, **fields: Any) -> None:
-        if kind == "output" and self._reports.transport.get_write_buffer_size() > BACKLOG_BYTES:
+    def _report(self, report: Report) -> None:
+        if isinstance(report, Printed) and self._reports.transport.get_write_buffer_size() > BACKLOG_BYTES:
             return
-        self._reports.write(json.dumps({"is": kind, **fields}).encode() + b"\n")
+        self._reports.write(encode(report))
 
-    def _keep(self, work: Any) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` in the background; the event loop by itself keeps no task alive."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def _clean(self) -> None:
-        """No file is left, also none of ranks that were killed."""
+        """Removes all files of this attempt, also those of ranks that were killed."""
         sweep_port_locks()
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -218,37 +268,43 @@ class HostAgent:
 
 
 def _sweep() -> None:
-    """Remove what killed agents and ranks of this host left: directories in which nobody listens."""
+    """Removes what killed agents and ranks left on this host: folders with a socket that nobody reads."""
     sweep_port_locks()
     for directory in agent_directory("*").parent.glob(agent_directory("*").name):
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(directory / "ranks")) != 0:
+            if probe.connect_ex(str(directory / agent_socket("*").name)) != 0:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def _process_state(pid: int) -> str:
+def _state(heard: _Heard) -> RankState:
+    report = heard.report
     try:
-        return str(psutil.Process(pid).status())
+        process_state = str(psutil.Process(report.pid).status())
     except psutil.Error:
-        return "gone"
+        process_state = "gone"
+    silent_seconds = time.monotonic() - heard.at
+    return RankState(
+        rank=report.rank, vitals=report.vitals, silent_seconds=silent_seconds, process_state=process_state
+    )
 
 
-def _free_ports(address: str, count: int) -> Message:
-    """Ports of this host's address that nothing listens on; an error where the address is another's."""
+def _free_ports(address: str, count: int) -> PortsFound:
+    """Finds ports of an address on which nothing listens. The error says why, such as another host's
+    address."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
             each.bind((address, 0))
-        return {"ports": [each.getsockname()[1] for each in sockets], "error": ""}
+        return PortsFound(ports=[each.getsockname()[1] for each in sockets], error="")
     except OSError as error:
-        return {"ports": [], "error": error.strerror or str(error)}
+        return PortsFound(ports=[], error=error.strerror or str(error))
     finally:
         for each in sockets:
             each.close()
 
 
 def _conclude(directory: Path, state: str, message: str) -> None:
-    """The supervisor's word in status.json, where this host has one."""
+    """Writes the supervisor's verdict into status.json, if this host has the run's directory."""
     with contextlib.suppress(OSError, MlxRingError):
         if directory.is_dir():
             RunStatus.conclude(directory, state, message)

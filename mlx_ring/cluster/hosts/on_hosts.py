@@ -1,4 +1,4 @@
-"""One command on every host of a host file at once, here or through ssh, and the answers. No mlx here."""
+"""Runs one command on every host of a host file at the same time, here or through ssh."""
 
 import asyncio
 import contextlib
@@ -15,19 +15,21 @@ from mlx_ring.errors import ClusterError
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a command left on one host."""
+    """What a command gave on one host."""
 
     host: str
-    status: int
+    status: int  # its exit status
     stdout: bytes
     stderr: str
 
 
 def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> list[Answer]:
-    """Run a command in this folder on each host, or on `only` one of them, all at once.
+    """Runs a command in the folder of this name on each host, or on `only` one of them, all at once.
 
-    Returns: an answer of each; where a host could not be asked, status SSH_FAILED and why in stderr.
-    Raises: ClusterError where none could be asked.
+    Returns: an answer for each host; if a host could not be asked, its status is SSH_FAILED and stderr says
+    why.
+
+    Raises: ClusterError if no host could be asked.
     """
     names = [only] if only else file.names
 
@@ -37,8 +39,8 @@ def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> lis
     answers = asyncio.run(everybody())
     problems = [problem(answer, command[0]) for answer in answers]
     if all(problems):
-        told = [f"host {answer.host}: {why}" for answer, why in zip(answers, problems, strict=True)]
-        raise ClusterError("; ".join(told))
+        reasons = [f"host {answer.host}: {why}" for answer, why in zip(answers, problems, strict=True)]
+        raise ClusterError("; ".join(reasons))
     return [
         replace(answer, status=SSH_FAILED, stdout=b"", stderr=why) if why else answer
         for answer, why in zip(answers, problems, strict=True)
@@ -46,7 +48,7 @@ def on_hosts(file: HostFile, command: list[str], only: str | None = None) -> lis
 
 
 def fetch(file: HostFile, host: str, source: Path, target: Path) -> None:
-    """Copy a file of another host into one here. Raises: ClusterError where that failed; OSError."""
+    """Copies a file from another host. Raises: ClusterError if that fails; OSError for `target`."""
     with target.open("wb") as stream:
         answer = asyncio.run(ask(host, ["cat", "--", str(source)], file.envs, stream))
     if answer.status:
@@ -60,8 +62,15 @@ async def ask(
     into: IO[bytes] | None = None,
     seconds: float | None = None,
 ) -> Answer:
-    """Run a command in this folder on one host, for so many `seconds` at most; its stdout goes `into` a file
-    where one is given."""
+    """Runs a command in the folder of this name on one host.
+
+    Args:
+        host: the host as ssh calls it.
+        command: the program and its arguments.
+        environment: what the host file sets on every host.
+        into: a file for the command's stdout; without one, stdout is in the answer.
+        seconds: how long to wait at most; then the status is SSH_FAILED.
+    """
     full, own = on_host(host, command, environment)
     return await run(host, full, own, into=into, seconds=seconds)
 
@@ -75,7 +84,10 @@ async def run(
     into: IO[bytes] | None = None,
     seconds: float | None = None,
 ) -> Answer:
-    """Run a command here, that does something on a host; its stdin is what is `given`."""
+    """Runs a command here that does something on `host`, and gives it `given` on its stdin.
+
+    `into` and `seconds` are as in `ask`.
+    """
     try:
         process = await asyncio.create_subprocess_exec(
             *command, env=environment, stdin=PIPE, stdout=into or PIPE, stderr=PIPE, start_new_session=True
@@ -96,5 +108,5 @@ async def run(
 
 
 def problem(answer: Answer, program: str) -> str:
-    """Why a host could not be asked; nothing where it was."""
+    """Returns why a host could not be asked; "" if it could."""
     return ssh_problem(answer.status, program, answer.stderr)

@@ -1,4 +1,4 @@
-"""This folder and its environment on every host of a host file: rsync, then `uv sync` there. No mlx here."""
+"""Copies this folder to every host of a host file with rsync, and makes its environment with `uv sync`."""
 
 import asyncio
 import os
@@ -16,24 +16,31 @@ from mlx_ring.cluster.hosts.on_hosts import Answer, ask, run
 from mlx_ring.cluster.hosts.ssh import HERE, NO_PYTHON, SSH, SSH_FAILED, ssh_problem
 from mlx_ring.errors import ConfigError
 
-# What the digests of mlx_ring are over: a file of these that is gone here must go there too.
+# The digests of mlx_ring cover these folders: a file that is gone from them here must be removed there too.
 PACKAGES = ("mlx_ring", "hydra_plugins", "conf")
 TOKEN = ".mlx_ring_sync-"
-IGNORED = ("/.venv", "/outputs", "/multirun", "__pycache__", ".env")  # where git does not say what is
-KEPT = r"uv\.lock|[^/]+\.py"  # of what git ignores
-UV_PATH = "~/.local/bin:~/.cargo/bin:/opt/homebrew/bin:$PATH"  # where its installers put it
+IGNORED = ("/.venv", "/outputs", "/multirun", "__pycache__", ".env")  # not copied if git is not there to ask
+COPIED = r"uv\.lock|[^/]+\.py"  # files that are copied although git ignores them
+UV_PATH = "~/.local/bin:~/.cargo/bin:/opt/homebrew/bin:$PATH"  # where the installers of uv put it
 NO_UV = 98  # exit status
-UV_REMEDY = "install uv there: pip install --user uv, or as its site says"
+UV_REMEDY = "install uv there: pip install --user uv, or another way that its site names"
 
 
 def sync(file: HostFile, *, environment: bool, uv_options: list[str]) -> list[Check]:
-    """Copy this folder to the folder of the same name on every other host, and make its environment there.
+    """Copies this folder to the folder of the same name on every other host, and makes its environment there.
 
-    Newer files there are replaced. What git ignores stays here, but for uv.lock, which makes versions equal,
-    and modules in the folder itself, which may be the user's own model. Where this folder is mlx_ring's own
-    checkout, files that are gone from its packages go there too; else nothing is removed.
+    Replaces newer files there. Does not copy what git ignores, except uv.lock, which makes versions equal,
+    and modules in the folder itself, which may be the user's own model. If this folder is mlx_ring's own
+    checkout, removes files there that are gone from its packages here; otherwise removes nothing.
 
-    Raises: ConfigError where this folder is no project's.
+    Args:
+        file: the hosts.
+        environment: whether to run `uv sync` there.
+        uv_options: further options for `uv sync`.
+
+    Returns: a finding for each copy and each environment.
+
+    Raises: ConfigError if this folder is not a project.
     """
     folder = Path.cwd()
     if not (folder / "pyproject.toml").exists() and not (folder / ".git").exists():
@@ -48,7 +55,10 @@ def sync(file: HostFile, *, environment: bool, uv_options: list[str]) -> list[Ch
     async def everybody(token: str) -> list[list[Check]]:
         excluded = "".join(f"{pattern}\n" for pattern in _excluded(folder)).encode(errors="surrogateescape")
         return await asyncio.gather(
-            *(_one(name, file, token, excluded, uv_options if environment else None) for name in file.names)
+            *(
+                _sync_host(name, file, token, excluded, uv_options if environment else None)
+                for name in file.names
+            )
         )
 
     try:
@@ -60,7 +70,7 @@ def sync(file: HostFile, *, environment: bool, uv_options: list[str]) -> list[Ch
 
 
 def _excluded(folder: Path) -> list[str]:
-    """rsync's patterns for what stays here."""
+    """Returns patterns for rsync: what is not copied."""
     always = [".git", f"{TOKEN}*"]
     command = ["git", "ls-files", "--others", "--ignored", "--exclude-standard", "--directory", "-z"]
     try:
@@ -69,18 +79,22 @@ def _excluded(folder: Path) -> list[str]:
         return [*always, *IGNORED]
     if done.returncode:
         return [*always, *IGNORED]
-    paths = [path for path in os.fsdecode(done.stdout).split("\0") if path and not re.fullmatch(KEPT, path)]
+    paths = [path for path in os.fsdecode(done.stdout).split("\0") if path and not re.fullmatch(COPIED, path)]
     return [*always, *(re.sub(r"([*?\[\\])", r"\\\1", f"/{path.rstrip('/')}") for path in paths)]
 
 
-async def _one(
+async def _sync_host(
     name: str, file: HostFile, token: str, excluded: bytes, uv_options: list[str] | None
 ) -> list[Check]:
+    """Copies this folder to one host, and makes its environment unless `uv_options` is None.
+
+    `token` is the name of a file in this folder. A host that sees it shares the folder: nothing is copied.
+    """
     folder = Path.cwd()
     seen = None if name in HERE else await ask(name, ["test", "-e", token], file.envs)
     if seen is None or seen.status == 0:
         return [ok("copy", name, f"{folder} there is this very folder")]
-    if seen.status == SSH_FAILED:  # rsync ends with a status of its own where ssh has not quite ended
+    if seen.status == SSH_FAILED:  # ask ssh first: rsync hides the reason behind a status of its own
         return [_not_copied(name, seen)]
     for options, sources in _copies(folder):
         copied = await run(
@@ -95,8 +109,11 @@ async def _one(
 
 
 def _copies(folder: Path) -> list[tuple[list[str], list[str]]]:
-    """Options and sources of each rsync: all; then, of mlx_ring's own checkout, the packages without what is
-    gone here."""
+    """Returns the options and sources of each rsync.
+
+    The first copies everything. If this is mlx_ring's own checkout, a second one removes files there that are
+    gone from its packages here.
+    """
     own = folder / "mlx_ring"
     if not (own.is_dir() and own.samefile(Path(mlx_ring.__file__).parent)):
         return [([], ["./"])]
@@ -104,29 +121,32 @@ def _copies(folder: Path) -> list[tuple[list[str], list[str]]]:
 
 
 def _rsync(name: str, folder: Path, options: list[str], sources: list[str]) -> list[str]:
-    """With options that macOS's rsync has too. The folder is entered by the other side's shell, for versions
-    differ in whether a path is to be quoted for it."""
+    """Returns the command of one rsync, with options that macOS's rsync has too.
+
+    The shell of the other host enters the folder, because versions of rsync differ in how they quote a path.
+    """
     port: list[str] = []
     if name.startswith("ssh://"):
         name, _, number = name.removeprefix("ssh://").rstrip("/").partition(":")
         port = ["-p", number] if number else []
-    shell = shlex.join([*SSH[:-1], *port])  # without its last word, --
+    shell = shlex.join([*SSH[:-1], *port])  # without the last word, which is --
     there = f"mkdir -p {shlex.quote(str(folder))} && cd {shlex.quote(str(folder))} && rsync"
     return ["rsync", "-az", *options, "-e", shell, "--rsync-path", there, *sources, f"{name}:./"]
 
 
 def _not_copied(name: str, copied: Answer) -> Check:
+    """Says why a copy failed."""
     said = " ".join(copied.stderr.split())[-300:]
     if copied.status == NO_PYTHON:
         return fail("copy", name, "there is no rsync here", "install it here and there")
     if why := ssh_problem(copied.status, "rsync", said):
-        return fail("copy", name, why, "mlx-ring doctor --hostfile FILE says more of it")
-    remedy = "install rsync there" if "not found" in said else "mend that, then sync again"
+        return fail("copy", name, why, "mlx-ring doctor --hostfile FILE says more")
+    remedy = "install rsync there" if "not found" in said else "correct that, then sync again"
     return fail("copy", name, f"rsync ended with status {copied.status}: {said}", remedy)
 
 
 async def _make_environment(name: str, file: HostFile, options: list[str]) -> Check:
-    """With the Python version of this one."""
+    """Runs `uv sync` on a host, for the same version of Python as here."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     line = (
         f"PATH={UV_PATH}; command -v uv >/dev/null || exit {NO_UV}; "

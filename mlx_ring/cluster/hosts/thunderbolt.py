@@ -1,4 +1,4 @@
-"""A host file for Macs joined by Thunderbolt cables, by MLX's own `mlx.distributed_config`. No mlx here."""
+"""Makes a host file for Macs with Thunderbolt cables between them, with MLX's `mlx.distributed_config`."""
 
 import subprocess
 import sys
@@ -12,10 +12,13 @@ PROGRAM = "mlx.distributed_config"
 
 
 def configure(names: list[str], *, auto_setup: bool) -> HostFile:
-    """Have it find the cables between these Macs, order a ring by them, and give their ends addresses: by
-    itself (`auto_setup`), or by commands that it shows, a Mac at a time.
+    """Has mlx.distributed_config find the cables, order a ring by them, and give their ends addresses.
 
-    Raises: ConfigError where it cannot be asked; ClusterError where it found no ring.
+    Args:
+        names: the Macs as ssh calls them.
+        auto_setup: whether it sets the addresses itself; otherwise it shows the commands, one Mac at a time.
+
+    Raises: ConfigError if it cannot be run; ClusterError if it finds no ring.
     """
     for name in names:
         check_ssh_name("mlx-ring hosts thunderbolt", name)

@@ -2,7 +2,7 @@
 
 `environment` reads what the launcher set; `ring_ports` keeps other jobs off a rank's ports; `heartbeat`
 reports to the host's agent; `stop_signal` turns a signal into an orderly stop; `openblas` runs a rank with
-a faster BLAS. `protocol` holds the words that ranks, agents and the supervisor exchange.
+a faster BLAS. `protocol` defines every message between ranks, agents and the supervisor.
 """
 
 from mlx_ring.cluster.rank.environment import RankEnvironment

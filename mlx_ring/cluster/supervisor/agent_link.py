@@ -1,35 +1,31 @@
-"""Starts a `host_agent` on a host, here or through ssh, and talks to it. No mlx here."""
+"""Starts an agent on a host, here or through ssh, sends it orders and receives its reports."""
 
 import asyncio
 import contextlib
-import json
-import signal
-from asyncio.subprocess import PIPE, Process
-from typing import Any
+from asyncio.subprocess import Process
 
 from mlx_ring import __version__
-from mlx_ring.cluster.hosts.ssh import HERE, on_host, ssh_problem
+from mlx_ring.cluster.hosts.host_link import HostLink, HostLost, start_on_host
+from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.limits import AGENT_READY_SECONDS, LINK_CLOSE_SECONDS, PING_SECONDS
+from mlx_ring.cluster.rank.protocol import Closed, Order, Ping, Ready, Report, decode, encode
 from mlx_ring.errors import ClusterError
 
-REPORT_BYTES = 2**20  # longest report: of a line of output, six characters a byte at worst
-READY_SECONDS = 20.0  # for ssh, Python and the first word
-PING_SECONDS = 2.0
-Report = dict[str, Any]
 
+class AgentLink(HostLink):
+    """One host's agent, as the supervisor sees it.
 
-class AgentLink:
-    """One host's agent, as the supervisor sees it: orders out, reports in, on a queue shared by all hosts.
-
-    The last report of an agent is {"is": "closed"}, whatever ended it.
+    Its reports go to a queue that all hosts share. The last one is `Closed`, no matter what ended the agent.
     """
 
-    def __init__(self, host: str, process: Process, reports: "Reports", python: str) -> None:
-        self.host, self.name, self.machine = host, host, ""
-        self._process, self._reports, self._python = process, reports, python
-        self._complaints: list[str] = []  # the last lines of stderr, ssh's own among them
-        self.heard = asyncio.get_running_loop().time()
+    def __init__(self, host: str, process: Process, python: str, reports: "Reports") -> None:
+        super().__init__(host, process, python=python, called="its agent")
+        self.name = host  # what messages call the host
+        self.machine_id = ""  # equal for two names of one machine
+        self.heard = asyncio.get_running_loop().time()  # when the last report came
         self.open = True
-        self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._complain(), self._ping())]
+        self._reports = reports
+        self._tasks = [asyncio.create_task(work) for work in (self._listen(), self._ping())]
 
     @staticmethod
     async def start(
@@ -39,95 +35,79 @@ class AgentLink:
         python: str,
         environment: dict[str, str],
     ) -> "AgentLink":
-        """Returns once the agent has spoken. Raises: ClusterError naming the host and what is wrong there."""
-        command, own_environment = on_host(host, [python, "-m", "mlx_ring.cluster.agent"], environment)
+        """Starts an agent, and returns when it has reported.
+
+        Args:
+            host: The host as ssh calls it.
+            reports: The queue for the agent's further reports.
+            python: The interpreter that runs the agent there.
+            environment: The host file's variables.
+
+        Raises: ClusterError, naming the host and what is wrong there.
+        """
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, env=own_environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=REPORT_BYTES,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            raise ClusterError(f"host {host}: {command[0]} cannot be run: {error.strerror}") from None
-        own: Reports = asyncio.Queue()
-        link = AgentLink(host, process, own, python)
+            process = await start_on_host(host, [python, "-m", "mlx_ring.cluster.agent"], environment)
+        except HostLost as lost:
+            raise ClusterError(f"host {host}: {lost}") from None
+        first_reports: Reports = asyncio.Queue()
+        link = AgentLink(host, process, python, first_reports)
         try:
-            _, first = await asyncio.wait_for(own.get(), READY_SECONDS)
-        except TimeoutError:
-            first = {"is": "closed", "why": f"no word within {READY_SECONDS:g} s"}
-        if first["is"] != "ready":
+            ready = await link._ready(first_reports)
+        except ClusterError:
             await link.close()
-            raise ClusterError(f"host {host}: {first['why']}")
-        if first["version"] != __version__:
-            await link.close()
-            versions = f"mlx_ring {first['version']} and this one {__version__}"
-            raise ClusterError(f"host {host} has {versions}; install the same everywhere")
-        link._reports, link.machine = reports, first["machine"]
-        link.name = f"{host} ({first['host']})" if host not in HERE else first["host"]
-        while not own.empty():
-            reports.put_nowait(own.get_nowait())
+            raise
+        link.machine_id = ready.machine
+        link.name = ready.host if host in HERE else f"{host} ({ready.host})"
+        link._reports = reports
+        while not first_reports.empty():
+            reports.put_nowait(first_reports.get_nowait())
         return link
 
-    def order(self, do: str, **fields: Any) -> None:
-        """Send an order; nothing happens where the agent is gone, which its last report tells."""
-        if self.open and self._process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+    async def _ready(self, reports: "Reports") -> Ready:
+        """Waits for the agent's first report, and compares versions. Raises: ClusterError."""
+        try:
+            _, first = await asyncio.wait_for(reports.get(), AGENT_READY_SECONDS)
+        except TimeoutError:
+            first = Closed(why=f"its agent did not report within {AGENT_READY_SECONDS:g} s")
+        if isinstance(first, Closed):
+            raise ClusterError(f"host {self.host}: {first.why}")
+        assert isinstance(first, Ready), first
+        if first.version != __version__:
+            versions = f"mlx_ring {first.version} and this one {__version__}"
+            raise ClusterError(f"host {self.host} has {versions}; install the same everywhere")
+        return first
+
+    def order(self, order: Order) -> None:
+        """Sends an order. Does nothing if the agent is gone, which its last report says."""
+        if self.open:
+            self._send(encode(order))
 
     @property
     def silent_seconds(self) -> float:
-        """Since the last report."""
+        """Time since the last report."""
         return asyncio.get_running_loop().time() - self.heard
 
     async def close(self) -> None:
-        """End the agent, which ends its ranks; where it does not listen, only our end of the line."""
+        """Ends the agent, which ends its ranks. If the agent does not react, ends only the process here that
+        talks to it: over there its lease ends it."""
         self.open = False
         for task in self._tasks:
             task.cancel()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), 1.0)
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGKILL)
-            await self._process.wait()
+        await self._end(LINK_CLOSE_SECONDS)
 
     async def _listen(self) -> None:
-        assert self._process.stdout is not None
         with contextlib.suppress(OSError, ValueError):
-            while line := await self._process.stdout.readline():
+            while (report := await self._next(lambda line: decode(line, Report))) is not None:
                 self.heard = asyncio.get_running_loop().time()
-                if (report := _report(line)) is not None:
-                    self._reports.put_nowait((self, report))
-                else:  # the word of a login shell
-                    self._complaints = [*self._complaints[-3:], line.decode(errors="replace").strip()]
-        status = await self._process.wait()
+                self._reports.put_nowait((self, report))
+        why = await self._why_ended()
         self.open = False
-        self._reports.put_nowait((self, {"is": "closed", "why": self._why(status)}))
-
-    async def _complain(self) -> None:
-        assert self._process.stderr is not None
-        with contextlib.suppress(ValueError):
-            while line := await self._process.stderr.readline():
-                self._complaints = [*self._complaints[-3:], line.decode(errors="replace").strip()]
+        self._reports.put_nowait((self, Closed(why=why)))
 
     async def _ping(self) -> None:
         while True:
-            self.order("ping")
+            self.order(Ping())
             await asyncio.sleep(PING_SECONDS)
-
-    def _why(self, status: int) -> str:
-        said = "; ".join(filter(None, self._complaints))
-        agent = f"its agent ended with status {status}{': ' if said else ''}{said}"
-        return ssh_problem(status, self._python, said) or agent
-
-
-def _report(line: bytes) -> Report | None:
-    try:
-        report = json.loads(line)
-    except ValueError:
-        return None
-    return report if isinstance(report, dict) and "is" in report else None
 
 
 Reports = asyncio.Queue[tuple[AgentLink, Report]]

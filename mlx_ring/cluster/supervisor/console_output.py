@@ -1,5 +1,7 @@
-"""What a supervisor prints, written by a thread: a terminal that is held, or a reader that is slow, must not
-hold up who watches over ranks. No mlx here."""
+"""Prints the supervisor's lines from a thread of its own.
+
+So a terminal whose output is held, or a slow reader, does not hold up the supervisor's watch over the ranks.
+"""
 
 import contextlib
 import io
@@ -8,20 +10,21 @@ import sys
 import threading
 from typing import Protocol
 
-MOST_LINES = 20_000  # that wait for a slow reader; further ones are dropped, and their number told
-CLOSE_SECONDS = 2.0
+from mlx_ring.cluster.limits import CONSOLE_CLOSE_SECONDS
+
+MOST_LINES = 20_000  # this many may wait for a slow reader; further ones are dropped and counted
 
 
 class Output(Protocol):
-    """What takes lines."""
+    """Anything that takes lines."""
 
     def write(self, stream: str, line: str) -> None:
-        """A line of the stream "out" or "err"."""
+        """Takes a line of the stream "out" or "err"."""
         ...
 
 
 class ConsoleOutput:
-    """Lines for stdout ("out") and stderr ("err"), in order."""
+    """Prints lines on stdout ("out") and stderr ("err"), in order."""
 
     def __init__(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -33,22 +36,24 @@ class ConsoleOutput:
         self._thread.start()
 
     def write(self, stream: str, line: str) -> None:
-        """Never waits."""
+        """Takes a line for printing. Never waits."""
         try:
             self._lines.put_nowait((stream, line))
         except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
-        """Let the last lines out, where somebody reads."""
+        """Prints the lines that still wait, unless nobody reads them."""
         with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=CLOSE_SECONDS)
-        self._thread.join(CLOSE_SECONDS)
+            self._lines.put(None, timeout=CONSOLE_CLOSE_SECONDS)
+        self._thread.join(CONSOLE_CLOSE_SECONDS)
 
     def _run(self) -> None:
         while (entry := self._lines.get()) is not None:
-            dropped, self._dropped = self._dropped, 0
+            stream, line = entry
+            dropped = self._dropped
+            self._dropped = 0
             with contextlib.suppress(OSError, ValueError):  # a terminal that is gone is no reason to stop
-                print(entry[1], file=sys.stdout if entry[0] == "out" else sys.stderr, flush=True)
+                print(line, file=sys.stdout if stream == "out" else sys.stderr, flush=True)
                 if dropped:
                     print(f"mlx-ring: {dropped} lines were not shown: too slow a reader", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Keeps a run going, attempt after attempt, on the hosts that answer, until it has ended well. No mlx."""
+"""Makes attempt after attempt at a run, on the hosts that answer, until the run has ended well."""
 
 import asyncio
 import signal
@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from mlx_ring.cluster.hosts.host_file import Host
+from mlx_ring.cluster.limits import BACK_OFF_SECONDS, SCOUT_SECONDS
+from mlx_ring.cluster.rank.protocol import Conclude, Event
 from mlx_ring.cluster.rank.stop_signal import stay_awake
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
@@ -15,9 +17,8 @@ from mlx_ring.cluster.supervisor.options import Options, mpirun_command, rank_pr
 from mlx_ring.cluster.supervisor.watch import Failure
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted
 
-BACK_OFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the first, second, … further try
-FRUITLESS_RESTARTS = 2  # restarts in a row that reach no new checkpoint
-SCOUT_SECONDS = 5.0  # between looks for hosts that came back, or into the host file
+FRUITLESS_RESTARTS = 2  # the run is given up after this many restarts in a row without a new checkpoint
+SAID_BY_RANKS = (ConfigError.exit_status, Interrupted.exit_status)  # the ranks have printed the reason
 T = TypeVar("T")
 
 
@@ -25,23 +26,26 @@ class ElasticSupervisor:
     """One supervised run."""
 
     def __init__(self, options: Options, output: ConsoleOutput) -> None:
-        self._options, self._output = options, output
+        """Raises: ConfigError for a wrong host file."""
+        self._options = options
+        self._output = output
         self._pool = HostPool(options.hostfile, options.local_ranks, options.python, self._say)
-        self._notes: list[dict[str, Any]] = []  # events for the run's record, until a rank 0 takes them
+        self._events: list[Event] = []  # for the run's record, until a rank 0 takes them
         self._attempt: Attempt | None = None
-        self._stops, self._stopped = 0, asyncio.Event()  # signals
-        self._rearranging = ""  # why the ranks were asked to stop, where it was not the user
-        self._before: list[Host] = []  # of the attempt that was stopped for others
-        self._reached = 0  # step of the newest checkpoint
+        self._stops = 0  # signals that asked to stop
+        self._stopped = asyncio.Event()  # set by the first of them
+        self._rearranging = ""  # why the supervisor asked the ranks to stop; empty if it did not
+        self._hosts_before: list[Host] = []  # those of the attempt that it stopped, until a step on others
+        self._reached = 0  # the step of the newest checkpoint
 
     async def run(self) -> int:
-        """To the end. Returns: the exit status. Raises: MlxRingError where no rank could be started."""
+        """Supervises to the end. Returns: the exit status. Raises: MlxRingError if no rank can start."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 loop.add_signal_handler(number, self._signalled, number)
         if self._options.leash:
-            loop.add_reader(sys.stdin, self._let_go)
+            loop.add_reader(sys.stdin, self._stdin_ended)
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()
@@ -51,15 +55,16 @@ class ElasticSupervisor:
             await self._pool.close()
 
     async def _attempts(self) -> int:
-        restarts = fruitless = 0
+        restarts = 0
+        fruitless = 0  # restarts in a row without a new checkpoint
         while True:
             before = self._reached
-            outcome = await self._one(first=restarts == 0 and not before)
+            outcome = await self._make_attempt(first=restarts == 0 and not before)
             self._reached = max(self._reached, outcome.saved_step)
             if self._stops:
                 return self._interrupted(outcome)
             if outcome.trained and not self._rearranging:
-                self._before = []
+                self._hosts_before = []
             failure = outcome.failure
             if outcome.status == EXIT_STOPPED and failure is None:
                 if self._rearranging:
@@ -68,23 +73,27 @@ class ElasticSupervisor:
                 failure = Failure(message="a rank was asked to stop, not by us", status=EXIT_STOPPED)
             if failure is None:
                 return outcome.status
-            if not outcome.trained and self._without_newcomers(failure):
-                continue
+            if not outcome.trained:
+                newcomers = self._newcomers()
+                self._hosts_before = []  # the hosts of a further failure are no newcomers
+                if newcomers:
+                    self._set_aside(newcomers, failure)
+                    continue
             fruitless = 0 if self._reached > before else fruitless + 1
             if why_not := self._why_no_restart(failure, restarts, fruitless):
                 return self._given_up(failure, why_not)
             restarts += 1
             await self._before_restart(failure, restarts, fruitless, progress=self._reached > before)
 
-    async def _one(self, *, first: bool) -> Outcome:
-        """One attempt. Raises: MlxRingError where the first one cannot be started."""
+    async def _make_attempt(self, *, first: bool) -> Outcome:
+        """Raises: MlxRingError if the first attempt cannot be started."""
         try:
-            hosts = await self._hosts(first)
+            hosts = await self._enough_hosts(first)
             if self._stops:
                 return Outcome(status=EXIT_STOPPED, failure=None, saved_step=0, trained=False)
             self._rearranging = ""
             self._attempt = self._new_attempt(hosts)
-            return await self._attempt.run(self._notes)
+            return await self._attempt.run(self._events)
         except (ClusterError, ConfigError) as error:
             if first:
                 raise
@@ -94,11 +103,12 @@ class ElasticSupervisor:
             self._attempt = None
 
     def _new_attempt(self, hosts: list[Host]) -> Attempt:
-        options, overrides = self._options, self._options.overrides
-        if self._reached:  # what was started anew is continued now
+        options = self._options
+        overrides = options.overrides
+        if self._reached:  # the user may have asked for a new run, but this one has begun already
             overrides = [*overrides, "checkpoint.resume=auto"]
-        if len(hosts) < len(self._pool.file.hosts):
-            overrides = [*overrides, "cluster.ranks=null"]  # fewer than were asked for
+        if len(hosts) < len(self._pool.file.hosts):  # the user may have asked for more ranks
+            overrides = [*overrides, "cluster.ranks=null"]
         return Attempt(
             hosts,
             self._pool.links,
@@ -113,18 +123,21 @@ class ElasticSupervisor:
 
     # Hosts
 
-    async def _hosts(self, first: bool) -> list[Host]:
-        """Those that answer, once they are enough. Raises: ClusterError where they are not: at once for the
-        first attempt, after `wait_seconds` later."""
+    async def _enough_hosts(self, first: bool) -> list[Host]:
+        """Waits until enough hosts answer. Returns: those that do.
+
+        Raises: ClusterError if too few answer: at once before the first attempt, after `wait_seconds` later.
+        """
         loop = asyncio.get_running_loop()
-        since, tries = loop.time(), 0
+        since = loop.time()
+        tries = 0
         while True:
             hosts = await self._unless_stopped(self._pool.answering()) or []
             answering = list(dict.fromkeys(host.ssh for host in hosts))
             needed = self._options.min_hosts or (len(self._pool.names) if first else 1)
             if self._stops or len(answering) >= needed:
                 for name in set(self._pool.problems) & set(self._pool.names):
-                    self._note("host_lost", f"goes on without it: {self._pool.problems[name]}")
+                    self._record("host_lost", f"goes on without it: {self._pool.problems[name]}")
                 return hosts
             why = "; ".join(self._pool.problems.values()) or "the others are set aside"
             message = (
@@ -134,52 +147,65 @@ class ElasticSupervisor:
                 raise ClusterError(message)
             self._pool.say_once(f"waits: {message}")
             tries += 1
-            await self._unless_stopped(asyncio.sleep(BACK_OFF_SECONDS[min(tries, 5)]))
+            seconds = BACK_OFF_SECONDS[min(tries, len(BACK_OFF_SECONDS) - 1)]
+            await self._unless_stopped(asyncio.sleep(seconds))
             self._pool.reread()
 
     async def _scout(self) -> None:
-        """Look for hosts that came back, and for changes of the host file."""
+        """Looks for hosts that came back, and for changes of the host file, as long as the run lasts."""
         while True:
             await asyncio.sleep(SCOUT_SECONDS)
             try:
-                await self._look()
+                await self._change_hosts()
             except Exception as error:  # noqa: BLE001 - a look that fails ends no run, and is not the last
                 self._pool.say_once(f"a look at the hosts failed: {type(error).__name__}: {error}")
 
-    async def _look(self) -> None:
-        """Ask the ranks to stop where other hosts, or the same otherwise, are to be used from now on."""
+    async def _change_hosts(self) -> None:
+        """Looks at the hosts, and stops the ranks in an orderly way if they should go on with others."""
         self._pool.reread()
         attempt = self._attempt
-        if attempt is None or not attempt.watch.trains or self._rearranging or self._stops:
+        if attempt is None or not self._may_rearrange(attempt):
             return
+        wanted = await self._wanted_hosts(attempt)
+        if wanted and wanted != attempt.hosts and self._may_rearrange(attempt):
+            self._hosts_before = attempt.hosts
+            self._rearranging = difference(attempt.hosts, wanted)
+            self._record("hosts_changed", self._rearranging)
+            self._say(f"{self._rearranging}: the ranks save their state and start anew")
+            attempt.signal("SIGTERM")
+
+    def _may_rearrange(self, attempt: Attempt) -> bool:
+        going_on = self._attempt is attempt and attempt.watch.trains
+        return going_on and not self._rearranging and not self._stops
+
+    async def _wanted_hosts(self, attempt: Attempt) -> list[Host]:
+        """Tries to reach the hosts that the attempt does not use. Returns: all that can be used now."""
         used = {host.ssh for host in attempt.hosts}
         idle = [name for name in self._pool.names if name not in used and not self._pool.is_set_aside(name)]
         found = await asyncio.gather(*map(self._pool.connect, idle))
         for name in set(idle) & set(self._pool.problems):
             self._pool.say_once(f"not used: {self._pool.problems[name]}")
         usable = used | {name for name, answers in zip(idle, found, strict=True) if answers}
-        wanted = [host for host in self._pool.file.hosts if host.ssh in usable]
-        if self._attempt is not attempt or not attempt.watch.trains or self._stops:
-            return
-        if wanted and wanted != attempt.hosts:
-            self._before, self._rearranging = attempt.hosts, difference(attempt.hosts, wanted)
-            self._note("hosts_changed", self._rearranging)
-            self._say(f"{self._rearranging}: the ranks save their state and start anew")
-            attempt.signal("SIGTERM")
+        return [host for host in self._pool.file.hosts if host.ssh in usable]
 
-    def _without_newcomers(self, failure: Failure) -> bool:
-        """Whether the attempt had new hosts, which are set aside now."""
-        known = {host.ssh for host in self._before}
-        new = [name for name in self._pool.names if known and name in self._pool.links and name not in known]
-        self._before = []
-        for name in new:
-            self._note("host_set_aside", self._pool.set_aside(name, f"could not join: {failure.message}"))
-            self._say(self._notes[-1]["message"])
-        return bool(new)
+    def _newcomers(self) -> list[str]:
+        """The hosts for which the ranks were stopped, and with which they have not made a step yet."""
+        known = {host.ssh for host in self._hosts_before}
+        if not known:
+            return []
+        return [name for name in self._pool.names if name in self._pool.links and name not in known]
+
+    def _set_aside(self, newcomers: list[str], failure: Failure) -> None:
+        """Goes on without hosts that could not join."""
+        for name in newcomers:
+            message = self._pool.set_aside(name, f"could not join: {failure.message}")
+            self._record("host_set_aside", message)
+            self._say(message)
 
     # Restarts
 
     def _why_no_restart(self, failure: Failure, restarts: int, fruitless: int) -> str:
+        """Returns: why the run is given up; empty if it is restarted."""
         if not failure.worth_a_restart:
             return "a restart would end the same way"
         if restarts >= self._options.max_restarts:
@@ -191,22 +217,26 @@ class ElasticSupervisor:
     async def _before_restart(
         self, failure: Failure, restarts: int, fruitless: int, *, progress: bool
     ) -> None:
-        self._note(failure.event, failure.message, rank=failure.rank, host=failure.host)
+        """Records the failure, blames its host, and waits a little, longer after each fruitless restart."""
+        self._record(failure.event, failure.message, rank=failure.rank, host=failure.host)
         seconds = BACK_OFF_SECONDS[fruitless - 1] if fruitless else 0.0
         message = f"restart {restarts} of at most {self._options.max_restarts}, from step {self._reached}"
         self._say(f"{message}{f' in {seconds:g} s' if seconds else ''}")
-        self._note("restart", message, restarts=restarts)
+        self._record("restart", message, restarts=restarts)
         if failure.host is not None:
             self._pool.lose(failure.host, failure.message)
             if aside := self._pool.blame(failure.host, progress=progress):
-                self._note("host_set_aside", aside)
+                self._record("host_set_aside", aside)
                 self._say(aside)
         await self._unless_stopped(asyncio.sleep(seconds))
 
     # Ends
 
     def _interrupted(self, outcome: Outcome) -> int:
-        """After a signal. What was saved before can be resumed, also where the ranks had not begun yet."""
+        """Ends the run after a signal. Returns: the exit status.
+
+        What was saved earlier can be resumed, also if this attempt's ranks had not begun yet.
+        """
         failure = outcome.failure
         if self._stops > 1 or (not outcome.trained and not self._reached):
             self._conclude("failed", "interrupted")
@@ -219,37 +249,45 @@ class ElasticSupervisor:
         return outcome.status
 
     def _given_up(self, failure: Failure, why: str) -> int:
-        """Say so, also in status.json, which nobody else may have been left to write."""
-        if failure.status not in (2, 130):  # the ranks have told a mistake themselves
+        """Says why the run ends, also in status.json: perhaps no rank is left to write it.
+
+        Returns: the exit status.
+        """
+        if failure.status not in SAID_BY_RANKS:
             self._output.write("err", f"error: {failure.message}{'; ' + why if why else ''}")
         self._conclude("failed", failure.message)
         return failure.status
 
     def _conclude(self, state: str, message: str) -> None:
         directory = str(self._options.directory)
-        self._pool.tell_all("conclude", directory=directory, state=state, message=message)
+        self._pool.order_all(Conclude(directory=directory, state=state, message=message))
 
     # Signals and words
 
     def _signalled(self, number: int) -> None:
-        """The first: finish the step, save, leave. The second, never SIGHUP: leave at once."""
+        """The first signal asks the ranks to finish their step, save and leave; the second ends them at once.
+
+        SIGHUP never counts as a second one.
+        """
         if self._stops and number == signal.SIGHUP:
             return
         self._stops += 1
         self._stopped.set()
-        if self._attempt is not None and not (self._stops == 1 and self._rearranging):  # asked already
+        asked_already = self._stops == 1 and self._rearranging
+        if self._attempt is not None and not asked_already:
             self._attempt.signal("SIGTERM" if self._stops == 1 else "SIGKILL")
         if self._stops == 1:
             self._say("asked to stop: the ranks finish their step and save; once more to leave at once")
 
-    def _let_go(self) -> None:
-        """Nobody writes there: it is the end, of whoever started this."""
+    def _stdin_ended(self) -> None:
+        """End of file on stdin: the process that started this one is gone."""
         asyncio.get_running_loop().remove_reader(sys.stdin)
         self._signalled(signal.SIGTERM)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What it gives; None where a signal comes first."""
-        task, stop = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        """Returns: the result of `work`; None if a signal comes first, which cancels it."""
+        task = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stopped.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not task.done():
@@ -257,15 +295,15 @@ class ElasticSupervisor:
             return None
         return task.result()
 
-    def _note(self, event: str, message: str, **more: Any) -> None:
-        self._notes.append({"event": event, "message": message, **more})
+    def _record(self, event: str, message: str, **more: Any) -> None:
+        self._events.append({"event": event, "message": message, **more})
 
     def _say(self, message: str) -> None:
         self._output.write("err", f"mlx-ring: {message}")
 
 
 def supervise(options: Options) -> int:
-    """Run to the end. Returns the exit status. Raises: MlxRingError."""
+    """Supervises a run to its end. Returns: the exit status. Raises: MlxRingError if it cannot be started."""
 
     async def run() -> int:
         return await ElasticSupervisor(options, output).run()

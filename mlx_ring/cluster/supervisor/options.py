@@ -1,4 +1,4 @@
-"""What `mlx-ring run` was asked for: its own options and the configuration, put together and checked."""
+"""Puts the options of `mlx-ring run` and the run's configuration together, and checks them."""
 
 import os
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from mlx_ring.run_directory.directory import new_run_id
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `mlx-ring run` was told. `local_ranks`, or `hostfile`."""
+    """What `mlx-ring run` was asked for."""
 
-    overrides: list[str]
-    directory: Path  # of the run; among the overrides
-    local_ranks: int
+    overrides: list[str]  # of the run's configuration
+    directory: Path  # of the run; the overrides name it, too
+    local_ranks: int  # how many ranks this machine runs; 0 with a host file
     hostfile: Path | None
-    mpirun: bool
-    min_hosts: int | None
+    mpirun: bool  # whether mpirun starts the ranks, and not the agents
+    min_hosts: int | None  # an attempt needs this many; None: all hosts for the first one, then one
     max_restarts: int
-    deadline_seconds: float
-    wait_seconds: float  # for which a run that has begun waits for hosts that answer
+    deadline_seconds: float  # an attempt without progress hangs after this time, or later
+    wait_seconds: float  # a run that has begun waits this long until enough hosts answer
     leash: bool  # whether the end of stdin asks to stop
-    openblas_threads: int | None  # a rank; None: the BLAS of MLX's wheel
-    python: str
+    openblas_threads: int | None  # of each rank; None: the BLAS of MLX's wheel
+    python: str  # the interpreter, at the same path on every host
 
 
 def options(
@@ -41,8 +41,11 @@ def options(
     openblas_threads: int | None,
     python: str,
 ) -> Options:
-    """Raises: ConfigError for a mistake that shows before any rank is started."""
-    if not any(item.startswith("run.dir=") for item in overrides):  # the same one for every attempt
+    """Checks the options; all but `ranks` (for `-n`) are fields of `Options`.
+
+    Raises: ConfigError for a mistake that shows before any rank is started.
+    """
+    if not any(item.startswith("run.dir=") for item in overrides):  # every attempt needs the same one
         overrides = [*overrides, f"run.dir=outputs/{new_run_id()}"]
     config = compose_run(*overrides)
     if config.cluster.hostfile is not None and hostfile is None and ranks is None:
@@ -61,7 +64,7 @@ def options(
         ranks = config.cluster.ranks or 1
     return Options(
         overrides=overrides,
-        directory=Path(config.record["run"]["dir"]),
+        directory=Path(config.redacted["run"]["dir"]),
         local_ranks=ranks or 0,
         hostfile=hostfile,
         mpirun=mpirun,
@@ -76,8 +79,10 @@ def options(
 
 
 def rank_program(python: str, overrides: list[str], openblas_threads: int | None) -> list[str]:
-    """A rank's command line: the installed `train.py` beside that interpreter, with OpenBLAS where its
-    threads are given."""
+    """Returns: a rank's command line: the `train.py` that is installed beside the interpreter.
+
+    It runs with OpenBLAS if a number of threads is given.
+    """
     program = [python, str(Path(python).with_name("train.py")), *overrides]
     if openblas_threads is None:
         return program
@@ -85,7 +90,10 @@ def rank_program(python: str, overrides: list[str], openblas_threads: int | None
 
 
 def mpirun_command(python: str, ranks: int) -> list[str]:
-    """Open MPI's own start of ranks on this machine; its mpirun may be installed beside the interpreter."""
+    """Returns: the command by which Open MPI starts this many ranks on this machine, without their program.
+
+    It prefers an mpirun that is installed beside the interpreter.
+    """
     beside = Path(python).with_name("mpirun")
     command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), "--map-by", ":oversubscribe"]
     return [*command, "--allow-run-as-root"] if os.geteuid() == 0 else command

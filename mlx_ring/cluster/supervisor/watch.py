@@ -1,66 +1,75 @@
-"""What a supervisor makes of the reports of ranks and hosts: who progresses, who is to blame. No mlx here.
+"""Judges from the ranks' reports who makes progress, and who is to blame when an attempt fails.
 
-Nothing here waits or acts: it is fed with reports and a clock, and asked.
+Nothing here waits or acts: the attempt passes in reports and times, and asks questions. Times are seconds of
+the event loop's clock.
 """
 
 import signal
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from mlx_ring.cluster.rank.protocol import DONE, FIRST_STEP, READY, STARTING, Vitals
+from mlx_ring.cluster.limits import MEET_SECONDS, RANK_SILENT_SECONDS, START_SECONDS
+from mlx_ring.cluster.rank.protocol import Phase, RankState, Vitals
 from mlx_ring.errors import EXIT_STOPPED, ClusterError
 
-MEET_SECONDS = 120.0  # for all ranks to come to the start
-START_SECONDS = 600.0  # for reading data, restoring and the first step, which is compiled; for saving
-HANG_STEPS = 10  # a step that takes this many times the usual one hangs
-SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is a straggler
-SLOW_STEPS = 20  # for so many of its reports of another step in a row
-TRAINING = {"training", "evaluating"}
+HANG_STEPS = 10  # a step hangs when it takes this many times as long as usual
+SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is slow
+SLOW_STEPS = 20  # a rank that was slow in this many steps in a row is a straggler
+TRAINING = {Phase.TRAINING, Phase.EVALUATING}
+UNHEARD = Vitals(phase=Phase.STARTING)  # of a rank that has not reported yet
 
 
 @dataclass
 class Rank:
-    """What is known of one rank."""
+    """What the supervisor knows of one rank."""
 
     rank: int
     host: str  # as ssh calls it
-    host_name: str  # as it is told
-    vitals: Vitals = field(default_factory=dict[str, Any])
-    changed: float = 0.0  # when it last progressed
+    host_name: str  # as messages call it
+    state: RankState | None = None  # as its agent last reported it
+    changed: float = 0.0  # when it last made progress
     last_words: str = ""  # its last line that begins with "error:"
-    status: int | None = None  # of its process, once that has ended
+    status: int | None = None  # of its process, after that has ended
     slow_steps: int = 0  # in a row
-    slow_since_step: int = -1  # the last step that was looked at
+    slow_since_step: int = -1  # the last step that `straggler` looked at
     slow_told: bool = False
 
     @property
     def name(self) -> str:
+        """What messages call it."""
         return f"rank {self.rank} on {self.host_name}"
 
     @property
-    def place(self) -> tuple[Any, ...]:
-        return tuple(self.vitals.get(key) for key in ("phase", "step", "calls", "work"))
+    def vitals(self) -> Vitals:
+        return self.state.vitals if self.state is not None else UNHEARD
 
     @property
-    def phase(self) -> str:
-        return str(self.vitals.get("phase", STARTING))
+    def place(self) -> tuple[object, ...] | None:
+        """Where it is; None before its first report. It changes when the rank makes progress."""
+        if self.state is None:
+            return None
+        vitals = self.vitals
+        return vitals.phase, vitals.step, vitals.calls, vitals.work
+
+    @property
+    def phase(self) -> Phase:
+        return self.vitals.phase
 
     @property
     def stopped(self) -> bool:
-        """Whether its process is: by SIGSTOP, a debugger, a closed shell's job control."""
-        return self.vitals.get("process") == "stopped"
+        """Whether its process is stopped: by SIGSTOP, a debugger, or the job control of a shell."""
+        return self.state is not None and self.state.process_state == "stopped"
 
     @property
-    def calls(self) -> int:
-        return int(self.vitals.get("calls", 0))
+    def silent(self) -> bool:
+        """Whether its agent has not heard it for long."""
+        return self.state is not None and self.state.silent_seconds > RANK_SILENT_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why an attempt ended: the rank and host that are to blame, as far as it is known, and the exit status
-    that says so."""
+    """Why an attempt ended: a message, the exit status, and the rank and host to blame, if they are known."""
 
     message: str
     status: int
@@ -70,8 +79,8 @@ class Failure:
 
     @property
     def worth_a_restart(self) -> bool:
-        """Not where the same would happen again: a wrong configuration, no usable checkpoint, a loss that is
-        no number, or the user's own wish."""
+        """False if a restart would end the same way: after a mistake in the configuration, a loss that is not
+        finite, a missing checkpoint, or the user's interrupt."""
         return self.status not in (2, 4, 5, 130)
 
 
@@ -79,57 +88,60 @@ class Watch:
     """The ranks of one attempt."""
 
     def __init__(self, ranks: list[Rank], *, deadline_seconds: float, now: float) -> None:
+        """`deadline_seconds`: an attempt without progress hangs after this time, or later: see `deadline`."""
         self.ranks = ranks
         self._deadline_seconds = deadline_seconds
-        self._steps: deque[tuple[float, int]] = deque(maxlen=HANG_STEPS + 1)
+        self._steps: deque[tuple[float, int]] = deque(maxlen=HANG_STEPS + 1)  # when rank 0 reported each
         for rank in ranks:
             rank.changed = now
 
     @property
     def step(self) -> int:
-        """The newest step that a rank has finished."""
-        return max((int(rank.vitals.get("step", 0)) for rank in self.ranks), default=0)
+        """The newest step that any rank has finished."""
+        return max((rank.vitals.step for rank in self.ranks), default=0)
 
     @property
     def saved_step(self) -> int:
-        """The newest step that rank 0 has begun to save."""
-        return max((int(rank.vitals.get("saved_step") or 0) for rank in self.ranks), default=0)
+        """The newest step that is on rank 0's disk."""
+        return max((rank.vitals.saved_step for rank in self.ranks), default=0)
 
     @property
     def trains(self) -> bool:
-        """Whether a first step of this attempt is done: what takes long for good reasons is over.
+        """Whether a first step of this attempt is finished, so that no slow start excuses a lack of progress.
 
-        A step of one rank is a step of all; one that was stopped early may have told of no step yet.
+        When one rank has finished a step, all have; one rank's last report may still be older.
         """
         phases = {rank.phase for rank in self.ranks}
-        return bool(phases & TRAINING) and phases <= TRAINING | {FIRST_STEP}
+        return bool(phases & TRAINING) and phases <= TRAINING | {Phase.FIRST_STEP}
 
     @property
     def ready(self) -> bool:
         """Whether all ranks have come to the start, where they wait."""
-        return all(rank.phase == READY for rank in self.ranks)
+        return all(rank.phase == Phase.READY for rank in self.ranks)
 
-    def hear(self, vitals: Vitals, now: float) -> None:
-        """A rank's report, as its agent passed it on."""
-        rank = next((each for each in self.ranks if each.rank == vitals["rank"]), None)
+    def hear(self, state: RankState, now: float) -> None:
+        """Takes in a rank's state, as its agent reported it."""
+        rank = next((each for each in self.ranks if each.rank == state.rank), None)
         if rank is None:
             return
         before = rank.place
-        rank.vitals = vitals
+        rank.state = state
         if rank.place != before:
             rank.changed = now
-        if (
-            rank.rank == 0
-            and rank.phase in TRAINING
-            and (not self._steps or self._steps[-1][1] != vitals["step"])
-        ):
-            self._steps.append((now, int(vitals["step"])))
+        new_step = not self._steps or self._steps[-1][1] != state.vitals.step
+        if rank.rank == 0 and rank.phase in TRAINING and new_step:
+            self._steps.append((now, state.vitals.step))
+
+    def forgive(self, now: float) -> None:
+        """Counts all waiting from now on: it was this supervisor that slept."""
+        for rank in self.ranks:
+            rank.changed = now
 
     def deadline(self) -> float:
-        """Seconds without progress after which the run hangs."""
-        if any(rank.stopped for rank in self.ranks):  # no work takes long there
+        """Returns: the seconds without progress after which the attempt hangs."""
+        if any(rank.stopped for rank in self.ranks):  # a stopped process does no slow work
             return self._deadline_seconds
-        if any(rank.phase == STARTING for rank in self.ranks):
+        if any(rank.phase == Phase.STARTING for rank in self.ranks):
             return max(MEET_SECONDS, self._deadline_seconds)
         if not self.trains:
             return max(START_SECONDS, self._deadline_seconds)
@@ -140,18 +152,24 @@ class Watch:
         return max(self._deadline_seconds, HANG_STEPS * usual)
 
     def hangs(self, now: float) -> bool:
-        """Whether no rank has progressed for the deadline."""
-        return now - max(rank.changed for rank in self.ranks) > self.deadline()
+        """Whether no rank has made progress within the deadline."""
+        return self._still_seconds(now) > self.deadline()
+
+    def _still_seconds(self, now: float) -> float:
+        return now - max(rank.changed for rank in self.ranks)
 
     def straggler(self) -> tuple[Rank, float] | None:
-        """A rank that has long computed much longer than the others, once, and how many times as long."""
-        busy = {each.rank: float(each.vitals.get("busy_seconds") or 0.0) for each in self.ranks}
+        """Looks for a rank that has long computed much longer than the others. Names each rank only once.
+
+        Returns: the rank, and how many times as long it computes.
+        """
+        busy = {each.rank: each.vitals.busy_seconds for each in self.ranks}
         if len(busy) < 2 or not all(busy.values()) or not self.trains:
             return None
         for rank in self.ranks:
-            if rank.slow_told or rank.vitals["step"] == rank.slow_since_step:
+            if rank.slow_told or rank.vitals.step == rank.slow_since_step:
                 continue
-            rank.slow_since_step = rank.vitals["step"]
+            rank.slow_since_step = rank.vitals.step
             usual = statistics.median(value for other, value in busy.items() if other != rank.rank)
             rank.slow_steps = rank.slow_steps + 1 if busy[rank.rank] > SLOW_FACTOR * usual else 0
             if rank.slow_steps == SLOW_STEPS:
@@ -161,60 +179,79 @@ class Watch:
 
     # Who is to blame
 
-    def of_exits(self, ended: list[Rank]) -> Failure | None:
-        """From the ranks that have ended, in order; None where they all ended well.
+    def failure_of_exits(self, ended: list[Rank]) -> Failure | None:
+        """Finds the rank to blame among those that have ended, in the order in which they did.
 
-        One that only lost a peer is a witness; one that left with status 0 in the middle of a run is not.
+        A rank that only lost a peer (status 3) is a witness: another rank was the cause. A rank that left
+        with status 0 in the middle of a run is a cause.
+
+        Returns: None if all of them ended well.
         """
         bad = [
             rank
             for rank in ended
-            if rank.status != EXIT_STOPPED and not (rank.status == 0 and rank.phase == DONE)
+            if rank.status != EXIT_STOPPED and not (rank.status == 0 and rank.phase == Phase.DONE)
         ]
         if not bad:
             return None
-        witnesses = [rank for rank in bad if rank.status == ClusterError.exit_status]
-        rank = next((rank for rank in bad if rank not in witnesses), bad[0])
-        known = rank not in witnesses  # else: some host's network, and nobody says which
+        causes = [rank for rank in bad if rank.status != ClusterError.exit_status]
+        rank = (causes or bad)[0]
+        # With witnesses alone it was some host's network, and nobody knows which.
+        host = rank.host if causes else None
+        status = max(rank.status or 0, 0) or ClusterError.exit_status
+        return Failure(message=self._exit_message(rank), status=status, host=host, rank=rank.rank)
+
+    def _exit_message(self, rank: Rank) -> str:
         assert rank.status is not None
         where = f"step {self.step}, phase {rank.phase}"
         if rank.status < 0:
-            message = f"{rank.name} was ended by {signal.Signals(-rank.status).name} ({where})"
-        elif rank.status == 0:
-            message = f"{rank.name} left with status 0 before the run had ended ({where})"
-        else:
-            words = rank.last_words or "it gave no reason; see its log"
-            message = words if rank.rank == 0 or rank.name in words else f"{rank.name}: {words}"
-            message = f"{message} (status {rank.status}, {where})" if rank.status in (1, 3) else message
-        status, host = max(rank.status, 0) or ClusterError.exit_status, rank.host if known else None
-        return Failure(message=message, status=status, host=host, rank=rank.rank)
+            return f"{rank.name} was ended by {signal.Signals(-rank.status).name} ({where})"
+        if rank.status == 0:
+            return f"{rank.name} left with status 0 before the run had ended ({where})"
+        words = rank.last_words or "it gave no reason; see its log"
+        message = words if rank.rank == 0 or rank.name in words else f"{rank.name}: {words}"
+        return f"{message} (status {rank.status}, {where})" if rank.status in (1, 3) else message
 
-    def of_hang(self, now: float) -> Failure:
-        """From where the ranks stand: the one that is behind all others holds them up."""
-        still = now - max(rank.changed for rank in self.ranks)
-        furthest = max(rank.calls for rank in self.ranks)
-        stopped = [rank for rank in self.ranks if rank.stopped]
-        absent = [rank for rank in self.ranks if rank.phase == STARTING]
-        behind = [rank for rank in self.ranks if rank.calls < furthest]
-        mute = [rank for rank in self.ranks if rank.vitals.get("heard", 0) > 5]
-        if not (suspects := stopped or absent or mute or behind):
-            first = self.ranks[0]
-            place = f"{first.vitals.get('call') or 'no collective'} {furthest}, phase {first.phase}"
-            message = f"no progress for {still:.0f} s: all ranks are in {place}: the network, or a deadlock"
-            return Failure(message=message, status=ClusterError.exit_status, event="hang")
-        rank = suspects[0]
-        if rank in stopped:
-            cause = "process stopped"
-        elif rank in absent:
-            cause = "it is still starting" if rank.vitals else "it never reported"
-        elif rank in mute:
-            cause = "it has gone silent"
-        else:
-            cause = f"it is still at {rank.vitals.get('call') or 'computing'}"
-        waits = f"{'never entered' if rank.calls < furthest else 'holds up'} collective {furthest}"
-        if absent:
-            waits = "has not come to the start"
-        place = f"step {rank.vitals.get('step', 0)}, phase {rank.phase}"
-        message = f"no progress for {still:.0f} s: {rank.name} {waits}: {cause} ({place})"
+    def failure_of_hang(self, now: float) -> Failure:
+        """Finds the rank that holds the others up.
+
+        It is one that is stopped, absent or silent, or else one that has entered fewer collectives.
+        """
+        still = f"no progress for {self._still_seconds(now):.0f} s"
+        furthest = max(rank.vitals.calls for rank in self.ranks)
         status = ClusterError.exit_status
+        rank = self._suspect(furthest)
+        if rank is None:
+            vitals = self.ranks[0].vitals
+            place = f"{vitals.call or 'no collective'} {furthest}, phase {vitals.phase}"
+            message = f"{still}: all ranks are in {place}: the network, or a deadlock"
+            return Failure(message=message, status=status, event="hang")
+        if rank.phase == Phase.STARTING:
+            waits = "has not come to the start"
+        elif rank.vitals.calls < furthest:
+            waits = f"never entered collective {furthest}"
+        else:
+            waits = f"holds up collective {furthest}"
+        place = f"step {rank.vitals.step}, phase {rank.phase}"
+        message = f"{still}: {rank.name} {waits}: {_cause(rank)} ({place})"
         return Failure(message=message, status=status, host=rank.host, rank=rank.rank, event="hang")
+
+    def _suspect(self, furthest: int) -> Rank | None:
+        suspects = (
+            [rank for rank in self.ranks if rank.stopped]
+            or [rank for rank in self.ranks if rank.phase == Phase.STARTING]
+            or [rank for rank in self.ranks if rank.silent]
+            or [rank for rank in self.ranks if rank.vitals.calls < furthest]
+        )
+        return suspects[0] if suspects else None
+
+
+def _cause(rank: Rank) -> str:
+    """Says why a rank that is to blame for a hang makes no progress."""
+    if rank.stopped:
+        return "process stopped"
+    if rank.phase == Phase.STARTING:
+        return "it is still starting" if rank.state is not None else "it never reported"
+    if rank.silent:
+        return "it has gone silent"
+    return f"it is still at {rank.vitals.call or 'computing'}"

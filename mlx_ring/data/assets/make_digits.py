@@ -1,4 +1,4 @@
-"""Make digits.safetensors, byte for byte, from scikit-learn's copy of the UCI optical digits.
+"""Makes digits.safetensors, byte for byte, from scikit-learn's copy of the UCI optical digits.
 
 Run by hand: `pip install scikit-learn`, then `python mlx_ring/data/assets/make_digits.py`. The package itself
 needs only the file.
@@ -15,7 +15,7 @@ ASSETS = Path(__file__).parent
 
 
 def main() -> None:
-    """Write the images (uint8, 0 to 16), their labels, and which are held out: every fifth of each class."""
+    """Writes the images (uint8, 0 to 16), their labels, and which are held out: every fifth of each class."""
     source: Any = load_digits()
     labels = source.target.astype(np.uint8)
     held_out = np.zeros(len(labels), np.bool_)

@@ -14,6 +14,6 @@ Row: TypeAlias = Mapping[str, Value]
 
 
 def finished_steps(row: Row) -> int:
-    """Finished updates when the row was made; 0 where it does not say."""
+    """The number of finished updates when the row was made; 0 if it does not say."""
     step = row.get("step")
     return step if isinstance(step, int) else 0

@@ -1,4 +1,4 @@
-"""The console: what one looks at while a model trains."""
+"""The console: figures to watch while a model trains."""
 
 import math
 import os
@@ -16,12 +16,12 @@ from rich.text import Text
 
 from mlx_ring.run_directory.sinks import Row, Value, finished_steps
 
-# Under a launcher a rank may see a terminal (ssh -tt; Open MPI makes one) that leads into a file.
+# Under a launcher a rank may see a terminal that leads into a file: ssh -tt and Open MPI make one.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 class ConsoleSink:
-    """A live view on a terminal, else a line a row; on standard output: the other stream is for errors."""
+    """Shows a live view on a terminal, else a line for each row; on stdout, for stderr is for errors."""
 
     def __init__(self, title: str, restored_step: int, total_steps: int) -> None:
         self._total_steps = total_steps
@@ -36,7 +36,7 @@ class ConsoleSink:
         terminal = Console(highlight=False)
         launched = any(name in os.environ for name in LAUNCHED)
         if sys.stdout.isatty() and terminal.is_interactive and not launched:
-            # No thread of its own: the view changes when a row comes. stderr, sent elsewhere, stays there.
+            # It needs no thread: the view changes when a row comes. If stderr goes elsewhere, leave it there.
             stderr_too = sys.stderr.isatty()
             live = Live(self._view(), console=terminal, auto_refresh=False, redirect_stderr=stderr_too)
             self._live = live
@@ -58,7 +58,7 @@ class ConsoleSink:
             self._show(lambda: live.update(self._view(), refresh=True))
 
     def line(self, text: str) -> None:
-        """One line, above the live view where there is one."""
+        """Print one line, above the live view if there is one."""
         text, live = " ".join(text.splitlines()), self._live
         if live is not None:
             self._show(lambda: live.console.print(Text(text), soft_wrap=True))
@@ -70,7 +70,7 @@ class ConsoleSink:
             return
         try:
             write()
-        except OSError:  # nobody looks any more: train on, and let the interpreter's last flush succeed
+        except OSError:  # the terminal has gone: train on, and let the interpreter's last flush succeed
             self._gone = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
@@ -88,7 +88,7 @@ class ConsoleSink:
         """Leave the last view on the screen."""
         if self._live is not None:
             self._show(self._live.stop)
-            self._live.stop()  # also where the terminal has gone: it gives the standard streams back
+            self._live.stop()  # also if the terminal has gone: this gives the standard streams back
 
 
 def _number(row: Row, key: str) -> float:
@@ -97,7 +97,7 @@ def _number(row: Row, key: str) -> float:
 
 
 def _figures(row: Row, total_steps: int) -> list[str]:
-    """What one looks at while a model trains, from a train row."""
+    """The figures of a train row that are worth watching."""
     unit = "tokens" if row.get("tokens") else "samples"
     rate, seconds = _number(row, f"{unit}_per_second"), _number(row, "step_seconds")
     wire = 100 * _number(row, "communication_seconds") / seconds if seconds else 0.0
@@ -119,7 +119,7 @@ def _clock(seconds: float) -> str:
 
 
 def _line(kind: str, row: Row) -> str:
-    """An evaluation, checkpoint or event row as one line."""
+    """Put an evaluation, checkpoint or event row on one line."""
     if kind == "event":
         return f"{row.get('event')} at step {finished_steps(row)}: {row.get('message', '')}"
     figures = [_figure(key, value) for key, value in row.items() if key != "step"]

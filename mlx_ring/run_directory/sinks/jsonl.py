@@ -9,28 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring.run_directory.sinks import Row, Value, finished_steps
+from mlx_ring.run_directory.whole_file import whole_file
 
 
 class JSONLSink:
-    """One file, one write a line: a killed run tears the last line at most."""
+    """A file of rows. Each line is one write: a killed run tears the last line at most."""
 
     def __init__(self, path: Path, restored_step: int) -> None:
+        """Open the file; cut rows of steps after `restored_step`, and a torn last line. Raises: OSError."""
         self._path = path
         if path.exists():
             self._cut(restored_step)
         self._file = path.open("ab")
 
     def _cut(self, restored_step: int) -> None:
-        kept = self._path.with_name(f".{self._path.name}.cut")
-        with kept.open("wb") as file:
+        with whole_file(self._path, sync=True) as kept, kept.open("wb") as file:
             lines = _whole_lines(self._path)
             file.writelines(line for line, row in lines if finished_steps(row) <= restored_step)
-            file.flush()
-            os.fsync(file.fileno())
-        kept.replace(self._path)
 
     def write(self, kind: str, row: Row) -> None:
-        """Raises: OSError naming the file."""
+        """Append one row, its `kind` first. Raises: OSError naming the file."""
         line = json.dumps(_finite({"kind": kind, **row}), allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
@@ -39,28 +37,28 @@ class JSONLSink:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def sync(self) -> None:
-        """Put on the disk what was written. Raises: OSError naming the file."""
+        """Put the rows on the disk. Raises: OSError naming the file."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
-        """End the file."""
-        with suppress(OSError):  # every line was flushed: what is left here has been raised before
+        """Close the file."""
+        with suppress(OSError):  # every line was flushed, so an error here was raised before
             self._file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file, also while it is being written: a torn last line is left out.
+    """Read the rows of such a file, also while it is being written: a torn last line is left out.
 
-    Raises: OSError where it cannot be read.
+    Raises: OSError if it cannot be read.
     """
     return [row for _, row in _whole_lines(path)]
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines that a writer finished, each with its row."""
+    """Give each line that a writer finished, and its row."""
     with path.open("rb") as file:
         for line in file:
             try:
@@ -72,7 +70,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _finite(value: Value) -> Value:
-    """JSON knows no NaN and no infinity: they become null."""
+    """Replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -24,7 +24,7 @@ REPEATS = 8
 
 
 def exact_checks() -> Iterator[Check]:
-    """Yields one check for each operation, as soon as it is done, and at last one for all of them together."""
+    """Yields a check of each operation, as soon as it is done, and at last one of all together."""
     digests: list[str] = []
     failed = 0
     for operation in operations(gpu=mx.default_device() == mx.gpu):

@@ -1,4 +1,4 @@
-"""The command mlx-ring doctor, as a process: this machine, and operations that do not repeat their bits."""
+"""The command mlx-ring doctor, run as a process: on this machine, and on operations that do not repeat."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def steady(compute: Callable[[], Any], **more: Any) -> Operation:
 
 
 def test_this_machine() -> None:
-    """What it is, and two ranks launched on it."""
+    """The doctor examines this machine and starts two ranks on it."""
     ended = doctor("--json", "data=synthetic")
     assert (ended.returncode, ended.stderr) == (0, "")
     checks = {check["name"]: check for check in checks_of(ended)}
@@ -72,7 +72,7 @@ def test_this_machine() -> None:
     assert checks["launch"]["detail"].startswith("2 ranks joined and left")
     for name, figure in (("latency", r"\d+ µs"), ("bandwidth", r"\d+\.\d\d Gbit/s")):
         assert re.match(figure, checks[name]["detail"]), checks[name]
-    assert checks["exit status"]["detail"] == "rank 1 left with 42, and so it was told"
+    assert checks["exit status"]["detail"] == "rank 1 left with 42, and that status arrived here"
 
 
 def test_lines_for_a_reader() -> None:
@@ -82,7 +82,7 @@ def test_lines_for_a_reader() -> None:
         "reachable … [fail] /nowhere/python cannot be run: No such file or directory",
         "    give an interpreter that is there, with --python",
         "launch … [warn] not tried",
-        "    mend what failed above, then ask again",
+        "    mend what failed above, then run the doctor again",
     ]
 
 
@@ -95,7 +95,7 @@ def test_overrides_with_a_mistake_are_status_2() -> None:
 
 
 def test_every_operation_repeats_on_this_machine() -> None:
-    """With stock BLAS on a CPU, where all do; a GPU may warn."""
+    """All repeat on a CPU with the BLAS of MLX's wheel; a GPU may give warnings."""
     ended = doctor("--exact", "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     checks = checks_of(ended)
@@ -139,7 +139,7 @@ def test_one_that_exact_mode_replaces_only_warns() -> None:
     checks = checks_of(first)
     assert [check["status"] for check in checks] == ["ok", "warn", "ok"]
     assert checks[1]["detail"].endswith("; another is used") and checks[1]["remedy"] == "use that too"
-    # The digest of all is of what repeats: another process has the same.
+    # The digest over all operations covers only those that repeat, so another process gets the same.
     assert checks_of(second)[2] == checks[2]
 
 
@@ -184,7 +184,7 @@ def test_a_remedy_is_given_where_there_is_one() -> None:
 
 
 def test_the_table_of_a_gpu_has_both_dtypes() -> None:
-    """Nothing is drawn: inputs are made when an operation's turn comes."""
+    """Building the table needs no GPU: inputs are made only when an operation's turn comes."""
     names = [operation.name for operation in operations(gpu=True)]
     assert len(set(names)) == len(names)
     in_float32 = {name.removesuffix(", float32") for name in names if name.endswith(", float32")}

@@ -1,4 +1,4 @@
-"""Faults planted on real hosts, over real ssh: `mlx-ring doctor` names each, its host, and a remedy."""
+"""`mlx-ring doctor`, over real ssh, names each planted fault, its host, and a remedy."""
 
 import json
 import shlex
@@ -15,7 +15,10 @@ import pytest
 from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, SETTINGS, Cluster
 from ranks import ROOT, environment
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
 Found = dict[str, str]
 
@@ -62,7 +65,7 @@ class Lab:
     def names(
         self, check: str, words: list[str], remedy: str, *, number: int = 2, status: str = "fail"
     ) -> None:
-        """That a check of one host found it, and nothing else failed anywhere."""
+        """Asserts that this check found the fault on one host, and that no other check failed anywhere."""
         found = [each for each in self.bad(status) if each["name"].startswith(check)]
         assert [each["host"] for each in found] == [self.address(number)], self.checks
         assert all(word in found[0]["detail"] for word in words), found
@@ -405,7 +408,7 @@ def test_a_slow_link(lab: Lab) -> None:
 
 
 def test_a_rank_that_fails_in_the_launch_is_named(lab: Lab, tmp_path: Path) -> None:
-    """Its host, which nothing else could know of."""
+    """Only the launch can find this fault."""
     code = "import sys\nif 'mlx_ring.communication.selftest' in sys.orig_argv: sys.exit('planted')\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     with other_python(lab, with_path(tmp_path)):

@@ -1,4 +1,4 @@
-"""What cannot be planted on a host of these tests: Macs, their settings, their network's rules."""
+"""Faults that cannot be planted on the hosts of these tests: those of Macs and their settings."""
 
 import json
 import platform
@@ -33,7 +33,7 @@ Ethernet Address: 0a:00:00:00:00:02
 
 @pytest.fixture
 def a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe's commands answer as those of a Mac do."""
+    """Makes the commands of the probe answer as those of a Mac do."""
     pmset = "System-wide power settings:\n sleep                1 (sleep prevented by caffeinate)\n"
     said = {"ifconfig": IFCONFIG, "networksetup": PORTS, "pmset": pmset, "sysctl": "Apple M4 Max\n", "ip": ""}
     for name, text in said.items():
@@ -88,7 +88,7 @@ def test_a_host_that_falls_asleep() -> None:
 
 @pytest.mark.parametrize("system", ["Darwin", "Linux"])
 def test_the_local_network_of_a_mac(system: str) -> None:
-    """It refuses with the number of "no route to host", which is another one on each system."""
+    """macOS refuses with "no route to host", whose number differs between systems."""
     edge = Edge(0, "studio", "mini", "192.168.1.11", 32323)
     told = json.loads(json.dumps({"error": "No route to host", "errno": "EHOSTUNREACH"}))
     check = unreachable(edge, told, facts(system=system))

@@ -1,4 +1,4 @@
-"""`mlx-ring hosts`: host files made, checked and changed, code and environments copied, over real ssh."""
+"""`mlx-ring hosts` makes, checks and changes host files and copies code and environments, over real ssh."""
 
 import json
 import shutil
@@ -13,7 +13,10 @@ import pytest
 from emulated_hosts import AVAILABLE, Cluster
 from ranks import ROOT, SMALL, environment, rows, status
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 BIN = Path(sys.executable).parent
 
 
@@ -68,7 +71,7 @@ def entry(address: str, ip: str = "") -> dict[str, Any]:
 
 
 def test_a_lab_from_nothing(lab: Lab) -> None:
-    """Made by one command, the file serves mlx.launch as it is, with the bare word train.py."""
+    """mlx.launch takes the file as one command made it, with the bare word train.py."""
     addresses = lab.cluster.addresses
     done = lab.hosts("add", "hosts/lab.json", *addresses[:2])
     assert (done.returncode, done.stderr) == (0, ""), done
@@ -93,7 +96,7 @@ def test_the_fastest_address(lab: Lab) -> None:
     done = lab.hosts("add", "fast.json", one, two)
     assert lab.read("fast.json")["hosts"] == [entry(one, "10.9.0.1"), entry(two, "10.9.0.2")], done
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("    not")] == [one, two]
-    # Host 3 is reached by its only address; host 1, which now comes after it, not any more by the cable.
+    # Host 3 has one address. Host 1 now comes after host 3, which cannot reach it by the cable.
     done = lab.hosts("add", "fast.json", three)
     assert done.returncode == 3 and f"address on {one} … [fail] 10.9.0.1 (eth1" in done.stdout, done
     done = lab.hosts("check", "fast.json", "--json")
@@ -108,7 +111,7 @@ def test_the_fastest_address(lab: Lab) -> None:
     done = lab.hosts("check", "fast.json", "--write")
     assert done.returncode == 0 and f"changed to {one}" in done.stdout, done
     assert [each["ips"] for each in lab.read("fast.json")["hosts"]] == [[one], ["10.9.0.2"], [three]]
-    # What works but is slower is worth a word.
+    # A slower address works, but gets a warning.
     lab.write("slow.json", [entry(one), entry(two)])
     done = lab.hosts("check", "slow.json")
     assert done.returncode == 0 and done.stdout.count("… [warn]") == 2, done
@@ -188,7 +191,7 @@ def test_a_file_keeps_its_mode_and_place(lab: Lab) -> None:
 
 
 def test_a_host_that_is_not_set_up_yet(lab: Lab) -> None:
-    """Its addresses are found by whatever Python it has, in no particular folder."""
+    """Any Python on the host finds its addresses; the folder of this name may be missing there."""
     one, two, _ = lab.cluster.addresses
     (lab.disk(1) / "only_here").mkdir(exist_ok=True)
     done = lab.hosts("add", "new.json", one, two, "--python", f"{lab.work}/no/python", folder="only_here")
@@ -202,7 +205,7 @@ PORTS = "Hardware Port: Ethernet\nDevice: en0\n\nHardware Port: Thunderbolt 1\nD
 
 
 def thunderbolt(name: str, own: str, peer: str) -> str:
-    """What `system_profiler SPThunderboltDataType -json` says of one port with a cable to another Mac."""
+    """What `system_profiler SPThunderboltDataType -json` prints about a port with a cable to another Mac."""
     port = {
         "device_name_key": name,
         "domain_uuid_key": own,
@@ -246,7 +249,7 @@ def test_thunderbolt_is_left_to_mlx(lab: Lab) -> None:
 
 
 def test_a_lab_is_made_ready_by_one_command(lab: Lab) -> None:
-    """From a checkout on host 1 alone: code and environment on two others, which then train."""
+    """Copies a checkout from host 1 to two others and makes their environments; then they train."""
     checkout = lab.disk(1) / "check out"
     done = subprocess.run(["git", "clone", "-q", str(ROOT), str(checkout)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -281,8 +284,10 @@ def test_a_lab_is_made_ready_by_one_command(lab: Lab) -> None:
 
 
 def changes_come_too(lab: Lab, checkout: Path) -> None:
-    """What is here, without what git ignores; of the package, without what is gone. What a host alone has
-    stays, and the very folder where this is typed is left alone."""
+    """Does not copy what git ignores, and removes from the package there what is gone here.
+
+    Files that only the host has stay, and the folder where this is typed is left alone.
+    """
     there = lab.disk(2) / "check out"
     (there / "mlx_ring/stale.py").write_text("")
     (there / "notes.txt").write_text("of this host")

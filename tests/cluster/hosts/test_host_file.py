@@ -1,4 +1,4 @@
-"""A host file in mlx.launch's format is read as mlx.launch reads it; a mistake is one line with its place."""
+"""A host file is read as mlx.launch reads it; a mistake is one line that says where it is."""
 
 import json
 import re
@@ -132,7 +132,7 @@ def test_a_port_of_ssh_has_its_range(tmp_path: Path, port: str) -> None:
 
 
 def test_no_depth_ends_in_a_traceback(tmp_path: Path) -> None:
-    """Some can be read, but are too deep to be shown."""
+    """Some depths can be read, but are too deep to be printed."""
     for depth in range(800, 1000):
         refusal(write(tmp_path, "[" * depth + "]" * depth))
 
@@ -180,7 +180,7 @@ def test_what_is_right_is_read(tmp_path: Path, content: str, expected: HostFile)
     assert read_hostfile(write(tmp_path, content)) == expected
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # theirs leaves the file open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # mlx.launch leaves it open
 @pytest.mark.parametrize("path", sorted((ROOT / "hostfiles").glob("*.json")), ids=lambda path: path.name)
 def test_what_is_shipped_is_read_as_mlx_launch_reads_it(path: Path) -> None:
     theirs, ours = Hostfile.from_file(path), read_hostfile(path)

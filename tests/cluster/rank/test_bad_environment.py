@@ -16,6 +16,7 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.communication.machine import MINIMUM_MLX
 from mlx_ring.errors import ConfigError
 
+pytestmark = pytest.mark.ranks
 GOOD = '[["127.0.0.1:5000"], ["127.0.0.1:5001"]]'
 PORTS = "the port must be between 1 and 65535"
 HOSTFILES = {  # what MLX_HOSTFILE names: its content, and the words of the refusal

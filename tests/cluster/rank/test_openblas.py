@@ -12,6 +12,7 @@ from ranks import SMALL, environment
 from mlx_ring.cluster.rank import openblas
 from mlx_ring.errors import ConfigError
 
+pytestmark = pytest.mark.ranks
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring")), "run", "-n", "2"]
 
 

@@ -12,7 +12,10 @@ from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, Cluster
 from ranks import SMALL, SUPPORT, environment, rows, start, status
 from test_supervised_run import PROGRAM
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 TESTS = str(SUPPORT)
 STEPS = 500
 # While there is a rank 1 its data come slowly: the run does not end before all has happened to it.

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import ROOT, SMALL, SUPPORT, environment, rows, start, status
+from ranks import ROOT, SMALL, SUPPORT, environment, rows, share_kernels, start, status
 
+pytestmark = pytest.mark.ranks
 STEPS = 60
 FAULTY = (
     *SMALL, "run.dir=run", "data=custom", "data.import_path=broken_data:build", f"trainer.steps={STEPS}",
@@ -72,9 +73,9 @@ class Supervised:
 
 @pytest.fixture(scope="module")
 def temporary() -> Iterator[Path]:
-    """A folder for temporary files alone, with a name short enough for a socket in it. MLX keeps the kernels
-    there that it has compiled, so that one folder serves all tests."""
+    """A folder for temporary files alone, with a name short enough for a socket in it."""
     folder = Path(tempfile.mkdtemp(prefix="mr-"))
+    share_kernels(folder)
     yield folder
     shutil.rmtree(folder)
 

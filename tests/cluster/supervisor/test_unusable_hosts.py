@@ -12,7 +12,10 @@ import pytest
 from emulated_hosts import AVAILABLE, ENVIRONMENT_PATH, SETTINGS, Cluster
 from ranks import SMALL, environment, rows, start
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server")
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(not AVAILABLE, reason="needs root, iproute2 and openssh-server"),
+]
 PROGRAM = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
 
 

@@ -1,9 +1,12 @@
 """Who is to blame, from reports and a clock alone."""
 
+from typing import Any
+
 import pytest
 
-from mlx_ring.cluster.rank.protocol import DONE, FIRST_STEP, READY
-from mlx_ring.cluster.supervisor.watch import HANG_STEPS, MEET_SECONDS, SLOW_STEPS, START_SECONDS, Rank, Watch
+from mlx_ring.cluster.limits import MEET_SECONDS, START_SECONDS
+from mlx_ring.cluster.rank.protocol import Phase, RankState, Vitals
+from mlx_ring.cluster.supervisor.watch import HANG_STEPS, SLOW_STEPS, Rank, Watch
 
 
 class Clock:
@@ -14,11 +17,19 @@ class Clock:
         members = [Rank(number, f"10.0.0.{number}", f"studio-{number}") for number in range(ranks)]
         self.watch = Watch(members, deadline_seconds=deadline_seconds, now=0.0)
 
-    def tell(self, seconds: float = 0.5, only: int | None = None, **vitals: object) -> None:
+    def tell(
+        self,
+        seconds: float = 0.5,
+        only: int | None = None,
+        phase: Phase = Phase.TRAINING,
+        process: str = "running",
+        **vitals: Any,
+    ) -> None:
         self.now += seconds
         for rank in self.watch.ranks:
             if only in (None, rank.rank):
-                self.watch.hear({"rank": rank.rank, "pid": 1, "phase": "training", **vitals}, self.now)
+                told = Vitals(phase=phase, **vitals)
+                self.watch.hear(RankState(rank=rank.rank, vitals=told, process_state=process), self.now)
 
     def train(self, steps: int, seconds: float) -> None:
         for step in range(1, steps + 1):
@@ -27,7 +38,7 @@ class Clock:
 
 def test_the_start_may_take_long() -> None:
     clock = Clock(2)
-    clock.tell(phase="preparing", calls=3)
+    clock.tell(phase=Phase.PREPARING, calls=3)
     assert clock.watch.deadline() == START_SECONDS
     assert not clock.watch.hangs(clock.now + START_SECONDS - 1)
     assert clock.watch.hangs(clock.now + START_SECONDS + 1)
@@ -35,7 +46,7 @@ def test_the_start_may_take_long() -> None:
 
 def test_a_rank_whose_report_is_old_does_not_make_it_a_start() -> None:
     clock = Clock(2)
-    clock.tell(phase=FIRST_STEP, calls=3)
+    clock.tell(phase=Phase.FIRST_STEP, calls=3)
     clock.tell(only=0, step=5, calls=30)
     assert clock.watch.trains and clock.watch.deadline() == 30.0
 
@@ -43,15 +54,15 @@ def test_a_rank_whose_report_is_old_does_not_make_it_a_start() -> None:
 def test_saving_may_take_long() -> None:
     clock = Clock(2)
     clock.train(5, 0.1)
-    clock.tell(only=0, phase="saving", step=5, calls=51)
+    clock.tell(only=0, phase=Phase.SAVING, step=5, calls=51)
     assert clock.watch.deadline() == START_SECONDS
 
 
 def test_a_stopped_process_takes_no_time_for_good_reasons() -> None:
     clock = Clock(2)
     clock.train(5, 0.1)
-    clock.tell(phase="saving", step=5, calls=51)
-    clock.tell(only=1, phase="saving", step=5, calls=51, process="stopped")
+    clock.tell(phase=Phase.SAVING, step=5, calls=51)
+    clock.tell(only=1, phase=Phase.SAVING, step=5, calls=51, process="stopped")
     assert clock.watch.hangs(clock.now + 31)
 
 
@@ -67,7 +78,7 @@ def test_evaluating_is_progress() -> None:
     clock = Clock(2)
     clock.train(5, 0.1)
     for work in range(100):
-        clock.tell(10.0, only=1, phase="evaluating", step=5, calls=50, work=work)
+        clock.tell(10.0, only=1, phase=Phase.EVALUATING, step=5, calls=50, work=work)
         assert not clock.watch.hangs(clock.now + 9)
 
 
@@ -84,7 +95,7 @@ def test_the_one_behind_holds_them_up(process: str, call: str, words: str) -> No
     clock.train(5, 0.1)
     clock.tell(step=5, calls=52, call="all_sum")
     clock.tell(only=1, step=5, calls=51, call=call, process=process)
-    failure = clock.watch.of_hang(clock.now + 31)
+    failure = clock.watch.failure_of_hang(clock.now + 31)
     assert words in failure.message and "no progress for 31 s" in failure.message, failure.message
     assert (failure.rank, failure.host, failure.status, failure.event) == (1, "10.0.0.1", 3, "hang")
 
@@ -93,19 +104,19 @@ def test_nobody_is_blamed_for_a_silent_network() -> None:
     clock = Clock(2)
     clock.train(5, 0.1)
     clock.tell(step=5, calls=52, call="all_sum")
-    failure = clock.watch.of_hang(clock.now + 31)
+    failure = clock.watch.failure_of_hang(clock.now + 31)
     assert failure.rank is None and "all ranks are in all_sum 52" in failure.message, failure.message
 
 
 def test_who_does_not_come_to_the_start_is_named() -> None:
     clock = Clock(2)
-    clock.tell(only=0, phase=READY)
+    clock.tell(only=0, phase=Phase.READY)
     assert (
         not clock.watch.ready and not clock.watch.hangs(MEET_SECONDS) and clock.watch.hangs(MEET_SECONDS + 1)
     )
-    failure = clock.watch.of_hang(121.0)
+    failure = clock.watch.failure_of_hang(121.0)
     assert "rank 1 on studio-1 has not come to the start: it never reported" in failure.message
-    clock.tell(only=1, phase=READY)
+    clock.tell(only=1, phase=Phase.READY)
     assert clock.watch.ready
 
 
@@ -128,7 +139,7 @@ def test_the_first_cause_is_told_from_its_witnesses(
     clock.train(5, 0.1)
     for rank, ended in statuses.items():
         clock.watch.ranks[rank].status = ended
-    failure = clock.watch.of_exits([clock.watch.ranks[rank] for rank in statuses])
+    failure = clock.watch.failure_of_exits([clock.watch.ranks[rank] for rank in statuses])
     assert failure is not None and words in failure.message, failure
     assert failure.status == status
 
@@ -136,10 +147,10 @@ def test_the_first_cause_is_told_from_its_witnesses(
 def test_a_good_end_is_no_failure() -> None:
     clock = Clock(2)
     clock.train(5, 0.1)
-    clock.tell(phase=DONE, step=5, calls=60)
+    clock.tell(phase=Phase.DONE, step=5, calls=60)
     for rank, status in zip(clock.watch.ranks, (0, 75), strict=True):
         rank.status = status
-    assert clock.watch.of_exits(clock.watch.ranks) is None
+    assert clock.watch.failure_of_exits(clock.watch.ranks) is None
 
 
 @pytest.mark.parametrize(
@@ -148,7 +159,7 @@ def test_a_good_end_is_no_failure() -> None:
 def test_what_is_worth_a_restart(status: int, worth: bool) -> None:
     clock = Clock(1)
     clock.watch.ranks[0].status = status
-    failure = clock.watch.of_exits(clock.watch.ranks)
+    failure = clock.watch.failure_of_exits(clock.watch.ranks)
     assert failure is not None and failure.worth_a_restart is worth
 
 

@@ -17,6 +17,7 @@ from mlx_ring.config.compose import compose_run
 from mlx_ring.run.builder import build
 from mlx_ring.run_directory.manifest import sealed
 
+pytestmark = pytest.mark.ranks
 COMMON = [item for item in SMALL if not item.startswith(("model.", "trainer.compile"))]
 EXACT = [*COMMON, "communicator=exact", "trainer.steps=8", "trainer.global_batch_size=28"]
 MODELS = {

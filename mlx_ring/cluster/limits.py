@@ -1,0 +1,44 @@
+"""The time limits by which ranks, agents, the supervisor and probes watch over one another, in one table.
+
+All are in seconds. Each line says what the limit is on, and who waits.
+"""
+
+# Signs of life
+PULSE_SECONDS = 0.5  # between two reports of a rank to its agent, and of an agent to the supervisor
+PING_SECONDS = 2.0  # between two pings of the supervisor to an agent, which renew the agent's lease
+LEASE_SECONDS = 12.0  # a rank without its agent, or an agent without orders, lives on for this long at most
+RANK_SILENT_SECONDS = 5.0  # the supervisor suspects a rank that its agent has not heard for longer
+AGENT_SILENT_SECONDS = 3.0  # an agent that was silent for longer is started anew before the next attempt
+HOST_SILENT_SECONDS = 10.0  # an attempt fails when a host's agent is silent for longer, or does not answer
+
+# The start
+AGENT_READY_SECONDS = 20.0  # the supervisor waits for an agent's first report: ssh and Python start first
+MEET_SECONDS = 120.0  # the supervisor waits for all ranks to come to the start
+START_SECONDS = 600.0  # without progress while ranks read data, restore, compile the first step, or save
+
+# Watching
+TICK_SECONDS = 0.5  # an attempt waits for a report before it looks at the clock again
+SETTLE_SECONDS = 1.0  # after the first bad exit an attempt waits for others, to tell the cause from witnesses
+DUMP_SECONDS = 1.0  # an attempt waits for the stacks of ranks that hang
+PROCESS_POLL_SECONDS = 0.05  # between two looks of an agent at whether a process has ended
+
+# The end of processes
+GRACE_SECONDS = 5.0  # an agent waits between SIGTERM and SIGKILL; while ranks save it is LEASE_SECONDS
+ALL_ENDED_SECONDS = GRACE_SECONDS + 2.0  # an attempt waits for its agents to have ended all ranks
+LAST_OUTPUT_SECONDS = 1.0  # an agent reads the output of an ended process: a grandchild may hold it open
+LAST_REPORT_SECONDS = 1.0  # an agent waits for the last report of a rank whose process has ended
+LINK_CLOSE_SECONDS = 1.0  # the supervisor waits for an agent to end by itself
+LAST_COMPLAINTS_SECONDS = 1.0  # whoever started a process reads its stderr: ssh may leave a helper with it
+CONSOLE_CLOSE_SECONDS = 2.0  # the supervisor waits for its last lines to be printed
+
+# Restarts
+BACK_OFF_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the first, second, … further try
+SCOUT_SECONDS = 5.0  # between two looks for hosts that came back, and into the host file
+HOST_LOST_SECONDS = 5.0  # a host that has just been lost is not asked; a restart does not wait for it
+OFTEN_SECONDS = 600.0  # the time over which the failures of one host are counted
+SET_ASIDE_SECONDS = 60.0  # a host that keeps failing is left out; each further time twice as long
+
+# Probes
+PROBE_READY_SECONDS = 30.0  # for a probe's first word: ssh and a cold Python start first
+PROBE_ANSWER_SECONDS = 60.0  # for a probe's answer, for which it may load MLX for the first time
+LINK_MEASURE_SECONDS = 0.3  # a probe sends as fast as it can, to measure one connection

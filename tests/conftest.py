@@ -1,0 +1,46 @@
+"""Holds the markers to the truth: an unmarked test that starts ranks or hosts fails as it starts them."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
+_running: list[pytest.Item] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.clear()
+
+
+def needed_markers(command: Sequence[str]) -> set[str]:
+    """The markers of which a test needs one before it may start this command."""
+    names = [Path(word).name for word in command]
+    if command[0] == "ip" and "netns" in command:
+        return {"hosts"}
+    supervised = "mlx-ring" in names and "run" in command
+    benchmark = any(Path(word).parent.name == "benchmarks" for word in command)
+    program = any("mlx_ring.train" in word for word in command)
+    if supervised or benchmark or program or LAUNCHERS.intersection(names):
+        return {"ranks", "hosts"}
+    return set()
+
+
+def _watch(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "subprocess.Popen" or not _running:
+        return
+    command = arguments[1]
+    assert isinstance(command, list | tuple)
+    needed = needed_markers([str(word) for word in command])
+    marked = {mark.name for mark in _running[0].iter_markers()}
+    if needed and not needed & marked:
+        pytest.fail(f"it starts {command[:4]} and is marked neither of {sorted(needed)}")
+
+
+sys.addaudithook(_watch)
