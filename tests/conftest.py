@@ -1,5 +1,6 @@
 """Holds the markers to the truth: an unmarked test that starts ranks or hosts fails as it starts them."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def needed_markers(command: Sequence[str]) -> set[str]:
         return {"hosts"}
     supervised = "mlx-ring" in names and "run" in command
     benchmark = any(Path(word).parent.name == "benchmarks" for word in command)
-    program = any("mlx_ring.train" in word for word in command)
+    program = any(re.search(r"\bmlx_ring\.train\b", word) for word in command)
     if supervised or benchmark or program or LAUNCHERS.intersection(names):
         return {"ranks", "hosts"}
     return set()

@@ -290,7 +290,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 import psutil
-from mlx_ring.config import TokensData
+from mlx_ring.config.choices import TokensData
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import open_dataset, prepare
 

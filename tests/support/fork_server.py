@@ -24,6 +24,7 @@ from typing import IO, Any
 # What the loader, Python or a library reads before the first line of a program.
 READ_AT_LOAD = ("LD_", "PYTHON", "OPENBLAS_", "OMP_", "MLX_DISABLE")
 MESSAGE_BYTES = 200_000
+ROOT = Path(__file__).parents[2]
 LOADED = (
     "mlx_ring.train", "mlx_ring.run.coordinator", "mlx_ring.cli.commands", "numpy.random",
     "hydra_plugins.mlx_ring_launcher", "hydra_plugins.mlx_ring_optuna",
@@ -33,6 +34,9 @@ LOADED = (
 def can_fork(command: Sequence[str], variables: dict[str, str]) -> bool:
     """Whether a fork does what a new interpreter would: no option of Python's, no variable that it reads."""
     if sys.platform != "linux" or command[0] != sys.executable or not Path(command[1]).is_file():
+        return False
+    folder = Path(command[1]).parent
+    if (folder / "mlx_ring").exists() and folder != ROOT:  # another copy of the package than the one loaded
         return False
     names = {name for name in variables.keys() | os.environ.keys() if name.startswith(READ_AT_LOAD)}
     return all(variables.get(name) == os.environ.get(name) for name in names - {"PYTHONPATH"})

@@ -217,14 +217,14 @@ class Watch:
 
         It is one that is stopped, absent or silent, or else one that has entered fewer collectives.
         """
-        still = f"no progress for {self._still_seconds(now):.0f} s"
+        seconds = round(self._still_seconds(now))
         furthest = max(rank.vitals.calls for rank in self.ranks)
         status = ClusterError.exit_status
         rank = self._suspect(furthest)
         if rank is None:
             vitals = self.ranks[0].vitals
             place = f"{vitals.call or 'no collective'} {furthest}, phase {vitals.phase}"
-            message = f"{still}: all ranks are in {place}: the network, or a deadlock"
+            message = f"no progress for {seconds} s: all ranks are in {place}: the network, or a deadlock"
             return Failure(message=message, status=status, event="hang")
         if rank.phase == Phase.STARTING:
             waits = "has not come to the start"
@@ -233,7 +233,7 @@ class Watch:
         else:
             waits = f"holds up collective {furthest}"
         place = f"step {rank.vitals.step}, phase {rank.phase}"
-        message = f"{still}: {rank.name} {waits}: {_cause(rank)} ({place})"
+        message = f"no progress for {seconds} s: {rank.name} {waits}: {_cause(rank)} ({place})"
         return Failure(message=message, status=status, host=rank.host, rank=rank.rank, event="hang")
 
     def _suspect(self, furthest: int) -> Rank | None:
