@@ -57,6 +57,7 @@ from mlx_ring.cluster.rank.protocol import (
 )
 from mlx_ring.cluster.rank.ring_ports import sweep_port_locks
 from mlx_ring.errors import MlxRingError
+from mlx_ring.run_directory.status import RunStatus
 
 # What another launcher told this process is not meant for its ranks.
 OF_LAUNCHERS = {
@@ -304,9 +305,6 @@ def _free_ports(address: str, count: int) -> PortsFound:
 
 def _conclude(directory: Path, state: str, message: str) -> None:
     """Writes the supervisor's verdict into status.json, if this host has the run's directory."""
-    from mlx_ring.run_directory.status import (
-        RunStatus,
-    )  # loads NumPy, which an agent's start need not wait for
 
     with contextlib.suppress(OSError, MlxRingError):
         if directory.is_dir():
