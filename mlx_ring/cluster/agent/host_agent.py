@@ -305,7 +305,6 @@ def _free_ports(address: str, count: int) -> PortsFound:
 
 def _conclude(directory: Path, state: str, message: str) -> None:
     """Writes the supervisor's verdict into status.json, if this host has the run's directory."""
-
     with contextlib.suppress(OSError, MlxRingError):
         if directory.is_dir():
             RunStatus.conclude(directory, state, message)
