@@ -11,14 +11,13 @@ from mlx_ring.run.process import Process
 
 
 def main() -> NoReturn:
-    """Run the installed command `train.py`."""
+    """Runs the installed command `train.py` and exits with the run's exit status."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # prints every thread's stack on stderr
     stay_awake()
     logging.getLogger().setLevel(logging.INFO)
-    logging.getLogger().addHandler(
-        logging.NullHandler()
-    )  # the run adds a log file; metrics go to the console
+    # Nothing is logged to the console, which shows the metrics; the run adds a log file.
+    logging.getLogger().addHandler(logging.NullHandler())
     process = Process()
     try:
         status = process.main()

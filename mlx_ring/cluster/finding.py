@@ -1,4 +1,4 @@
-"""One finding of a check, and how findings are printed: for `mlx-ring doctor` and `mlx-ring hosts`."""
+"""Defines a check's finding and prints findings, for `mlx-ring doctor` and `mlx-ring hosts`."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mlx_ring.errors import ClusterError
 
-# Marks the line in which one of our processes prints its result as JSON, among whatever else is printed.
+# One of our processes prints its result as JSON after this mark, because other lines may be printed too.
 FOUND = "found: "
 Status = Literal["ok", "warn", "fail"]
 
@@ -16,7 +16,7 @@ Status = Literal["ok", "warn", "fail"]
 class Check:
     """One finding, with the fields that `--json` prints."""
 
-    name: str  # of the check
+    name: str  # the check's name
     host: str
     status: Status
     detail: str  # what was found
@@ -24,17 +24,17 @@ class Check:
 
 
 def ok(name: str, host: str, detail: str) -> Check:
-    """Returns a finding that all is well."""
+    """Returns a finding that nothing is wrong."""
     return Check(name=name, host=host, status="ok", detail=detail, remedy="")
 
 
 def warn(name: str, host: str, detail: str, remedy: str) -> Check:
-    """Returns a finding that does not keep the hosts from training."""
+    """Returns a finding of a problem with which the hosts can still train."""
     return Check(name=name, host=host, status="warn", detail=detail, remedy=remedy)
 
 
 def fail(name: str, host: str, detail: str, remedy: str) -> Check:
-    """Returns a finding that keeps the hosts from training."""
+    """Returns a finding of a problem with which the hosts cannot train."""
     return Check(name=name, host=host, status="fail", detail=detail, remedy=remedy)
 
 
@@ -50,12 +50,12 @@ def failed(checks: Iterable[Check]) -> list[Check]:
 
 
 def report(found: Iterable[Check], echo: Callable[[str], None], *, as_json: bool, with_hosts: bool) -> None:
-    """Prints findings.
+    """Prints findings with `echo`.
 
     Args:
-        found: the findings; each is printed as soon as it is there.
+        found: the findings; each is printed as soon as its check is done.
         echo: prints one line.
-        as_json: prints all findings at the end instead, as one JSON object.
+        as_json: whether to print all findings at the end, as one JSON object, instead of line by line.
         with_hosts: whether a line names the host.
 
     Raises: ClusterError, after all findings are printed, if one is a failure.

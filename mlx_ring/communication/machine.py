@@ -1,4 +1,4 @@
-"""What this process computes with: the device, the BLAS, and which MLX is installed and needed."""
+"""Tells what this process computes with: the device, the BLAS, and the installed MLX; refuses an old MLX."""
 
 import re
 import socket
@@ -15,7 +15,7 @@ MINIMUM_MLX = "0.32.4"  # earlier versions wait for ever when a peer is lost
 
 
 def refuse_old_mlx() -> None:
-    """Raises: ConfigError if the installed MLX is older than the one needed."""
+    """Checks MLX's version. Raises: ConfigError if the installed MLX is older than MINIMUM_MLX."""
 
     def numbers(version: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", version)[:3]]
@@ -28,20 +28,20 @@ def refuse_old_mlx() -> None:
 
 
 def device() -> str:
-    """The device that computes, such as `gpu NVIDIA H200`."""
+    """Returns the device that computes, for example `gpu NVIDIA H200`."""
     found = mx.default_device()
     name = mx.device_info(found).get("device_name", "")
     return f"{'gpu' if found == mx.gpu else 'cpu'} {name}".strip()
 
 
-@cache  # every checkpoint names it
+@cache  # cached: every checkpoint names the machine
 def describe_machine() -> str:
-    """A text of all that decides how this process rounds: chip, BLAS and its threads, MLX."""
+    """Returns a text of everything that decides how this process rounds: chip, BLAS and its threads, MLX."""
     return f"{device()}, {_blas()}, MLX {MLX_VERSION}"
 
 
 def _blas() -> str:
-    """The BLAS behind MLX's matrix products. NumPy brings another one of its own."""
+    """Returns the BLAS of MLX's matrix products. NumPy's wheel brings another one, which is left out."""
     if mx.default_device() == mx.gpu:
         return "its own kernels"
     if sys.platform == "darwin":

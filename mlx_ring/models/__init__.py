@@ -1,9 +1,9 @@
-"""The networks, their losses, and what a network must be to be trained here.
+"""The networks, their losses, and the checks that a network can be trained here.
 
-`mlp`, `cnn` and `transformer` are ours, `custom` builds one of your own; each holds its blocks in `layers`,
-and nothing that depends on the batch. `losses` gives one loss a target, `precision` the forward pass in
-another dtype, `dropout` masks that depend on the micro-batch alone, and `requirements` refuses a model that
-cannot be trained.
+`mlp`, `cnn` and `transformer` are built in; each holds its blocks in a list `layers`, and no state that
+depends on the batch. `custom` builds a user's own model. `losses` gives one loss per target, `precision` runs
+the forward pass in another dtype, `dropout` makes masks that depend on the micro-batch alone, and
+`requirements` refuses a model that cannot be trained.
 """
 
 import mlx.nn as nn
@@ -21,16 +21,17 @@ ModelConfig = MLPModel | CNNModel | TransformerModel | CustomModel
 
 
 def build_model(config: ModelConfig, *, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Build a model for the data, its weights drawn from mx.random's current state and not yet evaluated.
+    """Builds a model for the data. Its weights are drawn from mx.random's current state, not yet evaluated.
 
     Args:
         config: the `model` group.
-        input_shape: shape of one sample, (features,), (height, width, channels) or (tokens,).
-        num_classes: classes, or tokens of the vocabulary.
+        input_shape: the shape of one sample: (features,), (height, width, channels) or (tokens,).
+        num_classes: the number of classes, or of tokens in the vocabulary.
 
-    Returns: a classifier, float32 samples (B, *input_shape) → logits (B, num_classes), or a language model,
-    integer tokens (B, T) → logits (B, T, num_classes).
-    Raises: ConfigError if the data's sequences are too long, or a custom model cannot be built.
+    Returns: a classifier (float32 samples (B, *input_shape) → logits (B, num_classes)) or a language model
+        (integer tokens (B, T) → logits (B, T, num_classes)).
+    Raises: ConfigError if the data's samples do not fit the model (too long, too small, not images), or a
+        custom model cannot be built.
     """
     match config:
         case MLPModel():

@@ -10,7 +10,7 @@ from mlx_ring.models.mlp import HiddenLayer
 
 
 class Stage(nn.Module):
-    """3 x 3 convolution, 2 x 2 max-pooling, ReLU, and a norm over the channels of each position."""
+    """A 3 x 3 convolution, 2 x 2 max-pooling, ReLU, and a norm over the channels of each position."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -21,14 +21,14 @@ class Stage(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, H, W, inputs) → (B, H // 2, W // 2, outputs)"""
-        # ReLU commutes with the maximum, and after it has a quarter of the work.
+        # ReLU and maximum commute; ReLU second handles a quarter of the elements.
         return self.norm(nn.relu(self.pool(self.convolution(x))))
 
 
 class CNN(nn.Module):
     """Stages that each halve the image, a hidden layer with dropout, and a linear head.
 
-    Raises: ConfigError if `input_shape` is not that of an image with channels, or too small for the stages.
+    Raises: ConfigError if `input_shape` is not (height, width, channels), or is too small for the stages.
     """
 
     def __init__(self, config: CNNModel, input_shape: tuple[int, ...], num_classes: int) -> None:
@@ -42,8 +42,8 @@ class CNN(nn.Module):
         halvings = len(config.channels)
         if min(height, width) < 2**halvings:
             raise ConfigError(
-                f"model.channels={config.channels} halves the image {halvings} times, for which the data's "
-                f"{input_shape} is too small: give fewer stages or choose model=mlp"
+                f"model.channels={config.channels} halves the image {halvings} times, and the data's "
+                f"{input_shape} is too small for that: give fewer stages or choose model=mlp"
             )
         widths = [channels, *config.channels]
         stages = [Stage(widths[i], widths[i + 1]) for i in range(halvings)]

@@ -1,4 +1,4 @@
-"""A model of the user's own, named by an import path."""
+"""Builds a user's own model, named by an import path."""
 
 import mlx.nn as nn
 
@@ -8,9 +8,9 @@ from mlx_ring.errors import ConfigError
 
 
 def build_custom(config: CustomModel, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Call name(input_shape=…, num_classes=…, **config.arguments).
+    """Calls config.import_path as name(input_shape=…, num_classes=…, **config.arguments); returns the model.
 
-    Raises: ConfigError if the arguments do not fit, or what comes back is not an nn.Module.
+    Raises: ConfigError if the import or the call fails, or the result is not an nn.Module.
     """
     arguments = config.arguments or {}
     model = import_path.call(

@@ -1,4 +1,4 @@
-"""Losses: one float32 number per target; a target of -1 does not count."""
+"""Builds losses: one float32 number per target. A target of -1 does not count."""
 
 import inspect
 from collections.abc import Callable
@@ -12,14 +12,15 @@ Loss = Callable[[mx.array, mx.array], mx.array]
 
 
 def build_loss(name: str) -> Loss:
-    """The loss(outputs, targets) called `cross_entropy` or named by an import path.
+    """Returns loss(outputs, targets): `cross_entropy`, or a user's function named by an import path.
 
-    A function of one's own is called with float32 outputs and with 0 in place of every target of -1, and must
+    A user's function is called with float32 outputs, and with 0 in place of every target of -1. It must
     return one loss per target.
 
-    Returns: a function of outputs (B, …) and targets that gives float32 losses of the targets' shape, 0 where
-    an integer target is -1.
-    Raises: ConfigError if it cannot be imported, or does not take two arguments.
+    Returns: a function of outputs (B, …) and targets. It gives float32 losses in the targets' shape, with 0
+        for every signed integer target of -1. It raises ConfigError if a user's function returns another
+        shape.
+    Raises: ConfigError if the function cannot be imported, or does not take two arguments.
     """
     if name == "cross_entropy":
         return _cross_entropy
@@ -43,20 +44,20 @@ def build_loss(name: str) -> Loss:
 
 
 def sum_of_losses(loss: Loss, outputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """The float32 sum of the losses of all targets that count, and the int32 number of these."""
+    """Returns the sum of the losses of all targets that count (float32) and the number of them (int32)."""
     return loss(outputs, targets).sum(), _counted(targets).sum().astype(mx.int32)
 
 
 def _cross_entropy(outputs: mx.array, targets: mx.array) -> mx.array:
     counted = _counted(targets)
-    # On a GPU the fused kernel computes in float32 by itself, without a float32 copy of the logits.
+    # On a GPU the fused kernel itself computes in float32, so the logits need no float32 copy.
     if mx.default_device() != mx.gpu:
         outputs = outputs.astype(mx.float32)
     return mx.where(counted, mx.fast.cross_entropy(outputs, mx.where(counted, targets, 0)), 0)
 
 
 def _counted(targets: mx.array) -> mx.array:
-    """True where a target counts; an unsigned type has no -1 (its largest value is a class)."""
+    """Returns True for each target that counts. An unsigned type has no -1: its largest value is a class."""
     if mx.issubdtype(targets.dtype, mx.signedinteger):
         return targets != -1
     return mx.ones(targets.shape, dtype=mx.bool_)

@@ -11,7 +11,7 @@ from mlx_ring.models.dropout import draw_key, dropout, split_key
 
 
 class HiddenLayer(nn.Module):
-    """Linear, ReLU, dropout; takes samples of any shape, flattened."""
+    """A linear layer, ReLU and dropout. Flattens samples of any shape first."""
 
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()

@@ -11,11 +11,12 @@ Forward = Callable[[Any, mx.array], mx.array]
 
 
 def build_forward(model: nn.Module, dtype: mx.Dtype) -> Forward:
-    """A function of (parameters, inputs) that runs the model in `dtype` and gives its outputs.
+    """Returns a function of (parameters, inputs) that runs the model in `dtype` and returns its outputs.
 
-    `parameters` are the trainable ones; the frozen ones are the model's, cast too. It leaves the cast ones in
-    the model: put all masters back with `model.update`. Embedding tables are not cast: their gradient is a
-    sum over many rows, which bfloat16 would round away.
+    `parameters` are the trainable ones. The frozen ones are taken from the model and cast to `dtype` too. The
+    function leaves the cast parameters in the model: the caller puts all master weights back with
+    `model.update`. Embedding tables are not cast: their gradient is a sum over many rows, and bfloat16 would
+    round small terms away.
     """
     embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
 

@@ -1,4 +1,4 @@
-"""What a model must be to be trained here; checked before the first step, for users bring their own."""
+"""Checks before the first step that a model, which may be a user's own, can be trained here."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,9 +8,9 @@ from mlx_ring.errors import ConfigError
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Float32 master weights, equal on all ranks.
+    """Checks that all trainable parameters are float32, and that no state would differ between ranks.
 
-    Raises: ConfigError naming the parameter or the module that is not fit.
+    Raises: ConfigError that names the parameter or module at fault, or if all parameters are frozen.
     """
     weights = dict(tree_flatten(model.trainable_parameters()))
     if not weights:
@@ -27,7 +27,7 @@ def check_parameters(model: nn.Module) -> None:
                 f"the model's {path} is of {weight.dtype}, and master weights are float32; leave the model "
                 "in float32, and compute with trainer.compute_dtype=bfloat16"
             )
-    # Running statistics of a batch would be each rank's own, and only rank 0's would be saved.
+    # Each rank would have running statistics of its own batches, and only rank 0's would be saved.
     for path, module in model.named_modules():
         if isinstance(module, nn.BatchNorm) and "running_mean" in module:
             raise ConfigError(
@@ -39,18 +39,20 @@ def check_parameters(model: nn.Module) -> None:
 def check_outputs(
     model: nn.Module, name: str, inputs: mx.array, *, each_position: bool, num_classes: int | None
 ) -> None:
-    """Call the model on samples of any values. Nothing is computed: MLX finds the shapes without.
+    """Calls the model once and checks the shape of its outputs. MLX is lazy, so no values are computed.
 
     Args:
-        inputs: (B, *input_shape), of the data's shape and dtype.
+        model: the model to call.
+        name: of the model, for the error message.
+        inputs: samples of any values, (B, *input_shape), in the data's dtype.
         each_position: whether every position of a sample has logits, as in a language model.
-        num_classes: that the outputs must have; None where the loss is the user's own.
+        num_classes: the number of logits that the outputs must have; None if the loss is a user's own.
 
-    Raises: ConfigError where the model fails, or its outputs do not fit.
+    Raises: ConfigError if the model raises an error, or its outputs do not fit.
     """
     try:
         outputs = model(inputs)
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         what = f"model={name} failed on samples of shape {inputs.shape}"
         raise ConfigError(f"{what}: {type(error).__name__}: {error}; correct the model") from error
     positions = inputs.shape if each_position else inputs.shape[:1]

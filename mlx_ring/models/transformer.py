@@ -1,7 +1,7 @@
 """A decoder-only transformer language model: pre-norm, rotary positions, grouped-query attention, SwiGLU.
 
-Shapes: B sequences, T tokens, D = config.dimensions. The compute dtype is that of the blocks' weights: the
-trainer may cast everything but the embedding to bfloat16, and nothing here goes back to float32.
+Shapes: B sequences, T tokens, D = config.dimensions. The model computes in the dtype of the blocks' weights:
+the trainer may cast everything but the embedding to bfloat16, and nothing here casts back to float32.
 """
 
 import math
@@ -15,7 +15,7 @@ from mlx_ring.models.dropout import draw_key, dropout, split_key
 
 
 def fused_attention(query: mx.array, key: mx.array, value: mx.array, *, scale: float) -> mx.array:
-    """Causal attention, (B, heads, T, width) each; `key` and `value` may have fewer heads."""
+    """Computes causal attention on (B, heads, T, width) each; `key` and `value` may have fewer heads."""
     return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask="causal")
 
 
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward layer."""
+    """The feed-forward layer of a block."""
 
     def __init__(self, dimensions: int, hidden_dimensions: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream."""
+    """Attention, then feed-forward; each normalises its input and adds its output to the residual stream."""
 
     def __init__(self, config: TransformerModel) -> None:
         super().__init__()
@@ -94,7 +94,11 @@ class Transformer(nn.Module):
         self._draw_weights()
 
     def _draw_weights(self) -> None:
-        """As GPT-2: what is added to the residual stream shrinks with depth, so its variance stays."""
+        """Draws the weights as in GPT-2.
+
+        The deeper the model, the smaller are the weights of layers that add to the residual stream, so that
+        the stream's variance does not grow with depth.
+        """
         normal = nn.init.normal(std=0.02)
         residual = nn.init.normal(std=0.02 / math.sqrt(2 * len(self.layers)))
 

@@ -1,4 +1,4 @@
-"""Builds the parts of a run, the same on every rank, and fills them with rank 0's weights."""
+"""Builds the parts of a run in the same way on every rank, then gives every rank rank 0's weights."""
 
 import socket
 from dataclasses import dataclass
@@ -47,11 +47,11 @@ class Run:
     data: DataManager
     evaluator: Evaluator
     trained: Trainer | None  # None if the run only evaluates
-    first_gradient: str | None  # in exact mode: a digest of the first micro-batch's gradient on this machine
+    first_gradient: str | None  # in exact mode: a digest of the first micro-batch's gradient here
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer of a run that trains."""
+        """The trainer. Only a run that trains has one."""
         assert self.trained is not None
         return self.trained
 
@@ -67,22 +67,22 @@ class Run:
 
     @property
     def state(self) -> SavedState:
-        """What checkpoints hold of it."""
+        """The parts of the run that a checkpoint saves."""
         return SavedState(self.model, self.optimizer, self.strategy)
 
 
 def build(config: RunConfig, communicator: Communicator, found: Found | None) -> Run:
-    """Builds the parts, checks that the ranks agree, and restores. Collective: every rank must call.
+    """Builds the parts, checks that the ranks agree, and restores `found`. Collective: every rank must call.
 
     Args:
         config: the same on every rank.
         communicator: joins the ranks.
-        found: the checkpoint to continue from, on rank 0; None on the others, and for a new run.
+        found: on rank 0, the checkpoint to continue from; None on other ranks, and for a new run.
 
     Raises:
-        ConfigError, DataError: a part cannot be built; the same on every rank.
-        ClusterError: the ranks do not hold the same.
-        CheckpointError: the checkpoint does not fit.
+        ConfigError, DataError: a part cannot be built; every rank raises the same error.
+        ClusterError: the ranks differ in data, in parameter shapes or, in exact mode, in a gradient's bits.
+        CheckpointError: the checkpoint does not fit this run.
     """
     data, model, optimizer = _build_parts(config, communicator)
     authority = _authority(config, communicator)
@@ -123,9 +123,10 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
 def _first_gradient(
     config: RunConfig, communicator: Communicator, data: DataManager, gradient: MicroBatchGradient
 ) -> str | None:
-    """A digest of one micro-batch's gradient with the freshly drawn weights; None outside exact mode.
+    """Returns a digest of one micro-batch's gradient at the freshly drawn weights; None outside exact mode.
 
-    It depends on nothing but the kind of machine, so ranks of one kind have the same. Collective.
+    In one run it depends only on the kind of machine: machines of the same kind have equal digests.
+    Collective: every rank must call.
     """
     if config.communicator.name != "exact" or config.evaluation.only:
         return None
@@ -149,8 +150,8 @@ def _optimizer(config: RunConfig, model: nn.Module) -> Optimizer:
     weights = dict(tree_flatten(model.trainable_parameters()))
     if config.optimizer.name == "muon" and not any(is_hidden_matrix(*item) for item in weights.items()):
         raise ConfigError(
-            "optimizer=muon updates the matrices in the model's list `layers`, and there are none; call the "
-            "list of the model's blocks so, or choose optimizer=adamw"
+            "optimizer=muon updates the matrices in the model's list `layers`, and there are none; give the "
+            "list of the model's blocks this name, or choose optimizer=adamw"
         )
     schedule = build_schedule(
         config.schedule, peak=config.optimizer.learning_rate, total_steps=config.trainer.steps
@@ -229,14 +230,14 @@ def open_data(config: RunConfig, communicator: Communicator) -> DataManager:
 
 
 def _build_parts(config: RunConfig, communicator: Communicator) -> tuple[DataManager, nn.Module, Optimizer]:
-    """Builds data, model and optimizer. If any rank fails, every rank raises the same error. Collective."""
+    """Builds data, model and optimizer. If any rank fails, all raise the same error. Collective."""
     data = open_data(config, communicator)
     spec = data.dataset.spec
     parts: tuple[nn.Module, Optimizer] | None = None
     error: MlxRingError | None = None
     try:
         memory_manager.apply_limits(config.memory)
-        mx.random.seed(config.seed)  # the first weights follow from the seed, whatever the data set drew
+        mx.random.seed(config.seed)  # a data set may have drawn; the first weights depend on the seed alone
         model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
         if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
             make_reproducible(model)
@@ -254,7 +255,7 @@ def _build_parts(config: RunConfig, communicator: Communicator) -> tuple[DataMan
 
 
 def _classifies(config: RunConfig) -> bool:
-    """Whether targets are classes and outputs their logits; a user's own loss may mean something else."""
+    """Tells whether targets are classes and outputs logits. With a user's own loss, they may be anything."""
     return config.trainer.loss == "cross_entropy"
 
 
@@ -267,6 +268,6 @@ def _check_outputs(config: RunConfig, spec: DataSpec, model: nn.Module) -> None:
 
 
 def _own_identity(data: DataManager, model: nn.Module) -> dict[str, Any]:
-    """What must be equal on all ranks before the first update, beside the program and the configuration."""
+    """Returns what, besides program and configuration, must be equal on all ranks before the first update."""
     shapes = parameter_shapes(dict(tree_flatten(model.parameters())))
     return {"host": socket.gethostname(), "data": data.dataset.digest, "parameters": sha256_of(shapes)}

@@ -1,4 +1,4 @@
-"""Tells which data a host has, for `mlx-ring doctor`: `python -m mlx_ring.run.data_digest OVERRIDES`."""
+"""Prints which data a host has, for `mlx-ring doctor`: `python -m mlx_ring.run.data_digest OVERRIDES`."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from mlx_ring.run.builder import open_data
 
 
 def main() -> None:
-    """Print {"digest", "name"} of the data that a run with these overrides would use, or {"error"}."""
+    """Prints, as JSON after FOUND, {"digest", "name"} of the data that the overrides select, or {"error"}."""
     try:
         config = compose_run(*sys.argv[1:])
         alone = Communicator.alone()

@@ -1,4 +1,4 @@
-"""The steps between two rows of metrics."""
+"""Collects the steps between two rows of metrics."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from mlx_ring.training.trainer import StepResult
 
 @dataclass
 class Interval:
-    """Steps since the last row of metrics. Times and rates in a row are means over them."""
+    """The steps since the last row of metrics. A row's times and rates are means over these steps."""
 
     results: list[StepResult] = field(default_factory=list[StepResult])
     tokens_before: int = 0
 
     def row(self, global_batch_size: int, world_size: int) -> dict[str, Any]:
-        """Make a `train` row of the steps, and begin the next interval. There must be a step.
+        """Makes a `train` row from the steps and begins the next interval. There must be at least one step.
 
         Args:
-            global_batch_size: samples of a step, over all ranks.
+            global_batch_size: samples in one step, over all ranks.
             world_size: the number of ranks.
 
-        Returns: the row's fields: times in seconds, sizes in bytes, rates per second.
+        Returns: the row's fields. Times are in seconds, sizes in bytes, rates per second.
         """
         last = self.results[-1]
         count = len(self.results)

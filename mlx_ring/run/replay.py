@@ -1,4 +1,4 @@
-"""Repeats a step of a run on this machine alone, and compares it with what the run's record says of it."""
+"""Repeats a step of a run on this machine alone, and compares it with the figures that the run recorded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from mlx_ring.run.builder import Run, build
 from mlx_ring.run_directory import checkpoint_files as checkpoint_format
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 
-Figures = dict[str, Any]  # what came of one step, by name: loss, gradient norm, digests
+Figures = dict[str, Any]  # one step's results by name: loss, gradient norm, digests
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # told apart by identity
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity
 class Repeated:
-    """One step that the record says something of: its figures there, and the same ones computed here."""
+    """One step that the run recorded: its recorded figures, and the same figures computed here."""
 
     step: int
     recorded: Figures
@@ -26,41 +26,45 @@ class Repeated:
 
     @property
     def agrees(self) -> bool:
+        """Whether every recorded figure was computed again exactly."""
         return self.recorded == self.here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What a replay compared; the rest is for its report."""
+    """The steps that a replay compared, and facts for its report."""
 
-    start: str  # the checkpoint that it began from
+    start: str  # the checkpoint that the replay began from, or "the first weights"
     codec: str
-    world_size: int  # of the run at that step
-    steps: list[Repeated]  # in order; the one asked for is the last
+    world_size: int  # of the recorded run at that step
+    steps: list[Repeated]  # in order; the last one is the step that was asked for
 
 
 def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
-    """Train from the newest checkpoint before `step`, or from the first weights, to `step`. Writes nothing.
+    """Trains from the newest checkpoint before `step`, or the first weights, up to `step`. Writes nothing.
 
     Args:
-        directory: of the run.
+        directory: the run's directory.
         step: the number of finished updates after which to compare.
-        overrides: Hydra's, for what is elsewhere on this machine, such as data.path.
+        overrides: Hydra overrides for things that are elsewhere on this machine, such as data.path.
 
-    Raises: CheckpointError if no run is there; ConfigError if its record says nothing of the step, and for
-        what a resumed run refuses.
+    Returns: every recorded step on the way, with its figures there and here.
+    Raises:
+        CheckpointError: the directory holds no run that can be read.
+        ConfigError: the run did not record the step, the step cannot be reached, or a resumed run would
+            refuse these overrides.
     """
     figures, world_sizes = _recorded_figures(directory)
     if step not in figures:
         _refuse(directory, step, figures)
     found, config_record = _start(directory, step)
-    # If steps were issued ahead, the weights compared would be those of a later step.
+    # With steps issued ahead, the compared weights would already be those of a later step.
     alone = (f"run.dir={directory}", "cluster.ranks=null", "memory.issue_ahead=false")
     config = recorded_run(config_record, *alone, *overrides)
     if found is None and config.checkpoint.resume not in ("auto", "never"):
         raise ConfigError(
-            f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before it "
-            "is left; choose a later step"
+            f"--step {step}: {directory} began from {config.checkpoint.resume}, and no checkpoint before "
+            "this step is left; choose a later step"
         )
     communicator = Communicator.alone()
     run = build(config, communicator, found)
@@ -78,7 +82,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
         run.trainer.close()
     if not compared or compared[-1].step != step:
         raise ConfigError(
-            f"--step {step}: the configuration saved with the run ends before it, at trainer.steps="
+            f"--step {step}: the configuration saved with the run ends before this step, at trainer.steps="
             f"{config.trainer.steps}; choose an earlier step"
         )
     later = [size for number, size in sorted(world_sizes.items()) if number >= step]
@@ -91,7 +95,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
 
 
 def _recorded_figures(directory: Path) -> tuple[dict[int, Figures], dict[int, int]]:
-    """What metrics.jsonl, digests.jsonl and the manifests say of each step; the world size of each step."""
+    """Reads each step's figures from metrics.jsonl, digests.jsonl and the manifests, and its world size."""
     figures: dict[int, Figures] = {}
     world_sizes: dict[int, int] = {}
     try:
@@ -115,23 +119,23 @@ def _recorded_figures(directory: Path) -> tuple[dict[int, Figures], dict[int, in
 
 
 def _refuse(directory: Path, step: int, figures: dict[int, Figures]) -> None:
-    """Raise a ConfigError that says which steps can be replayed."""
+    """Raises a ConfigError that names steps that can be replayed."""
     known = sorted(figures)
     near = sorted(known, key=lambda other: abs(other - step))[:2]
     reached = f"steps {known[0]} to {known[-1]}" if known else "no step"
     raise ConfigError(
-        f"--step {step}: the record of {directory} tells nothing of it (it tells of {reached}); "
+        f"--step {step}: {directory} has no record of this step (it has {reached}); "
         f"choose {' or '.join(map(str, sorted(near))) or 'another run'}, or log more often "
         "(metrics.log_every_steps)"
     )
 
 
 def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
-    """Find the newest valid checkpoint before `step`, and the configuration that the step was made with.
+    """Finds the newest valid checkpoint before `step`, and the configuration that the step was trained with.
 
-    Returns: the checkpoint, None for the first weights; and the configuration of the first checkpoint not
-        before the step, for a resume may have changed it.
-    Raises: CheckpointError.
+    Returns: the checkpoint, or None to begin from the first weights; and the configuration saved in the first
+        checkpoint at or after the step, because a resume may have changed it (else in the newest before).
+    Raises: CheckpointError if no checkpoint's manifest can be read.
     """
     present = checkpoint_format.scan(directory / "checkpoints")  # newest first
     before = [path for path in present if checkpoint_format.step_of(path) < step]
@@ -142,11 +146,11 @@ def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
             return found, checkpoint_format.read_manifest(other)["config"]
         except (CheckpointError, KeyError):
             continue
-    raise CheckpointError(f"{directory} has no usable checkpoint, which would hold its configuration")
+    raise CheckpointError(f"{directory} has no usable checkpoint to read the configuration from")
 
 
 def _weights(run: Run, name: str) -> str:
-    """A digest of the weights as they are: that by which replicas were compared, or a checkpoint's."""
+    """Computes a digest of the current weights: that of a check of replicas, or that of a checkpoint."""
     if name == "weights_digest":
         return str(run.verify_replicas())
     return parameters_sha256(run.state.parameters())

@@ -1,4 +1,4 @@
-"""Memory: limits, peak, and activations that are recomputed instead of kept."""
+"""Sets memory limits, reads the peak, and makes models recompute activations instead of keeping them."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -16,9 +16,10 @@ DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 
 
 def apply_limits(config: MemorySection) -> None:
-    """Hand the configured limits to MLX; what is null stays as MLX has it.
+    """Sets the configured limits, in bytes, in MLX; a limit that is null keeps MLX's default.
 
-    Raises: ConfigError for more than the device's memory, or a wired limit where there is no Metal.
+    Raises: ConfigError if a limit exceeds the device's memory or MLX refuses it, or if a wired limit is set
+        on a machine without Metal.
     """
     if config.wired_limit_bytes is not None and not mx.metal.is_available():
         raise ConfigError(
@@ -33,7 +34,7 @@ def _apply(key: str, limit_bytes: int | None, apply: Callable[[int], int]) -> No
     if limit_bytes is None:
         return
     info = mx.device_info()
-    # Metal and CUDA name it differently, and a CPU has only the machine's.
+    # Metal and CUDA name the field differently; for a CPU, the machine's memory counts.
     total_bytes = int(info.get("memory_size") or info.get("total_memory") or psutil.virtual_memory().total)
     if limit_bytes > total_bytes:
         raise ConfigError(
@@ -48,18 +49,20 @@ def _apply(key: str, limit_bytes: int | None, apply: Callable[[int], int]) -> No
 
 
 def peak_bytes() -> int:
-    """The most memory that MLX's arrays took at once since the start."""
+    """Returns the most bytes that MLX's arrays took at once since the process started."""
     return mx.get_peak_memory()
 
 
 def checkpoint_activations(model: nn.Module) -> int:
-    """Recompute every block of `model.layers` in the backward pass instead of keeping its activations.
+    """Makes every block of `model.layers` recompute its activations in the backward pass, not keep them.
 
-    Parameters keep their paths: a block gets a subclass of its own class, and nothing else changes. A block
-    must be a pure function of its parameters and arguments; random numbers come as a key among the arguments.
+    Each block gets a subclass of its own class; nothing else changes, and parameters keep their paths. A
+    block must be a pure function of its parameters and arguments: if it needs random numbers, it takes a key
+    as an argument.
 
     Returns: the number of blocks.
-    Raises: ConfigError if the model has no list `layers`, or a block draws its own dropout masks.
+    Raises: ConfigError if the model has no list `layers`, if a block is not an nn.Module, or if a block draws
+        its own dropout masks.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, list) or not layers:
@@ -92,7 +95,7 @@ def _check_pure(path: str, block: Any) -> None:
 
 @cache
 def _recomputed(block_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass whose call is checkpointed, under the same name."""
+    """Returns a subclass of the same name whose calls are checkpointed."""
 
     def call(block: nn.Module, *arguments: Any, **options: Any) -> Any:
         return checkpoint(block, partial(block_class.__call__, block))(*arguments, **options)

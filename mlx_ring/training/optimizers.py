@@ -1,4 +1,4 @@
-"""Optimizers: MLX's own, set up so that norms and biases never decay."""
+"""Builds MLX's optimizers so that weight decay never applies to norms and biases."""
 
 import math
 from functools import partial
@@ -21,16 +21,18 @@ OptimizerConfig = AdamOptimizer | SGDOptimizer | LionOptimizer | AdafactorOptimi
 def build_optimizer(
     config: OptimizerConfig, *, schedule: Schedule, global_batch_size: int
 ) -> optim.MultiOptimizer:
-    """Build the optimizer: weight decay for matrices, embeddings among them, and none for vectors.
+    """Builds the optimizer. Weight decay applies to matrices, embeddings included, but not to vectors.
 
-    Muon updates the matrices of the hidden layers (those in the model's list `layers`), AdamW all else, at
-    `adam_learning_rate` and on the same schedule.
+    With Muon, Muon updates the matrices of the hidden layers (those in the model's list `layers`). AdamW
+    updates everything else, at `adam_learning_rate` and on the same schedule.
 
     Args:
         config: the `optimizer` group.
-        schedule: optimizer step → learning rate, its peak `config.learning_rate`; the scaling by batch size
-            is applied here.
-        global_batch_size: samples an update is made of.
+        schedule: optimizer step → learning rate, with `config.learning_rate` as its peak. This function
+            applies the scaling by batch size.
+        global_batch_size: the number of samples in one update.
+
+    Returns: the optimizer; its state is not yet initialised.
     """
     scale = learning_rate_scale(config, global_batch_size)
     learning_rate = _scaled(schedule, scale)
@@ -42,14 +44,14 @@ def build_optimizer(
             rest = [make(weight_decay=config.weight_decay), make(weight_decay=0.0)]
             return optim.MultiOptimizer([muon, *rest], [is_hidden_matrix, _is_matrix])
         case AdamOptimizer():
-            # MLX leaves the bias correction of the published algorithm out by default.
+            # MLX omits the published algorithm's bias correction by default.
             make = partial(optim.AdamW, betas=config.betas, eps=config.eps, bias_correction=True)
         case LionOptimizer():
             make = partial(optim.Lion, betas=config.betas)
         case SGDOptimizer():
             make = partial(optim.SGD, momentum=config.momentum, nesterov=config.nesterov)
         case AdafactorOptimizer():
-            # The learning rate is the schedule's: neither 1 / sqrt(step) nor relative to the weights' size.
+            # The schedule alone sets the learning rate: no 1 / sqrt(step), no scaling by the weights' size.
             make = partial(
                 optim.Adafactor,
                 decay_rate=config.decay_rate,
@@ -62,13 +64,13 @@ def build_optimizer(
 
 
 def learning_rate_scale(config: OptimizerConfig, global_batch_size: int) -> float:
-    """What the learning rate is multiplied by: 1, the batch's ratio to the reference, or its square root."""
+    """Returns the learning rate's factor: 1, the ratio batch / reference batch, or its square root."""
     ratio = global_batch_size / config.reference_batch_size
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.scale_learning_rate.name]
 
 
 def current_learning_rate(optimizer: optim.Optimizer) -> mx.array:
-    """The learning rate of the latest update, a float32 scalar (Muon's own, where AdamW has another)."""
+    """Returns the learning rate of the latest update, a float32 scalar (with Muon: Muon's, not AdamW's)."""
     return optimizer.learning_rate
 
 
@@ -81,5 +83,5 @@ def _is_matrix(path: str, gradient: mx.array) -> bool:
 
 
 def is_hidden_matrix(path: str, gradient: mx.array) -> bool:
-    """Whether Muon updates this array."""
+    """Tells whether Muon updates the array at `path`: a matrix in the model's list `layers`."""
     return gradient.ndim >= 2 and "layers" in path.split(".")

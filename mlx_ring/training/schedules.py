@@ -1,4 +1,4 @@
-"""Learning rates over the run, made of MLX's own schedules."""
+"""Builds the learning rate's course over a run from MLX's own schedules."""
 
 from collections.abc import Callable
 
@@ -14,17 +14,18 @@ Schedule = Callable[[mx.array], mx.array]
 def build_schedule(
     config: ConstantSchedule | DecaySchedule | WSDSchedule, *, peak: float, total_steps: int
 ) -> Schedule:
-    """The learning rate as a function of the optimizer's step, the number of updates already made.
+    """Returns the learning rate as a function of the optimizer's step, the number of updates already made.
 
-    Update n (the metrics row with `step` n) uses the value at n: warm-up reaches `peak` at n = warmup_steps
-    and spends no update at 0, and a decay reaches its final fraction in the run's last update.
+    Update n (the metrics row with `step` n) uses the schedule's value at n. Warm-up reaches `peak` at
+    n = warmup_steps, and none of its updates has learning rate 0. A decay reaches its final fraction in the
+    run's last update.
 
     Args:
         config: the `schedule` group.
         peak: the largest learning rate.
-        total_steps: updates of the whole run.
+        total_steps: the number of updates in the whole run.
 
-    Returns: a function of an integer scalar that gives a float32 scalar; it may be used inside mx.compile.
+    Returns: a function from an integer scalar to a float32 scalar, which works inside mx.compile.
     Raises: ConfigError if warm-up and decay do not fit into the run.
     """
     warmup = config.warmup_steps
@@ -39,7 +40,7 @@ def build_schedule(
 def _after_warmup(
     config: ConstantSchedule, peak: float, total_steps: int
 ) -> tuple[list[Schedule], list[int]]:
-    """The schedules that follow the warm-up, and the steps at which the later ones begin."""
+    """Returns the schedules after the warm-up, and the steps at which all but the first of them begin."""
     remaining = total_steps - config.warmup_steps
     decay_steps = 1
     if isinstance(config, WSDSchedule):

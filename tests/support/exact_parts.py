@@ -1,4 +1,4 @@
-"""Models and data that put exact mode to the test, named on the command line by import path."""
+"""Models and data that test exact mode. Tests name them on the command line by import path."""
 
 import os
 import time
@@ -13,7 +13,7 @@ RANK = os.environ.get("MLX_RANK", "0")
 
 
 class Classifier(nn.Module):
-    """Two layers; the subclasses add what is to be tested."""
+    """Two layers. Each subclass adds one thing to test."""
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int, width: int = 16) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
 
 class Augmented(Classifier):
-    """Training samples are shifted at random and lose features: all drawn from mx.random's state."""
+    """Shifts training samples and drops features at random; both draw from mx.random's state."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.training:
@@ -34,21 +34,21 @@ class Augmented(Classifier):
 
 
 class Drawn(Classifier):
-    """Its outputs are random numbers alone, so its loss tells one draw from another."""
+    """Returns random numbers only, so that different draws give different losses."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.random.normal((x.shape[0], 3)) + 0 * super().__call__(x)
 
 
 class Endless(Classifier):
-    """A finite loss whose gradient is not: the square root has an infinite slope at 0."""
+    """Has a finite loss but a gradient that is not finite: the square root has an infinite slope at 0."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x) + 0 * mx.sqrt(mx.abs(0 * self.layers[1].bias))
 
 
 class Slow(Classifier):
-    """Rank 0 computes slowly. Not under mx.compile, which calls a model once."""
+    """Computes slowly on rank 0. Does not work under mx.compile, which calls a model only once."""
 
     def __call__(self, x: mx.array) -> mx.array:
         if RANK == "0" and self.training:
@@ -57,14 +57,14 @@ class Slow(Classifier):
 
 
 class Unlike(Classifier):
-    """Rank 1 rounds otherwise than the others, as a machine of another kind would."""
+    """Rounds differently on rank 1, as a machine of another kind would."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return super().__call__(x) * (1 + 2**-20 if RANK == "1" else 1)
 
 
 class Unsteady(Classifier):
-    """Its outputs are others at each call, on rank 1. Not under mx.compile."""
+    """Gives different outputs at each call on rank 1. Does not work under mx.compile."""
 
     calls = 0
 
@@ -74,7 +74,7 @@ class Unsteady(Classifier):
 
 
 class Points:
-    """Points of a plane; the first of every `rare` is `factor` times as far away."""
+    """Points in a plane. Of every `rare` points, the first is `factor` times as far from the origin."""
 
     def __init__(self, count: int, factor: float, rare: int) -> None:
         self.count, self.factor, self.rare = count, factor, rare

@@ -1,4 +1,4 @@
-"""What a user brings: a model, a data set and a loss, named on the command line by import path."""
+"""Models, data sets and a loss of a user's own. Tests name them on the command line by import path."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Line(nn.Module):
 
 
 class Odd(nn.Module):
-    """A model that cannot be trained as it is."""
+    """A model that is refused: `what` says what is wrong with it."""
 
     def __init__(self, input_shape: tuple[int, ...], num_classes: int, what: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def points(count: int = 256) -> Dataset:
 
 
 class HalfLabelled(Points):
-    """About half of the targets do not count, so that micro-batches weigh differently."""
+    """About half of the targets do not count, so micro-batches have different weights."""
 
     def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         inputs, _ = super().batch(indices)

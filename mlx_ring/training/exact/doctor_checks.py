@@ -1,7 +1,7 @@
-"""Whether this machine repeats the bits of a gradient: `mlx-ring doctor --exact`.
+"""Checks whether this machine repeats the bits of a gradient, for `mlx-ring doctor --exact`.
 
-Exact mode needs that a micro-batch's gradient has the same bits every time, and on every machine that takes
-part. Each operation is repeated on equal inputs, and the bits are compared. Machines of one kind show equal
+Exact mode needs a micro-batch's gradient to have the same bits every time and on every machine of the run.
+Each operation is repeated on equal inputs, and the bits are compared. Machines of the same kind print equal
 digests.
 """
 
@@ -24,7 +24,7 @@ REPEATS = 8
 
 
 def exact_checks() -> Iterator[Check]:
-    """Yields a check of each operation, as soon as it is done, and at last one of all together."""
+    """Yields one check per operation, as soon as it is done, and at the end one check for all of them."""
     digests: list[str] = []
     failed = 0
     for operation in operations(gpu=mx.default_device() == mx.gpu):
@@ -39,18 +39,19 @@ def exact_checks() -> Iterator[Check]:
         "all that exact mode uses",
         "fail" if failed else "ok",
         f"digest {together} of {len(digests)} operations on {describe_machine()}",
-        "train with another communicator than exact, or on another machine" if failed else "",
+        "train with a communicator other than exact, or on another machine" if failed else "",
     )
 
 
 def exact_check(operation: Operation, repeats: int = REPEATS) -> tuple[Check, str]:
     """Repeats an operation on equal inputs and compares the bits.
 
-    Returns: the check, and a digest of the first result's bits, of 8 hexadecimal digits.
+    Returns: the check, and a digest of the first result's bits: 8 hexadecimal digits, or "none" if the
+        operation raised an error.
     """
     try:
         digests, seconds, values = _repeated(operation, repeats)
-    except (RuntimeError, ValueError) as error:  # an operation that this device does not have
+    except (RuntimeError, ValueError) as error:  # this device lacks the operation
         reason = " ".join(str(error).split())
         return _check(operation.name, "fail", f"it ended in an error: {reason}", _remedy(operation)), "none"
     distinct = len(set(digests))
@@ -69,9 +70,9 @@ def exact_check(operation: Operation, repeats: int = REPEATS) -> tuple[Check, st
 
 
 def _repeated(operation: Operation, repeats: int) -> tuple[list[str], list[float], Any]:
-    """Every repeat's digest and time in seconds, and the values if the operation expects some."""
+    """Returns each repeat's digest and time in seconds; and the last values if the right ones are known."""
     compute = operation.prepare()
-    mx.eval(compute())  # kernels are compiled here, and memory is taken
+    mx.eval(compute())  # compiles kernels and allocates memory, so the times below hold neither
     digests: list[str] = []
     seconds: list[float] = []
     values: Any = None

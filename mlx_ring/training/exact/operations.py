@@ -1,6 +1,6 @@
-"""What exact mode computes with, one operation a row, to see whether it gives the same bits every time.
+"""A table of the operations that exact mode uses, to check that each gives the same bits every time.
 
-The sizes are those of a language model of 124 million parameters on a GPU, and small ones on a CPU.
+On a GPU the sizes are those of a language model of 124 million parameters; on a CPU they are small.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from mlx_ring.models.transformer import fused_attention
 from mlx_ring.training.exact.reproducible import attention, embedding_rows, make_reproducible
 from mlx_ring.training.gradient import MicroBatchGradient
 
-Compute = Callable[[], Any]  # gives a tree of arrays, anew with every call
+Compute = Callable[[], Any]  # returns a tree of arrays, computed anew at every call
 Function = Callable[..., mx.array]
 
 HALVES = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e6 + 0.5, 2.0**22 + 1.5]
@@ -33,20 +33,20 @@ class Operation:
     """One row of the table."""
 
     name: str
-    prepare: Callable[[], Compute]  # draws the inputs, the same every time
-    instead: str = ""  # what exact mode computes with in its place, if anything
-    remedy: str = ""  # what to do in code of one's own where it does not repeat
-    expected: list[int] | None = None  # what must come out, where that is known
+    prepare: Callable[[], Compute]  # draws inputs, always the same; returns what to repeat
+    instead: str = ""  # why exact mode is safe although this may not repeat; empty if exact mode uses it
+    remedy: str = ""  # what users do in their own code if it does not repeat
+    expected: list[int] | None = None  # the right result, if it is known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Shapes of the inputs."""
+    """Shapes and sizes of the inputs."""
 
     attention: tuple[int, int, int, int]  # batch, heads, positions, width
     kv_heads: int
     tokens: int
-    used_rows: int  # of the embedding: fewer than tokens, so that rows are added up
+    used_rows: int  # of the embedding: fewer than tokens, so several tokens add to one row
     vocabulary: int
     width: int
     hidden: int
@@ -79,7 +79,7 @@ ON_A_CPU = Sizes(
 
 
 def operations(*, gpu: bool) -> list[Operation]:
-    """The table: in float32, and on a GPU what computes there in bfloat16 too."""
+    """Returns the table: every row in float32; on a GPU, all but the integer rows in bfloat16 too."""
     sizes = ON_A_GPU if gpu else ON_A_CPU
     rows = _integers(sizes)
     for dtype in [mx.float32, mx.bfloat16] if gpu else [mx.float32]:
@@ -96,11 +96,11 @@ def _draw(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
 
 
 def _integers(sizes: Sizes) -> list[Operation]:
-    """What the codes of exact mode go through, and random numbers."""
+    """Returns the operations on exact mode's integer codes, and random numbers."""
     shape = (sizes.tokens, sizes.width)
 
     def sums() -> Compute:
-        low, high = -(2**30), 2**30  # of more than two the sum wraps, in every order alike
+        low, high = -(2**30), 2**30  # sums of more than two wrap around, the same way in every order
         values = mx.random.randint(low, high, (2, *shape), key=mx.random.key(0))
         return lambda: [values[0] + values[1], values.sum(), values.sum(axis=1)]
 
@@ -130,7 +130,7 @@ def _integers(sizes: Sizes) -> list[Operation]:
 
 
 def _layers(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
-    """Layers and losses, as the models here compute them."""
+    """Returns layers and losses, computed as the models of this package compute them."""
     tokens, width = sizes.tokens, sizes.width
     rows, hidden, logits = (tokens, width), (sizes.hidden, width), (tokens, sizes.vocabulary)
     batch, heads, positions, _ = sizes.attention
@@ -169,7 +169,10 @@ def _layers(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
 
 
 def _replaced(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
-    """The two that have a reproducible form, beside it: the one's price is the difference of their times."""
+    """Returns attention and embedding rows, each beside its reproducible form.
+
+    The difference of the two times is the price of the reproducible form.
+    """
     batch, _, length, width = sizes.attention
     few = (batch, sizes.kv_heads, length, width)
     tokens = mx.random.randint(0, sizes.used_rows, (sizes.tokens,), key=mx.random.key(8))
@@ -201,7 +204,7 @@ def _replaced(sizes: Sizes, dtype: mx.Dtype) -> list[Operation]:
 
 
 def _models(dtype: mx.Dtype) -> list[Operation]:
-    """Whole gradients, as the trainer computes them in exact mode."""
+    """Returns whole gradients of models, as the trainer computes them in exact mode."""
     images, classes, tokens = (16, 16, 1), 10, 64
     empty: dict[str, Any] = dict.fromkeys(
         ["layers", "dimensions", "heads", "kv_heads", "hidden_dimensions", "max_sequence_length"]
@@ -227,7 +230,7 @@ def _models(dtype: mx.Dtype) -> list[Operation]:
 
 
 def _gradients(function: Function, dtype: mx.Dtype, *shapes: tuple[int, ...]) -> Compute:
-    """The output and, for a drawn cotangent, the gradients of all inputs; compiled, as the trainer does."""
+    """Computes the output, and all inputs' gradients for a random cotangent; compiled, as in the trainer."""
     inputs = [_draw(shape, dtype, seed) for seed, shape in enumerate(shapes)]
     output = function(*inputs)
     cotangent = _draw(output.shape, output.dtype, len(inputs))
@@ -240,7 +243,7 @@ def _gradients(function: Function, dtype: mx.Dtype, *shapes: tuple[int, ...]) ->
 
 
 def _whole(config: ModelConfig, shape: tuple[int, ...], num_classes: int, dtype: mx.Dtype) -> Compute:
-    """The gradients of a model with dropout, for four samples."""
+    """Computes the gradients of a model with dropout, for four samples."""
     mx.random.seed(0)
     model = build_model(config, input_shape=shape, num_classes=num_classes)
     make_reproducible(model)

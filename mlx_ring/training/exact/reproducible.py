@@ -1,9 +1,10 @@
 """Gradients whose bits are the same every time, also on a GPU.
 
-Where several threads add to one float, the sum depends on the order they happen to come in. On CUDA two
-gradients are made so (measured; MLX's Metal kernels add in the same way): that of the queries of fused
-attention, and that of the rows of an embedding. Here is another form of both: the first by matrix products,
-the second by sums of integers, which any order leaves the same. On a CPU every gradient repeats anyway.
+If several threads add to one float, the sum depends on the order in which they happen to add. On CUDA, MLX
+computes two gradients this way (measured; its Metal kernels add in the same way): the gradient of the queries
+in fused attention, and the gradient of an embedding's rows. This file computes both in another form: the
+first with matrix products, the second with sums of integers, which are the same in any order. On a CPU every
+gradient repeats anyway.
 """
 
 from functools import cache
@@ -26,11 +27,12 @@ Inputs = tuple[mx.array, ...]
 
 
 def make_reproducible(model: nn.Module) -> int:
-    """Let every embedding and every attention of `model` use the forms below.
+    """Makes every embedding and every attention of `model` use the forms below.
 
-    Parameters keep their paths and values: an `nn.Embedding` or `nn.MultiHeadAttention`, of a class of the
-    user's own too, gets a subclass of its class that changes what `super().__call__` does and nothing else.
-    Call it before `checkpoint_activations`. It cannot reach a user's own `weight[tokens]` or `mx.fast` call.
+    Parameters keep their paths and values. Each `nn.Embedding` and `nn.MultiHeadAttention`, also one of the
+    user's own subclass, gets a subclass of its class that only changes what `super().__call__` does.
+    Call this before `checkpoint_activations`. It cannot change `weight[tokens]` or an `mx.fast` call in a
+    user's own code.
 
     Returns: the number of modules changed.
     """
@@ -49,20 +51,20 @@ def make_reproducible(model: nn.Module) -> int:
 
 
 class Embedding(nn.Embedding):
-    """Its rows through `embedding_rows`."""
+    """An embedding that looks its rows up with `embedding_rows`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Tokens, integers of any shape → (*shape, D)"""
+        """Tokens, integers of any shape → (*shape, D), in the dtype of the weight."""
         return embedding_rows(self.weight, x)
 
 
 class MultiHeadAttention(nn.MultiHeadAttention):
-    """Its attention as plain matrix products and a softmax, for any mask that the fused one takes."""
+    """Attention as plain matrix products and a softmax; takes every mask that the fused attention takes."""
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None = None
     ) -> mx.array:
-        """(B, T, …), (B, S, …), (B, S, …) → (B, T, D)"""
+        """Queries (B, T, …), keys (B, S, …) and values (B, S, …) → (B, T, D)."""
 
         def heads(x: mx.array) -> mx.array:
             return mx.unflatten(x, -1, (self.num_heads, -1)).transpose(0, 2, 1, 3)
@@ -74,7 +76,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):
             assert mask == "causal"
             mask = mx.tri(*scores.shape[-2:], k=key.shape[-2] - query.shape[-2]).astype(mx.bool_)
         if mask is not None:
-            # As MLX has it: a row that may see nothing sees all alike.
+            # As in MLX: a row whose mask hides every position gives all positions the same weight.
             least = mx.finfo(scores.dtype).min
             is_kept = mask.dtype == mx.bool_
             scores = mx.where(mask, scores, least) if is_kept else scores + mask.astype(scores.dtype)
@@ -91,7 +93,7 @@ def _extend(module: nn.Module, reproducible: type[nn.Module]) -> None:
 
 @cache
 def _between(own_class: type[nn.Module], reproducible: type[nn.Module]) -> type[nn.Module]:
-    """`own_class` with `reproducible` between it and the class of MLX that both extend."""
+    """Returns `own_class` with `reproducible` put between it and the MLX class that both extend."""
     return type(own_class.__name__, (own_class, reproducible), {})
 
 
@@ -99,14 +101,14 @@ def _between(own_class: type[nn.Module], reproducible: type[nn.Module]) -> type[
 
 
 def attention(query: mx.array, key: mx.array, value: mx.array, *, scale: float) -> mx.array:
-    """Causal attention: fused forward, and a backward pass whose memory grows with T², in float32.
+    """Computes causal attention: fused forward; its backward pass uses float32 and memory that grows with T².
 
     Args:
-        query: (B, heads, T, width).
-        key, value: (B, kv_heads, T, width), each for heads / kv_heads query heads.
-        scale: factor of the scores.
+        query: floating-point, (B, heads, T, width).
+        key, value: (B, kv_heads, T, width); each key and value head serves heads / kv_heads query heads.
+        scale: multiplies the scores.
 
-    Returns: (B, heads, T, width).
+    Returns: (B, heads, T, width), in the dtype of the inputs.
     """
     return _attention(query, key, value, scale=scale)
 
@@ -115,7 +117,7 @@ def _attention_gradients(primals: Inputs, cotangent: mx.array, output: mx.array,
     query, key, value = primals
     batch, _, length, width = query.shape
 
-    # The query heads of one key head lie one after another: as rows of one matrix, a product sums over them.
+    # The query heads that share a key head are neighbours. As rows of one matrix, one product sums over them.
     def rows(x: mx.array) -> mx.array:
         return x.reshape(batch, key.shape[1], -1, width)
 
@@ -145,29 +147,31 @@ _attention.vjp(_attention_gradients)
 
 
 def embedding_rows(weight: mx.array, tokens: mx.array) -> mx.array:
-    """`weight[tokens]`, with a gradient that is the same in whatever order the tokens' parts of it are added.
+    """Computes `weight[tokens]`, with a gradient that does not depend on the order in which tokens are added.
+
+    Relative to the largest number of the cotangent, the gradient is as precise as a float32 sum up to
+    N = 2^18 tokens; above that, it loses two bits with each doubling of N.
 
     Args:
-        weight: (num_rows, D).
-        tokens: integers of any shape, N of them.
+        weight: floating-point, (num_rows, D).
+        tokens: N integers, of any shape.
 
-    Returns: (*tokens.shape, D). Relative to the largest number of the cotangent, the gradient is as precise
-    as a float32 sum up to N = 2^18; beyond, two bits less with each doubling.
+    Returns: (*tokens.shape, D), in the dtype of `weight`.
     """
     return _embedding_rows(weight, tokens)
 
 
 def _embedding_gradients(primals: Inputs, cotangent: mx.array, _: Any) -> Inputs:
     weight, tokens = primals
-    # mx.checkpoint asks for a gradient of all arguments.
+    # mx.checkpoint asks for a gradient of every argument, so the tokens get zeros.
     return _row_sums(cotangent, tokens, weight.shape).astype(weight.dtype), mx.zeros_like(tokens)
 
 
 def _row_sums(cotangent: mx.array, tokens: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """The cotangent's rows summed by token, as two words of fixed point each: float32 of `shape`.
+    """Sums the cotangent's rows by token and returns float32 of `shape`.
 
-    The second word holds what rounding took from the first, and both stay within int32 whatever is summed.
-    One number that is not finite makes the whole result NaN.
+    Each number becomes two fixed-point words. The second word holds what rounding cut off from the first, and
+    the sums of both always fit into int32. A single number that is not finite makes the whole result NaN.
     """
     rows = cotangent.astype(mx.float32).reshape(tokens.size, shape[-1])
     bits = ((2**31 - 1) // tokens.size).bit_length() - 1  # `size` codes of at most 2^bits fit
