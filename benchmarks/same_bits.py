@@ -139,7 +139,7 @@ QUICK = Extent(
     steps=24, worlds=(1, 3), worlds_after_kills=(3, 2, 1),
 )  # fmt: skip
 SMALLEST = Extent(
-    experiments=[("transformer", "sgd")], steps=24, worlds=(1, 2), worlds_after_kills=(3, 1),
+    experiments=[("mlp", "adamw")], steps=24, worlds=(1, 3), worlds_after_kills=(3, 1),
 )  # fmt: skip
 
 

@@ -159,9 +159,8 @@ class Bench:
         if self.hostfile is not None and self.started:
             try:
                 on_hosts(read_hostfile(self.hostfile), ["rm", "-rf", "--", str(self.folder)])
-            except (
-                MlxRingError
-            ) as error:  # printed, not raised: it must not hide the error that ended the runs
+            except MlxRingError as error:
+                # Printed, not raised: it must not hide the error that ended the runs.
                 print(f"{self.folder} may be left on hosts: {error}", file=sys.stderr)
 
     def alone(self, ranks: int) -> float:

@@ -1,4 +1,21 @@
-"""mlx_ring: collective all-reduce training on MLX's native distributed layer."""
+"""mlx_ring: collective all-reduce training on MLX's native distributed layer.
+
+Each folder is one component, and says at its top what it holds. From the top of the house to the ground:
+
+- `train`, `cli`: the two programs, `train.py` and `mlx-ring`.
+- `run`: one run from its start to its end, on one rank.
+- `checkpoint`: saving, restoring, and copies on every host.
+- `training`: the step and the loop around it, strategies, evaluation, exact mode.
+- `data`: samples, their order, and how they reach a rank.
+- `sweep`: many runs, each a whole distributed run.
+- `communication`: the one wire between ranks.
+- `cluster`: machines, and the processes on them.
+- `models`: networks, their losses, and what a network must be.
+- `run_directory`: what a run leaves on disk.
+- `config`, `errors`: the typed configuration, and every error.
+
+A room imports from rooms below it, never from above.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
+# Modules that are a rank, or that start ranks.
+PROGRAMS = re.compile(
+    r"\bmlx_ring\.(train|cluster\.agent|cluster\.rank\.openblas|communication\.selftest)(?!\w)"
+)
+RANK_VARIABLES = {"MLX_RANK", "MLX_HOSTFILE"}  # in the environment of a rank of a ring
 _running: list[pytest.Item] = []
 
 
@@ -27,7 +32,7 @@ def needed_markers(command: Sequence[str]) -> set[str]:
         return {"hosts"}
     supervised = "mlx-ring" in names and "run" in command
     benchmark = any(Path(word).parent.name == "benchmarks" for word in command)
-    program = any(re.search(r"\bmlx_ring\.train\b", word) for word in command)
+    program = any(PROGRAMS.search(word) for word in command)
     if supervised or benchmark or program or LAUNCHERS.intersection(names):
         return {"ranks", "hosts"}
     return set()
@@ -36,9 +41,11 @@ def needed_markers(command: Sequence[str]) -> set[str]:
 def _watch(event: str, arguments: tuple[object, ...]) -> None:
     if event != "subprocess.Popen" or not _running:
         return
-    command = arguments[1]
+    command, environment = arguments[1], arguments[3]
     assert isinstance(command, list | tuple)
     needed = needed_markers([str(word) for word in command])
+    if isinstance(environment, dict) and RANK_VARIABLES.intersection(environment):
+        needed = {"ranks", "hosts"}
     marked = {mark.name for mark in _running[0].iter_markers()}
     if needed and not needed & marked:
         pytest.fail(f"it starts {command[:4]} and is marked neither of {sorted(needed)}")

@@ -23,9 +23,8 @@ from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError, agreed
 from mlx_ring.run_directory.directory import RunDirectory, is_record_name
 
-SMALL_BYTES = (
-    2**20
-)  # up to this, what the record gained since the last save travels with the manifest's fields
+# Up to this size, what the record gained since the last save travels with the manifest's fields.
+SMALL_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ class Saved:
     error: str | None
 
 
-@dataclass(frozen=True, eq=False)  # told apart by identity
+@dataclass(frozen=True, eq=False)  # compared by identity
 class Snapshot:
     """One array as it was, safe to be read from another thread once `content` is evaluated.
 
@@ -151,9 +151,7 @@ class CheckpointManager:
         except (OSError, CheckpointError) as failure:
             error = str(failure)
         else:
-            with contextlib.suppress(
-                OSError
-            ):  # what cannot be deleted now is tried again after the next save
+            with contextlib.suppress(OSError):  # it is tried again after the next save
                 self._prune()
         return Saved(
             step=step,

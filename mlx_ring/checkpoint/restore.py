@@ -13,7 +13,7 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingError
-from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.directory import RunDirectory
 from mlx_ring.training.parameter_authority import ParameterAuthority
 from mlx_ring.training.trainer import Progress
@@ -48,7 +48,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
     source = directory.path
     if config.checkpoint.resume != "auto":
         source = Path(config.checkpoint.resume).expanduser()
-    elif not checkpoint_format.scan(directory.path / "checkpoints"):
+    elif not checkpoint_files.scan(directory.path / "checkpoints"):
         if needs_weights:
             raise CheckpointError(
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "

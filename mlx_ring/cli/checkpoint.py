@@ -12,7 +12,7 @@ import click
 from mlx_ring.cluster.hosts.host_file import HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import fetch, on_hosts
 from mlx_ring.errors import CheckpointError
-from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.manifest import Lineage
 from mlx_ring.run_directory.whole_file import whole_file
 
@@ -150,7 +150,7 @@ def _verify_again(row: Row, hosts: HostFile | None, python: str) -> Row:
 
 def _checkpoints_here(run: Path) -> list[Path]:
     """Returns the checkpoints of RUN on this host, oldest first. Raises: CheckpointError if there is none."""
-    found = checkpoint_format.named(run)
+    found = checkpoint_files.named(run)
     if not found:
         raise CheckpointError(f"{run} has no checkpoints/step_… in it")
     return found[::-1]
@@ -159,14 +159,14 @@ def _checkpoints_here(run: Path) -> list[Path]:
 def _row(path: Path, read: Callable[[Path], Row]) -> Row:
     """Returns one checkpoint with what `read` found in it, or with what is wrong with it."""
     try:
-        return {"path": str(path), "step": checkpoint_format.step_of(path), **read(path)}
+        return {"path": str(path), "step": checkpoint_files.step_of(path), **read(path)}
     except CheckpointError as error:
-        return {"path": str(path), "step": checkpoint_format.step_of(path), "error": str(error)}
+        return {"path": str(path), "step": checkpoint_files.step_of(path), "error": str(error)}
 
 
 def _read_manifest(path: Path) -> Row:
     """Returns what a checkpoint's manifest says, without reading its arrays."""
-    manifest = checkpoint_format.read_manifest(path)
+    manifest = checkpoint_files.read_manifest(path)
     return {
         "step": manifest["step"],
         "generation": Lineage.of(manifest).generation,
@@ -180,7 +180,7 @@ def _read_manifest(path: Path) -> Row:
 
 def _read_all(path: Path) -> Row:
     """Raises: CheckpointError unless every byte agrees with the manifest."""
-    checkpoint_format.verify(path)
+    checkpoint_files.verify(path)
     return {}
 
 

@@ -1,6 +1,7 @@
 """The time limits by which ranks, agents, the supervisor and probes watch over one another, in one table.
 
-All are in seconds. Each line says what the limit is on, and who waits.
+All are in seconds. Each line says what the limit is on, and who waits. `hosts/host_probe.py` has two of its
+own, because its text is sent to hosts by itself.
 """
 
 # Signs of life
@@ -28,7 +29,7 @@ ALL_ENDED_SECONDS = GRACE_SECONDS + 2.0  # an attempt waits for its agents to ha
 LAST_OUTPUT_SECONDS = 1.0  # an agent reads the output of an ended process: a grandchild may hold it open
 LAST_REPORT_SECONDS = 1.0  # an agent waits for the last report of a rank whose process has ended
 LINK_CLOSE_SECONDS = 1.0  # the supervisor waits for an agent to end by itself
-LAST_COMPLAINTS_SECONDS = 1.0  # whoever started a process reads its stderr: ssh may leave a helper with it
+LAST_COMPLAINTS_SECONDS = 1.0  # for the stderr of an ended process: what ssh left may hold it open
 CONSOLE_CLOSE_SECONDS = 2.0  # the supervisor waits for its last lines to be printed
 
 # Restarts
@@ -42,3 +43,21 @@ SET_ASIDE_SECONDS = 60.0  # a host that keeps failing is left out; each further 
 PROBE_READY_SECONDS = 30.0  # for a probe's first word: ssh and a cold Python start first
 PROBE_ANSWER_SECONDS = 60.0  # for a probe's answer, for which it may load MLX for the first time
 LINK_MEASURE_SECONDS = 0.3  # a probe sends as fast as it can, to measure one connection
+
+# A rank that starts or ends
+MISTAKE_MEETING_SECONDS = 10.0  # a rank with a mistake waits for the others before it reports it alone
+# MLX's ring holds the interpreter while it connects. A thread that sees that the time is up may be late: the
+# connection may exist by then. So it waits this much longer.
+RING_CONNECT_GRACE_SECONDS = 5.0
+DIRECTORY_LOCK_SECONDS = LEASE_SECONDS + 8.0  # a rank that lost its supervisor holds its directory meanwhile
+
+# The doctor
+DATA_SECONDS = 600.0  # a host opens the data of a run, which may turn text into tokens first
+LAUNCH_SECONDS = 180.0  # a trial launch of ranks, from its start to its end
+
+# Sweeps
+SWEEP_HOSTS_SECONDS = 60.0  # a sweep waits for hosts to answer if no running job could free some
+SWEEP_RETRY_SECONDS = 5.0  # between two attempts of a sweep to reach them
+JOB_HOSTS_SECONDS = 20  # a job waits for its lost hosts at each restart
+JOB_LOOK_SECONDS = 1.0  # between two looks at a job's evaluations
+RECORD_FETCH_SECONDS = 600.0  # for the record of one job: a host that hangs must not hold up the sweep

@@ -66,7 +66,7 @@ def _section(composed: DictConfig, key: str) -> Any:
         raise ConfigError(f"{key} must be a group of values; got {node!r}")
     schema = SECTIONS.get(key)
     if schema is None:
-        name = node["name"] if "name" in node else None  # noqa: SIM401 - get() raises where it is ???
+        name = node["name"] if "name" in node else None  # noqa: SIM401 - get() raises if the value is ???
         if name not in CHOICES[key]:
             raise ConfigError(f"{key}.name is {name!r}; known: {', '.join(CHOICES[key])}")
         schema = CHOICES[key][name]

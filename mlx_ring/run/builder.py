@@ -24,7 +24,7 @@ from mlx_ring.models.precision import build_forward
 from mlx_ring.models.requirements import check_outputs, check_parameters
 from mlx_ring.training import memory_manager
 from mlx_ring.training.evaluator import Evaluator
-from mlx_ring.training.exact import start_check as exactness
+from mlx_ring.training.exact import start_check
 from mlx_ring.training.exact.reproducible import make_reproducible
 from mlx_ring.training.gradient import MicroBatchGradient
 from mlx_ring.training.optimizers import build_optimizer, is_hidden_matrix
@@ -133,7 +133,7 @@ def _first_gradient(
     digest, repeats = "", True
     error: MlxRingError | None = None
     try:
-        digest, repeats = exactness.first_gradient(
+        digest, repeats = start_check.first_gradient(
             gradient,
             data.dataset.train,
             seed=config.seed,
@@ -142,7 +142,7 @@ def _first_gradient(
     except MlxRingError as caught:  # a sample that is damaged on one host
         error = caught
     communicator.agree_on_error(error)
-    exactness.compare(communicator, digest, repeats)
+    start_check.compare(communicator, digest, repeats)
     return digest
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from mlx_ring import __version__
 from mlx_ring.checkpoint.copies import Copies
 from mlx_ring.checkpoint.restore import Found, find, replaces_record
+from mlx_ring.cluster.limits import DIRECTORY_LOCK_SECONDS
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
 from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.cluster.rank.stop_signal import StopSignal
@@ -29,7 +30,6 @@ from mlx_ring.training.trainer import StepResult
 from mlx_ring.training.work_split import check_world_size
 
 log = logging.getLogger(__name__)
-LOCK_SECONDS = 20.0  # a rank that lost its supervisor may hold the directory until its lease ends
 
 
 class Coordinator:
@@ -55,7 +55,9 @@ class Coordinator:
         self._hydra_files = hydra_files or {}
         self._config = config
         self._communicator = communicator
-        self.directory = RunDirectory(run_directory, lock_seconds=LOCK_SECONDS if heartbeat else 0.0)
+        self.directory = RunDirectory(
+            run_directory, lock_seconds=DIRECTORY_LOCK_SECONDS if heartbeat else 0.0
+        )
         self._leads = communicator.rank == 0
         self.job = os.urandom(8).hex()  # rank 0's, once the ranks agree
         self._run: Run | None = None

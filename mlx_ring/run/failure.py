@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from mlx_ring.cluster.limits import MISTAKE_MEETING_SECONDS, RING_CONNECT_GRACE_SECONDS
 from mlx_ring.cluster.rank.environment import abort_mpi
 from mlx_ring.cluster.rank.ring_ports import refuse_public_addresses
 from mlx_ring.config.command_line import to_own_error
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from mlx_ring.run.process import Process
 
 log = logging.getLogger(__name__)
-MEETING_SECONDS = 10.0  # how long a rank with a mistake waits for the others before it reports it alone
-# MLX's ring holds the interpreter while it connects. A thread that sees that the time is up may be late: the
-# connection may exist by then.
-GRACE_SECONDS = 5.0
 
 
 def leave(process: "Process", error: BaseException) -> NoReturn:
@@ -85,7 +82,7 @@ def _agree_on_mistake(process: "Process", error: BaseException) -> BaseException
         return error
     process.joining = True
     try:
-        with time_limit(MEETING_SECONDS, lambda: _report_alone(process, error)):
+        with time_limit(MISTAKE_MEETING_SECONDS, lambda: _report_alone(process, error)):
             refuse_public_addresses(process.environment)
             process.communicator = process.meet()
             process.communicator.agree_on_error(error)
@@ -105,7 +102,7 @@ def time_limit(seconds: float, on_timeout: Callable[[], None]) -> Generator[None
     over = threading.Event()
 
     def wait() -> None:
-        if not over.wait(seconds) and not over.wait(GRACE_SECONDS):
+        if not over.wait(seconds) and not over.wait(RING_CONNECT_GRACE_SECONDS):
             on_timeout()
 
     waiting = threading.Thread(target=wait, name="time limit", daemon=True)

@@ -105,10 +105,9 @@ class Process:
         Raises: ClusterError if this MLX is too old or the ranks cannot be joined; ConfigError for an address
         that this host does not have.
         """
-        from mlx_ring.communication import communicator
-        from mlx_ring.communication import machine as mlx_version
+        from mlx_ring.communication import communicator, machine
 
-        mlx_version.refuse_old_mlx()
+        machine.refuse_old_mlx()
         if self._heartbeat is not None:
             self._heartbeat.await_others()
         return communicator.Communicator.join(self.environment)

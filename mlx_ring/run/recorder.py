@@ -26,13 +26,12 @@ from mlx_ring.run_directory.metrics_tracker import MetricsTracker
 from mlx_ring.run_directory.sinks.jsonl import JSONLSink
 from mlx_ring.run_directory.status import RunStatus
 from mlx_ring.training.evaluator import Evaluation
-from mlx_ring.training.exact import start_check as exactness
+from mlx_ring.training.exact import start_check
 from mlx_ring.training.trainer import Progress, StepResult
 
 log = logging.getLogger(__name__)
-MANY_MICRO_BATCHES = (
-    256  # in exact mode: then half a percent of a small language model's sums were off by 1 %
-)
+# In exact mode: with this many, half a percent of a small language model's sums were off by 1 %.
+MANY_MICRO_BATCHES = 256
 STATUS_SECONDS = 1.0  # between two updates of status.json by steps, at least
 
 
@@ -139,7 +138,7 @@ class RunRecorder:
         before = found.manifest.get("first_gradient")
         if before and first_gradient and before["sha256"] != first_gradient:
             message = (
-                f"warning: {exactness.describe_machine()} computes other bits than {before['machine']} "
+                f"warning: {start_check.describe_machine()} computes other bits than {before['machine']} "
                 "did before: this is no longer the run that it would have been"
             )
             self._event("other_machine", self._step, message)
@@ -212,7 +211,7 @@ class RunRecorder:
             "line": self._lineage.as_json(),
             "world_size": self._world_size,
             "first_gradient": run.first_gradient
-            and {"sha256": run.first_gradient, "machine": exactness.describe_machine()},
+            and {"sha256": run.first_gradient, "machine": start_check.describe_machine()},
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
             "evaluation": evaluation.row() if evaluation is not None and finite else None,

@@ -10,7 +10,7 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import recorded_run
 from mlx_ring.errors import CheckpointError, ConfigError
 from mlx_ring.run.builder import Run, build
-from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 
 Figures = dict[str, Any]  # one step's results by name: loss, gradient norm, digests
@@ -109,12 +109,12 @@ def _recorded_figures(directory: Path) -> tuple[dict[int, Figures], dict[int, in
                 figures.setdefault(row["step"], {})["weights_digest"] = row["weights"]
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read: {error}; give a run's directory") from None
-    for checkpoint in checkpoint_format.scan(directory / "checkpoints"):
+    for checkpoint in checkpoint_files.scan(directory / "checkpoints"):
         try:
-            digest = checkpoint_format.read_manifest(checkpoint).get("parameters_sha256")
+            digest = checkpoint_files.read_manifest(checkpoint).get("parameters_sha256")
         except CheckpointError:
             continue
-        figures.setdefault(checkpoint_format.step_of(checkpoint), {})["parameters_sha256"] = digest
+        figures.setdefault(checkpoint_files.step_of(checkpoint), {})["parameters_sha256"] = digest
     return figures, world_sizes
 
 
@@ -137,13 +137,13 @@ def _start(directory: Path, step: int) -> tuple[Found | None, dict[str, Any]]:
         checkpoint at or after the step, because a resume may have changed it (else in the newest before).
     Raises: CheckpointError if no checkpoint's manifest can be read.
     """
-    present = checkpoint_format.scan(directory / "checkpoints")  # newest first
-    before = [path for path in present if checkpoint_format.step_of(path) < step]
-    path, manifest, problems = checkpoint_format.newest_valid(before)
+    present = checkpoint_files.scan(directory / "checkpoints")  # newest first
+    before = [path for path in present if checkpoint_files.step_of(path) < step]
+    path, manifest, problems = checkpoint_files.newest_valid(before)
     found = None if path is None else Found(path=path, manifest=manifest, problems=problems, own=True)
     for other in [*reversed(present[: len(present) - len(before)]), *before]:
         try:
-            return found, checkpoint_format.read_manifest(other)["config"]
+            return found, checkpoint_files.read_manifest(other)["config"]
         except (CheckpointError, KeyError):
             continue
     raise CheckpointError(f"{directory} has no usable checkpoint to read the configuration from")

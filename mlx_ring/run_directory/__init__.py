@@ -2,7 +2,8 @@
 
 `directory` is the folder as a whole and `lock` keeps a second run out of it; `status` is status.json;
 `checkpoint_files` and `manifest` are the checkpoints' files; `metrics_tracker` hands rows of metrics to the
-`sinks`. A reader of finished runs needs nothing but this room.
+`sinks`; `whole_file` writes a file so that no reader meets a part of it. A reader of finished runs needs
+nothing but this room.
 
 Import `RunDirectory` from `directory` and the functions for checkpoints from `checkpoint_files`: they load
 NumPy, and an agent's start should not wait for that.

@@ -232,7 +232,10 @@ def newest_valid(candidates: Iterable[Path]) -> tuple[Path | None, dict[str, Any
 
 
 def replace(checkpoints: Path, step: int, complete: Path) -> None:
-    """Make a complete directory the checkpoint of a step; one that is there goes. Raises: OSError."""
+    """Move a complete directory into the place of a step's checkpoint; delete the one that was there.
+
+    Raises: OSError.
+    """
     final = step_directory(checkpoints, step)
     sync(complete)
     if final.exists():

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_ring.errors import CheckpointError, ConfigError, DirectoryInUse
-from mlx_ring.run_directory import checkpoint_files as checkpoint_format
+from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.lock import LockHeld, ProcessLock
 from mlx_ring.run_directory.manifest import Lineage
-from mlx_ring.run_directory.whole_file import whole_file
+from mlx_ring.run_directory.whole_file import whole_file, whole_file_pattern
 
 TOKEN = ".disk-"  # begins the names of the files by which ranks find out who shares a disk
 # The run's record: what it leaves beside its checkpoints, its status and its logs.
@@ -33,7 +33,7 @@ def is_record_name(name: str) -> bool:
     A name that leads out of the run's directory is not.
     """
     folder, _, file = name.rpartition("/")
-    plain = checkpoint_format.FILE_NAME.fullmatch(file) is not None
+    plain = checkpoint_files.FILE_NAME.fullmatch(file) is not None
     return name in RECORD_FILES or (folder in RECORD_FOLDERS and plain)
 
 
@@ -58,9 +58,10 @@ class RunDirectory:
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
             for folder in (self.path, self.path / "checkpoints"):
-                checkpoint_format.sweep(folder)
-            for token in self.path.glob(f"{TOKEN}*"):
-                token.unlink(missing_ok=True)
+                checkpoint_files.sweep(folder)
+            unfinished = [path for name in RECORD_FILES for path in self.path.glob(whole_file_pattern(name))]
+            for path in [*self.path.glob(f"{TOKEN}*"), *unfinished]:
+                path.unlink(missing_ok=True)
 
     def make(self) -> None:
         """Make the directory, private (mode 0700). Any rank may. Raises: OSError."""
@@ -115,9 +116,9 @@ class RunDirectory:
     def generation(self) -> int:
         """The greatest generation of its checkpoints, without damaged ones; -1 if there are none."""
         found = [-1]
-        for path in checkpoint_format.scan(self.path / "checkpoints"):
+        for path in checkpoint_files.scan(self.path / "checkpoints"):
             with contextlib.suppress(CheckpointError):
-                found.append(Lineage.of(checkpoint_format.read_manifest(path)).generation)
+                found.append(Lineage.of(checkpoint_files.read_manifest(path)).generation)
         return max(found)
 
     def record_sizes(self) -> dict[str, int]:

@@ -6,6 +6,13 @@ import secrets
 from collections.abc import Generator
 from pathlib import Path
 
+SUFFIX_BYTES = 4
+
+
+def whole_file_pattern(name: str) -> str:
+    """Returns the glob pattern of what killed processes leave if they were writing a file of this name."""
+    return f".{name}." + "[0-9a-f]" * 2 * SUFFIX_BYTES
+
 
 @contextlib.contextmanager
 def whole_file(path: Path, *, mode: int | None = None, sync: bool = False) -> Generator[Path]:
@@ -22,7 +29,7 @@ def whole_file(path: Path, *, mode: int | None = None, sync: bool = False) -> Ge
 
     Raises: OSError if the folder or the disk refuses.
     """
-    filled = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    filled = path.with_name(f".{path.name}.{secrets.token_hex(SUFFIX_BYTES)}")
     filled.touch(mode=0o666 if mode is None else 0o600, exist_ok=False)
     try:
         if mode is not None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from mlx_ring.cluster.hosts.host_file import HostFile
 from mlx_ring.cluster.hosts.on_hosts import Answer, ask
+from mlx_ring.cluster.limits import RECORD_FETCH_SECONDS
 from mlx_ring.run_directory.directory import is_record_name
 from mlx_ring.run_directory.status import FILE_NAME as STATUS
 from mlx_ring.run_directory.status import RunStatus
 from mlx_ring.run_directory.whole_file import whole_file
 
-FETCH_SECONDS = 600.0  # for one record; a host that hangs must not hold up the sweep
 RECORD = (STATUS, "config.yaml", "metrics.jsonl", "tensorboard")
 
 
@@ -26,7 +26,7 @@ async def fetch_record(file: HostFile, directory: Path) -> None:
     command = ["tar", "-cf", "-", "-C", str(directory), *RECORD]
     environment = file.envs | {"COPYFILE_DISABLE": "1"}  # keeps the tar of macOS from adding files
     answers = await asyncio.gather(
-        *(ask(name, command, environment, seconds=FETCH_SECONDS) for name in file.names)
+        *(ask(name, command, environment, seconds=RECORD_FETCH_SECONDS) for name in file.names)
     )
     records = [files for files in map(_unpack, answers) if STATUS in files]
     best = max(records, default={}, key=lambda files: _progress(json.loads(files[STATUS])))

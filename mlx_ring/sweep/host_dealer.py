@@ -11,11 +11,8 @@ from pathlib import Path
 
 from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import ask, problem
-from mlx_ring.cluster.limits import AGENT_READY_SECONDS
+from mlx_ring.cluster.limits import AGENT_READY_SECONDS, SWEEP_HOSTS_SECONDS, SWEEP_RETRY_SECONDS
 from mlx_ring.errors import ClusterError, ConfigError
-
-WAIT_SECONDS = 60.0  # how long to wait for hosts to answer if no job is running that could free some
-LOOK_SECONDS = 5.0  # between two attempts to reach them
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class HostDealer:
     async def _wait_for_hosts(self, ranks: int | None) -> list[Host]:
         """Waits until enough free hosts answer, and marks them as busy."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + WAIT_SECONDS
+        deadline = loop.time() + SWEEP_HOSTS_SECONDS
         while True:
             self._freed.clear()
             with contextlib.suppress(ConfigError):  # the file is being edited: keep the last one
@@ -98,12 +95,12 @@ class HostDealer:
                 self._busy |= {host.ssh for host in hosts}
                 return hosts
             if self._busy:
-                deadline = loop.time() + WAIT_SECONDS
+                deadline = loop.time() + SWEEP_HOSTS_SECONDS
             elif loop.time() > deadline:
                 why = "; ".join(self._problems.values())
                 raise ClusterError(f"{len(answering)} hosts answer, too few for {ranks or 1} ranks: {why}")
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(SWEEP_RETRY_SECONDS):
                     await self._freed.wait()
 
     async def _answering(self, names: list[str]) -> list[str]:

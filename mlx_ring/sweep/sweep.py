@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.limits import JOB_HOSTS_SECONDS, JOB_LOOK_SECONDS
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
 from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
@@ -20,8 +21,6 @@ from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, 
 
 LINE_BYTES = 2**20  # longest line of a job's output
 MOST_DEALS = 3  # how often a job gets hosts, if the first ones are lost
-WAIT_SECONDS = 20  # how long a job waits for its lost hosts at each restart
-LOOK_SECONDS = 1.0  # between two looks at a job's evaluations
 # Takes a job's number and the figures of an evaluation; tells whether to end the job early.
 IsHopeless = Callable[[int, dict[str, float]], bool]
 
@@ -140,7 +139,7 @@ class Sweep:
         status = 0
         for _ in range(MOST_DEALS):
             async with dealer.deal(job.ranks, job.directory) as hosts:
-                where = ["--hostfile", str(hosts.path), "--wait", str(WAIT_SECONDS)]
+                where = ["--hostfile", str(hosts.path), "--wait", str(JOB_HOSTS_SECONDS)]
                 status = await self._supervised(job, where, row)
                 await fetch_record(hosts.file, job.directory)
             if status != ClusterError.exit_status or self._stops:
@@ -206,7 +205,7 @@ class Sweep:
         """Watches the evaluations of a job and asks it to stop once one is hopeless."""
         seen = 0
         while self._is_hopeless is not None:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(JOB_LOOK_SECONDS)
             found = await asyncio.to_thread(evaluations, job.directory)
             verdicts = [self._is_hopeless(job.number, each) for each in found[seen:]]
             if any(verdicts):

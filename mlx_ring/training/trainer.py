@@ -174,7 +174,7 @@ class Trainer:
             yield result
             self._refuse_endless_skipping(result)
             if rewinds:
-                self._last_read = time.perf_counter()  # what was done meanwhile is no part of a step
+                self._last_read = time.perf_counter()  # evaluating and saving are not part of a step's time
                 issued = self._issue_again(issued)
 
     @property

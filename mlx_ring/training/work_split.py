@@ -68,8 +68,8 @@ def split_by_speed(num_micro_batches: int, seconds: list[float]) -> list[int]:
 class WorkSplit:
     """The split of one run, the same on every rank. A rank's micro-batches are contiguous, in rank order.
 
-    A measured split follows the ranks' speeds. It decides on figures that every rank was told alike, so all
-    come to the same split with no further message. With `communicator.overlap`, what is computed while
+    A measured split follows the ranks' speeds. It decides from figures that are the same on every rank, so
+    all find the same split with no further message. With `communicator.overlap`, what is computed while
     buckets travel counts as waiting: the seconds are shorter, alike on all ranks.
 
     Attributes:
@@ -90,7 +90,7 @@ class WorkSplit:
         return range(bounds[rank], bounds[rank + 1])
 
     def rebalance(self, seconds: list[float]) -> list[float] | None:
-        """Takes the ranks' times of one step, and splits anew if they have asked for it for some steps.
+        """Takes the ranks' times of one step. Splits again if several steps show that it pays.
 
         Args:
             seconds: how long each rank took for one micro-batch; 0 if it does not know yet.

@@ -117,7 +117,7 @@ def meet_nobody(process):
     told.wait()
     raise ClusterError("nobody came")
 
-failure.GRACE_SECONDS = failure.MEETING_SECONDS = 0
+failure.RING_CONNECT_GRACE_SECONDS = failure.MISTAKE_MEETING_SECONDS = 0
 os._exit, process.Process.meet = leave_slowly, meet_nobody
 train.main()
 """
@@ -224,7 +224,7 @@ def test_a_mistake_is_told_once_though_the_peer_fails_to_come_as_the_time_ends(e
 @pytest.mark.parametrize(("grace", "over", "called"), [(60, True, []), (0, False, ["otherwise"])])
 def test_a_time_limit(monkeypatch: pytest.MonkeyPatch, grace: float, over: bool, called: list[str]) -> None:
     """What ends within the grace has the last word."""
-    monkeypatch.setattr(failure, "GRACE_SECONDS", grace)
+    monkeypatch.setattr(failure, "RING_CONNECT_GRACE_SECONDS", grace)
     found: list[str] = []
     ended = threading.Event()
 

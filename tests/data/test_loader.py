@@ -69,7 +69,9 @@ def plain(batch: GlobalBatch) -> list[tuple[int, list[float], list[int]]]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 def test_a_global_batch_does_not_depend_on_the_world_size(world_size: int) -> None:
     split = WorkSplit(NUM_MICRO_BATCHES, world_size, measured=False)
-    shares = [batches(make_loader(micro_batches=split.share(rank)), 6) for rank in range(world_size)]
+    shares = [
+        batches(make_loader(micro_batches=split.micro_batches_of(rank)), 6) for rank in range(world_size)
+    ]
     for step, ranks in enumerate(zip(*shares, strict=True)):
         whole = [micro_batch for rank in ranks for micro_batch in plain(rank)]
         order = sample_order(5, step * GLOBAL_BATCH_SIZE + np.arange(GLOBAL_BATCH_SIZE), SAMPLES)

@@ -17,6 +17,8 @@ PYTHON = sys.executable
         ["mpirun", "-n", "2", "true"],
         ["mlx.launch", "-n", "2", "train.py"],
         [PYTHON, "-c", "from mlx_ring.train import main; main()", "--help"],
+        [PYTHON, "-m", "mlx_ring.communication.selftest"],
+        [PYTHON, "-m", "mlx_ring.cluster.agent"],
         [PYTHON, str(Path(PYTHON).with_name("mlx-ring")), "run", "--help"],
         [PYTHON, "benchmarks/growth.py", "--help"],
         ["ip", "netns", "list"],
@@ -31,6 +33,11 @@ def test_an_unmarked_test_starts_none(command: list[str]) -> None:
 def test_a_fork_is_a_start_too(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="is marked neither of"):
         start(["--help"], tmp_path)
+
+
+def test_a_rank_of_a_ring_is_known_by_its_environment(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="is marked neither of"):
+        subprocess.run([PYTHON, "-c", ""], env={"MLX_RANK": "0"}, check=True)
 
 
 def test_other_programs_may_be_started() -> None:

@@ -7,6 +7,7 @@ import pytest
 from ranks import SMALL, SUPPORT, start, status
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("copies", ["every_host", "rank_0"])
 def test_it_makes_its_own_directory(tmp_path: Path, copies: str) -> None:
     """The command line has Hydra make it; here the run does, on two ranks that leave tokens in it."""

@@ -6,6 +6,7 @@ environment, directory and output, and runs its file from the first line, as `__
 """
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -20,6 +21,8 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 # What the loader, Python or a library reads before the first line of a program.
 READ_AT_LOAD = ("LD_", "PYTHON", "OPENBLAS_", "OMP_", "MLX_DISABLE")
@@ -79,8 +82,13 @@ class ForkedProcess:
         return self._printed
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        try:
+            ended = self.poll() is not None
+        except OSError:  # its server is gone, but the program may still run
+            ended = False
+        if not ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -113,6 +121,7 @@ class _Server:
             assert answer, "the server that starts ranks has ended"
         except BaseException:  # such as a test's time limit: the next answer would be that of this question
             _server.cache_clear()
+            self._socket.close()
             raise
         return json.loads(answer)
 
@@ -164,6 +173,8 @@ def _run(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.argv = argv
+    np.random.seed()  # noqa: NPY002 - else all forks would share the state that users may draw from
+    tempfile.tempdir = None  # else TMPDIR would not be read
     own = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [str(Path(argv[0]).resolve().parent), *own, *sys.path[1:]]
     runpy.run_path(argv[0], run_name="__main__")

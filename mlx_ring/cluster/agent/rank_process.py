@@ -14,7 +14,7 @@ from mlx_ring.cluster.limits import LAST_OUTPUT_SECONDS, PROCESS_POLL_SECONDS
 LINE_BYTES = 2**16  # a process's longer line of output is passed on in pieces
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, man 2 prctl
 
-TellLine = Callable[[str, str], None]  # takes a stream, "out" or "err", and a line of it
+OnLine = Callable[[str, str], None]  # takes a stream, "out" or "err", and a line of it
 
 
 class RankProcess:
@@ -34,13 +34,13 @@ class RankProcess:
         )  # fmt: skip
         return RankProcess(name, process)
 
-    async def watch(self, tell: TellLine) -> int:
-        """Passes every printed line to `tell` until the process has ended, then kills what it left behind.
+    async def watch(self, on_line: OnLine) -> int:
+        """Passes every printed line to `on_line` until the process has ended, then kills what it left behind.
 
         Returns: its exit status, or minus the number of the signal that ended it.
         """
         streams = {"out": self._process.stdout, "err": self._process.stderr}
-        reading = [asyncio.create_task(_forward(name, reader, tell)) for name, reader in streams.items()]
+        reading = [asyncio.create_task(_forward(name, reader, on_line)) for name, reader in streams.items()]
         # wait() would wait for every process that holds the streams, too.
         while self._process.returncode is None:
             await asyncio.sleep(PROCESS_POLL_SECONDS)
@@ -74,7 +74,7 @@ async def end(processes: list[RankProcess], grace_seconds: float, kill_others: C
             await asyncio.sleep(PROCESS_POLL_SECONDS)
 
 
-async def _forward(name: str, reader: asyncio.StreamReader | None, tell: TellLine) -> None:
+async def _forward(name: str, reader: asyncio.StreamReader | None, on_line: OnLine) -> None:
     assert reader is not None
     rest = b""
     while piece := await reader.read(LINE_BYTES):
@@ -83,9 +83,9 @@ async def _forward(name: str, reader: asyncio.StreamReader | None, tell: TellLin
             lines = [*lines, rest]
             rest = b""
         for line in lines:
-            tell(name, line.decode(errors="replace"))
+            on_line(name, line.decode(errors="replace"))
     if rest:
-        tell(name, rest.decode(errors="replace"))
+        on_line(name, rest.decode(errors="replace"))
 
 
 def _die_with_parent() -> None:

@@ -22,10 +22,10 @@ from mlx_ring.cluster.hosts.host_link import HostLost
 from mlx_ring.cluster.hosts.on_hosts import ask
 from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
 from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK
+from mlx_ring.cluster.limits import DATA_SECONDS
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import ConfigError, MlxRingError
 
-DATA_SECONDS = 600.0  # for opening the data of a run, which may turn text into tokens first
 REACH = "try by hand: ssh -o BatchMode=yes {host} true must say nothing and ask nothing"
 CHANGED_KEY = "its key has changed: if that is right, ssh-keygen -R {host}, then ssh {host} once"
 UNKNOWN_KEY = "its key is unknown here: ssh {host} once, compare the key, and say yes"

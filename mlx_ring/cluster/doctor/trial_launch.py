@@ -12,12 +12,12 @@ from typing import Any
 from mlx_ring.cluster.finding import Check, fail, ok, read_result, warn
 from mlx_ring.cluster.hosts.host_file import Host
 from mlx_ring.cluster.hosts.ssh import LOOPBACK
+from mlx_ring.cluster.limits import LAUNCH_SECONDS
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.host_pool import HostPool
 from mlx_ring.errors import ClusterError, ConfigError
 
 LOCAL_RANKS = 2  # if no host file is given
-LAUNCH_SECONDS = 180.0  # for the whole launch
 SLOW_LATENCY_SECONDS = 0.005
 FAREWELL = 42  # the exit status of the last rank; no run ends with it
 REMEDY = (

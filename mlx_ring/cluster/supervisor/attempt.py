@@ -114,7 +114,7 @@ class Attempt:
         try:
             await self._start()
             failure = await self._until_it_ends()
-            if failure is not None and failure.event != "hang":  # a hang was told before the stacks
+            if failure is not None and failure.event != "hang":  # which was already announced
                 self._say(failure.message)
         finally:
             await self._end()
@@ -195,7 +195,7 @@ class Attempt:
     async def _until_it_ends(self) -> Failure | None:
         """Handles reports until all ranks have ended, or one of them, a host or a hang ends the attempt."""
         loop = asyncio.get_running_loop()
-        settled: float | None = None  # when no more is waited for ranks that end after the first bad exit
+        settled: float | None = None  # when to stop waiting for more exits after the first bad one
         last_look = loop.time()
         while self._running:
             with contextlib.suppress(TimeoutError):

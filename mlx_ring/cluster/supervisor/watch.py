@@ -196,7 +196,7 @@ class Watch:
             return None
         causes = [rank for rank in bad if rank.status != ClusterError.exit_status]
         rank = (causes or bad)[0]
-        # With witnesses alone it was some host's network, and nobody knows which.
+        # If there are only witnesses, some host's network failed, and it is unknown whose.
         host = rank.host if causes else None
         status = max(rank.status or 0, 0) or ClusterError.exit_status
         return Failure(message=self._exit_message(rank), status=status, host=host, rank=rank.rank)

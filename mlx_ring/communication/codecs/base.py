@@ -22,9 +22,7 @@ import mlx.core as mx
 from mlx_ring.communication.arrays import Arrays
 
 Total = tuple[Arrays, Arrays]  # what one rank has added up: for the sums, for the maxima. The codec's own
-Wire = tuple[
-    Arrays, Arrays
-]  # arrays to be summed over ranks; int32 arrays whose largest over ranks is needed
+Wire = tuple[Arrays, Arrays]  # to be summed over ranks; int32, of which the largest over ranks is needed
 
 
 class Codec(ABC):
@@ -94,8 +92,8 @@ class Codec(ABC):
     def fits(self, maxima: Arrays) -> mx.array:
         """A bool scalar: false if `state` was of no use for these gradients.
 
-        Then `decode` gives nothing of worth, and the batch must be computed again after `state` has taken the
-        entries of `next_state`.
+        Then the result of `decode` is useless, and the batch must be computed again after `state` has
+        taken the entries of `next_state`.
 
         Args:
             maxima: the wire's second part, the largest over all ranks.

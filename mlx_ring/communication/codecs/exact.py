@@ -26,7 +26,7 @@ class ExactCodec(Codec):
     for each tensor. The codes are added, on a rank and between ranks, in as many bytes as float32 takes. Each
     code is small enough that the codes of all micro-batches of a global batch together cannot overflow.
 
-    k comes from the largest |gradient| of any micro-batch in the step before. That was no good guess if a
+    k comes from the largest |gradient| of any micro-batch in the step before. That guess fails if a
     gradient outgrew the headroom, or shrank so far that its codes became too coarse. Then the batch is
     computed again, with the k of its own maxima. So k depends on the gradients alone, never on the rank that
     computed them.

@@ -21,7 +21,7 @@ from mlx_ring.models.transformer import fused_attention
 from mlx_ring.training.exact.reproducible import attention, embedding_rows, make_reproducible
 from mlx_ring.training.gradient import MicroBatchGradient
 
-Compute = Callable[[], Any]  # returns a tree of arrays, computed anew at every call
+Compute = Callable[[], Any]  # computes a tree of arrays again at every call
 Function = Callable[..., mx.array]
 
 HALVES = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 1e6 + 0.5, 2.0**22 + 1.5]
@@ -35,7 +35,7 @@ class Operation:
     name: str
     prepare: Callable[[], Compute]  # draws inputs, always the same; returns what to repeat
     instead: str = ""  # why exact mode is safe although this may not repeat; empty if exact mode uses it
-    remedy: str = ""  # what users do in their own code if it does not repeat
+    remedy: str = ""  # what to do in your own code if it does not repeat
     expected: list[int] | None = None  # the right result, if it is known
 
 
@@ -100,7 +100,7 @@ def _integers(sizes: Sizes) -> list[Operation]:
     shape = (sizes.tokens, sizes.width)
 
     def sums() -> Compute:
-        low, high = -(2**30), 2**30  # sums of more than two wrap around, the same way in every order
+        low, high = -(2**30), 2**30  # a sum of more than two wraps around, the same way in every order
         values = mx.random.randint(low, high, (2, *shape), key=mx.random.key(0))
         return lambda: [values[0] + values[1], values.sum(), values.sum(axis=1)]
 

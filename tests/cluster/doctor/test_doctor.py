@@ -61,6 +61,7 @@ def steady(compute: Callable[[], Any], **more: Any) -> Operation:
 # This machine
 
 
+@pytest.mark.ranks
 def test_this_machine() -> None:
     """The doctor examines this machine and starts two ranks on it."""
     ended = doctor("--json", "data=synthetic")
