@@ -68,18 +68,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
         )
     communicator = Communicator.alone()
     run = build(config, communicator, found)
-    compared: list[Repeated] = []
-    try:
-        for result in run.trainer.steps():
-            recorded = {} if result.skipped else figures.get(result.step, {})
-            if recorded:
-                own = {"loss": result.loss, "gradient_norm": result.gradient_norm}
-                here = {name: own[name] if name in own else _weights(run, name) for name in recorded}
-                compared.append(Repeated(step=result.step, recorded=recorded, here=here))
-            if result.step == step:
-                break
-    finally:
-        run.trainer.close()
+    compared = _repeat(run, step, figures)
     if not compared or compared[-1].step != step:
         raise ConfigError(
             f"--step {step}: the configuration saved with the run ends before this step, at trainer.steps="
@@ -92,6 +81,23 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
         world_size=[*later, *world_sizes.values(), 1][0],
         steps=compared,
     )
+
+
+def _repeat(run: Run, step: int, figures: dict[int, Figures]) -> list[Repeated]:
+    """Trains up to a step, and puts the figures computed here beside those of every recorded step."""
+    compared: list[Repeated] = []
+    try:
+        for result in run.trainer.steps():
+            recorded = {} if result.skipped else figures.get(result.step, {})
+            if recorded:
+                own = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+                here = {name: own[name] if name in own else _weights(run, name) for name in recorded}
+                compared.append(Repeated(step=result.step, recorded=recorded, here=here))
+            if result.step == step:
+                break
+    finally:
+        run.trainer.close()
+    return compared
 
 
 def _recorded_figures(directory: Path) -> tuple[dict[int, Figures], dict[int, int]]:
