@@ -12,7 +12,6 @@ LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
 PROGRAMS = re.compile(
     r"\bmlx_ring\.(train|cluster\.agent|cluster\.rank\.openblas|communication\.selftest)(?!\w)"
 )
-RANK_VARIABLES = {"MLX_RANK", "MLX_HOSTFILE"}  # in the environment of a rank of a ring
 _running: list[pytest.Item] = []
 
 
@@ -44,8 +43,8 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
     command, environment = arguments[1], arguments[3]
     assert isinstance(command, list | tuple)
     needed = needed_markers([str(word) for word in command])
-    if isinstance(environment, dict) and RANK_VARIABLES.intersection(environment):
-        needed = {"ranks", "hosts"}
+    if isinstance(environment, dict) and Path(environment.get("MLX_HOSTFILE") or "none").is_file():
+        needed = {"ranks", "hosts"}  # a rank of a ring, whatever its program
     marked = {mark.name for mark in _running[0].iter_markers()}
     if needed and not needed & marked:
         pytest.fail(f"it starts {command[:4]} and is marked neither of {sorted(needed)}")

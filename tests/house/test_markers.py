@@ -36,8 +36,10 @@ def test_a_fork_is_a_start_too(tmp_path: Path) -> None:
 
 
 def test_a_rank_of_a_ring_is_known_by_its_environment(tmp_path: Path) -> None:
+    ring = tmp_path / "ring.json"
+    ring.write_text("[]")
     with pytest.raises(pytest.fail.Exception, match="is marked neither of"):
-        subprocess.run([PYTHON, "-c", ""], env={"MLX_RANK": "0"}, check=True)
+        subprocess.run([PYTHON, "-c", ""], env={"MLX_RANK": "0", "MLX_HOSTFILE": str(ring)}, check=True)
 
 
 def test_other_programs_may_be_started() -> None:
