@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from ranks import train
 
 LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
 # Modules that are a rank, or that start ranks.
@@ -51,3 +52,11 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
 
 
 sys.addaudithook(_watch)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a completed `run` of six steps, saved every three. For tests that copy it."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, "checkpoint.every_steps=3").ok()
+    return folder

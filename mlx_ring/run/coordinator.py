@@ -63,7 +63,7 @@ class Coordinator:
         self._run: Run | None = None
         self._found: Found | None = None
         self._status: RunStatus | None = None
-        self._record: RunRecorder | None = None
+        self._recorder: RunRecorder | None = None
         self._storage: RunStorage | None = None  # of a run that trains
         self._saved_step: int | None = None
         self._begun = False  # whether status.json speaks of this run
@@ -120,14 +120,14 @@ class Coordinator:
 
     def follow(self, run: Run, result: StepResult) -> Plan:
         """Record a step and do what is due after it: the plan. Collective: every rank must call."""
-        if self._record is not None:
-            self._record.step(result)
+        if self._recorder is not None:
+            self._recorder.step(result)
         plan = run.authority.decide(result.step, result.flags)
         if not result.skipped or plan.stop:
             if plan.verify:
                 digest = run.verify_replicas()
-                if self._record is not None and digest is not None:
-                    self._record.verified(result.step, digest)
+                if self._recorder is not None and digest is not None:
+                    self._recorder.verified(result.step, digest)
             evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
             if plan.save and result.step != self._saved_step:
                 self._save(run, evaluation)
@@ -136,7 +136,7 @@ class Coordinator:
 
     def vitals(self) -> Vitals:
         """Returns: where this run is, without the communicator's part. May be called from any thread."""
-        saved_step = (self._record.kept_step or 0) if self._record is not None else 0
+        saved_step = (self._recorder.kept_step or 0) if self._recorder is not None else 0
         run = self._run
         if run is None:
             return Vitals(phase=self.phase, saved_step=saved_step)
@@ -218,7 +218,7 @@ class Coordinator:
     def _begin(self, run: Run, copies: Copies) -> None:
         """Open the record of a run that trains, and prepare its copies. Collective: every rank must call."""
         self._on_rank_0(lambda: self._open_record(run, copies))
-        self._storage = RunStorage(copies, self._record)
+        self._storage = RunStorage(copies, self._recorder)
         copies.begin(run.trainer.progress.step, replaces=replaces_record(self._config, self._found))
         self._saved_step = self._communicator.broadcast_object(self._saved_step)
 
@@ -230,7 +230,7 @@ class Coordinator:
         if replaces_record(self._config, found):  # from here on nothing can be refused
             self._status.forget()
             self.directory.set_record_aside(self._status.before)
-        self._record = RunRecorder.open(
+        self._recorder = RunRecorder.open(
             self.directory,
             self._status,
             self._config,
@@ -247,8 +247,8 @@ class Coordinator:
     def _evaluate(self, run: Run) -> Evaluation:
         self.phase = Phase.EVALUATING
         evaluation = run.evaluator.evaluate()
-        if self._record is not None:
-            self._record.evaluation(run.trainer.progress.step, evaluation)
+        if self._recorder is not None:
+            self._recorder.evaluation(run.trainer.progress.step, evaluation)
         return evaluation
 
     def _save(self, run: Run, evaluation: Evaluation | None) -> None:
@@ -302,8 +302,8 @@ class Coordinator:
         """
         if self._storage is not None:
             self._storage.fail(message, event)
-        elif self._record is not None:
-            self._record.fail(message, event)
+        elif self._recorder is not None:
+            self._recorder.fail(message, event)
         RunStatus.mark_failed(self.directory.path, job=self.job, message=message)
         return self._begun
 

@@ -173,9 +173,8 @@ class Process:
             if config is not None:
                 self.environment.check_cluster(config.cluster.backend.name, config.cluster.hostfile)
                 self.leaves_record_alone = config.evaluation.only
-            from mlx_ring.run.coordinator import (
-                Coordinator,  # loads MLX: not before the configuration is right
-            )
+            # It loads MLX: not before the configuration is right.
+            from mlx_ring.run.coordinator import Coordinator
 
             communicator = self.join(composed)
             if config is not None:

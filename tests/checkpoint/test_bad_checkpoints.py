@@ -21,14 +21,6 @@ Damage = Callable[[Path], None]
 MODEL = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a completed `run` of six steps, saved every three."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(folder, "checkpoint.every_steps=3").ok()
-    return folder
-
-
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, with files that are no checkpoints beside."""

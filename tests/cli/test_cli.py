@@ -14,7 +14,7 @@ import click
 import mlx.core as mx
 import pytest
 import ranks
-from ranks import environment, status, train
+from ranks import environment, status
 from safetensors.numpy import load_file
 
 from mlx_ring import __version__
@@ -22,14 +22,6 @@ from mlx_ring.cli.commands import cli
 
 pytestmark = pytest.mark.ranks
 STEPS = ["step_00000003", "step_00000006"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a completed `run` of six steps, saved every three."""
-    folder = tmp_path_factory.mktemp("trained")
-    train(folder, "checkpoint.every_steps=3").ok()
-    return folder
 
 
 @pytest.fixture

@@ -57,7 +57,6 @@ class AllReduce(Strategy):
         self._num_micro_batches = num_micro_batches
         measure = partial(_measure, codec, clip_gradient_norm, num_micro_batches, communicator.world_size)
         self._add = self._compiled(codec.add)
-        self._encode = self._compiled(codec.encode)
         self._squares = self._compiled(partial(_squares, codec))
         self._measure = self._compiled(measure)
         self._update: Callable[[Arrays, Arrays, mx.array, Arrays], None]
@@ -79,7 +78,8 @@ class AllReduce(Strategy):
         return self._add(total, gradients)
 
     def reduce(self, contribution: Contribution) -> tuple[Outcome, PendingUpdate]:
-        (sent, largest), new_state = self._encode(contribution.total)
+        # Not compiled: nothing in it can be fused, and each call would cost the host more.
+        (sent, largest), new_state = self._codec.encode(contribution.total)
         for arrays in contribution.total:
             arrays.clear()  # an array that only the wire holds is summed in its own memory
         sent[NUMBERS] = self._codec.encode_numbers(self._own_numbers(contribution))
