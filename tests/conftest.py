@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from kernels import precompile_header
 from ranks import train
 
 LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
@@ -14,6 +15,11 @@ PROGRAMS = re.compile(
     r"\bmlx_ring\.(train|cluster\.agent|cluster\.rank\.openblas|communication\.selftest)(?!\w)"
 )
 _running: list[pytest.Item] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
+        precompile_header()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from kernels import share_kernels
 from network_switch import NAMESPACES, Bridge, UserSpaceSwitch, run
-from ranks import share_kernels
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 SETTINGS = Path("/etc/netns")  # of hosts, by namespace

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -108,13 +107,6 @@ def environment(**more: str) -> dict[str, str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
     path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
     return clean | {"PATH": path, "NO_COLOR": "1"} | more
-
-
-def share_kernels(temporary: Path) -> None:
-    """Gives programs that keep temporary files in this folder the kernels that MLX has compiled already."""
-    usual = Path(tempfile.gettempdir()) / "mlx"
-    usual.mkdir(exist_ok=True)
-    (temporary / usual.name).symlink_to(usual)
 
 
 def wait_for(path: Path, ranks: Ranks, timeout_seconds: float = 60) -> None:

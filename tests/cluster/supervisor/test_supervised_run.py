@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import ROOT, SMALL, SUPPORT, environment, rows, share_kernels, start, status
+from kernels import share_kernels
+from ranks import ROOT, SMALL, SUPPORT, environment, rows, start, status
 
 pytestmark = pytest.mark.ranks
 STEPS = 60
