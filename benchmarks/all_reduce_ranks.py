@@ -15,13 +15,13 @@ import numpy as np
 
 from mlx_ring.cluster.finding import FOUND
 from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.codecs import build_codec
 from mlx_ring.communication.communicator import Communicator
 
 NAME = "gradient"
 SECONDS_PER_SIZE = {True: 0.25, False: 2.0}  # of each way; quick, full
 MOST_REPEATS, FEWEST_REPEATS = 200, 5
-Arrays = dict[str, mx.array]
 Way = Callable[[Arrays], Any]  # sums a gradient that nobody else holds, and returns when the sum is computed
 
 

@@ -28,6 +28,7 @@ from mlx.utils import tree_flatten, tree_map
 from page import Bars
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
+from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import compose_run
 from mlx_ring.models import build_model
@@ -74,7 +75,6 @@ RUN = (
 IN_A_ROW = 8  # computations that are issued before the device is waited for
 STEPS_IN_A_BLOCK = 10
 DATA_SHEET_FLOPS = {"H100": 989e12, "H200": 989e12}  # operations a second of bf16 matrix products, dense, SXM
-Arrays = dict[str, mx.array]
 
 
 def median_seconds(compute: Callable[[], Any], repeats: int) -> float:

@@ -46,9 +46,9 @@ AT_MOST = (  # the share that 10⁵ more steps add, by the upper end of the 95 %
     "length_rank_1_memory_share_per_100000_steps_at_most",
 )
 PIECES = 20  # into which a run is cut; their medians are nearly independent of one another
-STEPS = {True: 2_000, False: 200_000}  # quick, full; slopes are those of the second half: allocators settle
+STEPS = {True: 1_000, False: 200_000}  # quick, full; slopes are those of the second half: allocators settle
 WIDTHS = {True: (64, 512), False: (64, 256, 1024, 2048)}  # of a perceptron's two hidden layers; quick, full
-WORLDS = {True: (2, 4), False: (2, 3, 4, 8, 16)}  # ranks whose latency is measured; quick, full
+WORLDS = {True: (2, 3), False: (2, 3, 4, 8, 16)}  # ranks whose latency is measured; quick, full
 COUNTED = {True: (3,), False: (3, 2, 4)}  # ranks whose interfaces' counters are read; quick, full
 STUDENT_T = 2.101  # for 95 % and PIECES − 2 degrees of freedom
 

@@ -139,7 +139,7 @@ def compare(overrides: tuple[str, ...], blocks: int, seconds_per_block: float) -
 def measure(quick: bool) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, overrides in CASES.items():
-        blocks = 8 if quick else 20
+        blocks = 4 if quick else 20
         rounds = [compare(overrides, blocks, seconds_per_block=0.2) for _ in range(3 if quick else 11)]
         ratios = [ours / theirs for ours, theirs in rounds]
         figures[f"{name}_step_seconds"] = statistics.median(ours for ours, _ in rounds)

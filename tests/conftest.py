@@ -1,6 +1,7 @@
 """Holds the markers to the truth: an unmarked test that starts ranks or hosts fails as it starts them."""
 
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ _running: list[pytest.Item] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Ranks would ignore what is ignored here, as under nohup.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
         precompile_header()
 

@@ -1,7 +1,7 @@
 """The data of one rank: found or made on its host, or received from rank 0, then opened and loaded."""
 
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed
+from mlx_ring.run_directory.whole_file import whole_file
 
 CHUNK_BYTES = 32 * 2**20  # of a file that rank 0 sends
 
@@ -156,22 +157,19 @@ class _Opener:
         """
         communicator = self._communicator
         failure: OSError | None = None
-        source = self._files[name].open("rb") if communicator.rank == 0 else None
-        part = target.with_name(f".{target.name}-{os.getpid()}") if target is not None else None
-        while chunk := communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""):
-            if part is not None and failure is None:
-                try:
-                    part.parent.mkdir(parents=True, exist_ok=True)
-                    with part.open("ab") as file:
-                        file.write(chunk)
-                except OSError as error:
-                    failure = error
-        if source is not None:
-            source.close()
-        if part is not None and target is not None and failure is None:
-            part.replace(target)
-        elif part is not None:
-            part.unlink(missing_ok=True)
+        with self._files[name].open("rb") if communicator.rank == 0 else nullcontext() as source:
+            chunks = iter(
+                lambda: communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""), b""
+            )
+            try:
+                if target is not None:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with whole_file(target) as part, part.open("wb") as file:
+                        file.writelines(chunks)
+            except OSError as error:
+                failure = error
+            for _ in chunks:
+                pass
         return failure
 
 

@@ -106,7 +106,7 @@ class Heartbeat:
     def _run(self) -> None:
         self._socket.settimeout(PULSE_SECONDS)
         received = b""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # lost, or it says what is no message
             while not self._closing.is_set():
                 try:
                     piece = self._socket.recv(65536)
