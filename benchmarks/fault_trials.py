@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from fault_runs import FOR_EVER, ROOT, TimedRun, reference
 
+from mlx_ring.cluster.limits import SAME_SIGNAL_SECONDS
+
 KILLED_WHILE_SAVING = ROOT / "tests/support/killed_while_saving.py"
 INTERVAL_STEPS = 20  # between checkpoints
 CHANCE = random.Random(1)
@@ -165,6 +167,7 @@ def asked(name: str, status: int) -> Trial:
             run.process.send_signal(signal.Signals[name])
             if status == 130:
                 run.seen("asked to stop", since=at)
+                time.sleep(SAME_SIGNAL_SECONDS)  # within it, the same signal is no second request
                 run.process.send_signal(signal.Signals[name])
             assert run.wait(60) == status, run.told()
             seconds = time.monotonic() - at

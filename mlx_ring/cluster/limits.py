@@ -24,6 +24,7 @@ DUMP_SECONDS = 1.0  # an attempt waits for the stacks of ranks that hang
 PROCESS_POLL_SECONDS = 0.05  # between two looks of an agent at whether a process has ended
 
 # The end of processes
+SAME_SIGNAL_SECONDS = 2.0  # the same signal again within this time belongs to the same request to stop
 GRACE_SECONDS = 5.0  # an agent waits between SIGTERM and SIGKILL; while ranks save it is LEASE_SECONDS
 ALL_ENDED_SECONDS = GRACE_SECONDS + 2.0  # an attempt waits for its agents to have ended all ranks
 LAST_OUTPUT_SECONDS = 1.0  # an agent reads the output of an ended process: a grandchild may hold it open

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_ring.cluster.limits import JOB_HOSTS_SECONDS, JOB_LOOK_SECONDS
+from mlx_ring.cluster.rank.stop_signal import StopRequests, tell_loop
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
 from mlx_ring.config.redaction import redact_override
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
@@ -20,6 +21,8 @@ from mlx_ring.sweep.host_dealer import HostDealer
 from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, quoted
 
 LINE_BYTES = 2**20  # longest line of a job's output
+# The first and the second request to stop a job: the same signal again, at once, would be no second one.
+JOB_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_DEALS = 3  # how often a job gets hosts, if the first ones are lost
 # Takes a job's number and the figures of an evaluation; tells whether to end the job early.
 IsHopeless = Callable[[int, dict[str, float]], bool]
@@ -83,14 +86,11 @@ class Sweep:
         self._waiting: dict[int, asyncio.Task[None]] = {}
         self._running: dict[int, Process] = {}
         self._pruned: set[int] = set()  # asked to stop because they are hopeless
-        self._stops = 0  # how often the user asked to stop
+        self._requests = StopRequests()  # of the user
 
     async def run(self, table: SweepTable) -> None:
         """Runs all jobs until each has ended, and keeps the table up to date."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                loop.add_signal_handler(number, self._signalled, number)
+        tell_loop(self._signalled, self._requests)
         tasks = {job.number: asyncio.create_task(self._run_job(job, table)) for job in self._jobs}
         self._waiting = dict(tasks)
         await asyncio.wait(tasks.values())  # a stop cancels jobs that have not begun
@@ -120,10 +120,10 @@ class Sweep:
     def _conclude(self, job: Job, row: Row) -> None:
         """Sets the state of a job that has ended, and says it."""
         unstarted = row.exit_status == Interrupted.exit_status  # no step was done: there was nothing to save
-        if unstarted and self._stops == 1:
+        if unstarted and self._requests.count == 1:
             row.exit_status = EXIT_STOPPED
         row.state = {0: "completed", EXIT_STOPPED: "stopped"}.get(row.exit_status or 0, "failed")
-        if row.state == "stopped" and job.number in self._pruned and not self._stops:
+        if row.state == "stopped" and job.number in self._pruned and not self._requests.count:
             row.state = "pruned"
         row.message = "" if row.state in ("completed", "pruned") else row.message
         row.evaluation = last_evaluation(job.directory)
@@ -142,7 +142,7 @@ class Sweep:
                 where = ["--hostfile", str(hosts.path), "--wait", str(JOB_HOSTS_SECONDS)]
                 status = await self._supervised(job, where, row)
                 await fetch_record(hosts.file, job.directory)
-            if status != ClusterError.exit_status or self._stops:
+            if status != ClusterError.exit_status or self._requests.count:
                 break
             dealer.blame(hosts.file)
             self._waiting[job.number] = asyncio.current_task()  # pyright: ignore[reportArgumentType]
@@ -167,8 +167,8 @@ class Sweep:
             *command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
         )
         self._running[job.number] = process
-        for _ in range(self._stops):  # requests that came while it was starting
-            process.send_signal(signal.SIGINT)
+        for number in JOB_STOP_SIGNALS[: self._requests.count]:  # requests that came while it was starting
+            process.send_signal(number)
         assert process.stdout is not None and process.stderr is not None
         pruning = asyncio.create_task(self._prune(job, process))
         try:
@@ -210,22 +210,24 @@ class Sweep:
             verdicts = [self._is_hopeless(job.number, each) for each in found[seen:]]
             if any(verdicts):
                 self._pruned.add(job.number)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(JOB_STOP_SIGNALS[0])
                 return
             seen = len(found)
 
     def _signalled(self, number: int) -> None:
-        """Handles a signal: at the first, running jobs save and end, and no other starts; at the second, they
-        end at once. A second SIGHUP is ignored, because a terminal that closes sends two."""
-        if self._stops and number == signal.SIGHUP:
+        """At the first request running jobs save, and no other starts; at the second they end at once."""
+        if not self._requests.add(number):
             return
-        self._stops += 1
         for task in self._waiting.values():
             task.cancel()
-        for process in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
-        if self._stops == 1:
+        first = self._requests.count == 1
+        for job, process in self._running.items():
+            if not (first and job in self._pruned):  # it has been asked already
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(
+                        JOB_STOP_SIGNALS[min(self._requests.count, len(JOB_STOP_SIGNALS)) - 1]
+                    )
+        if first:
             self._say("asked to stop: the running jobs save their state; ask again to end them at once")
 
     def _say(self, message: str) -> None:

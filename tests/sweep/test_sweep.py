@@ -96,7 +96,11 @@ def test_jobs_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["once", "killed", *(pytest.param(how, marks=pytest.mark.long) for how in ("twice", "terminal closed"))],
+    [
+        "doubled",
+        "killed",
+        *(pytest.param(how, marks=pytest.mark.long) for how in ("twice", "terminal closed")),
+    ],
 )
 def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
     pauses = (
@@ -131,8 +135,9 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
             else:
                 process.send_signal(signal.SIGHUP if how == "terminal closed" else signal.SIGINT)
                 read_to("[job 0] mlx-ring: asked to stop")
-            if how in ("twice", "terminal closed"):
-                process.send_signal(signal.SIGHUP if how == "terminal closed" else signal.SIGINT)
+            second = {"twice": signal.SIGTERM, "doubled": signal.SIGINT, "terminal closed": signal.SIGHUP}
+            if how in second:
+                process.send_signal(second[how])
             if how != "twice":
                 (tmp_path / "go").touch()
             told += process.communicate(timeout=90)[:1]
@@ -140,7 +145,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path: Path, how: str) -> None:
             process.kill()
     assert not psutil.wait_procs(children, timeout=30)[1], told
     states = [row["state"] for row in table(tmp_path)]
-    expected = {"once": (75, "stopped"), "terminal closed": (75, "stopped"), "twice": (130, "failed")}
+    expected = dict.fromkeys(("doubled", "terminal closed"), (75, "stopped")) | {"twice": (130, "failed")}
     status_of_sweep, state = expected.get(how, (-signal.SIGKILL, "pending"))
     assert process.returncode == status_of_sweep and states == [state, "pending"], told
     if how != "twice":

@@ -134,7 +134,9 @@ class Heartbeat:
 def leave(on_lost: Callable[[str], None]) -> NoReturn:
     """Stops this process as a signal would. If it still runs when the lease ends, because it is in a
     collective that never returns, ends it."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    # SIGHUP, if it is not ignored: it is never a second request, which would end what a first began to save.
+    usual = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    os.kill(os.getpid(), signal.SIGHUP if usual else signal.SIGTERM)
     time.sleep(LEASE_SECONDS)
     message = "its supervisor was lost, and no orderly stop was possible"
     on_lost(message)

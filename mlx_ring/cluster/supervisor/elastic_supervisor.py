@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from mlx_ring.cluster.hosts.host_file import Host
 from mlx_ring.cluster.limits import BACK_OFF_SECONDS, SCOUT_SECONDS
 from mlx_ring.cluster.rank.protocol import Conclude, Event
-from mlx_ring.cluster.rank.stop_signal import stay_awake
+from mlx_ring.cluster.rank.stop_signal import StopRequests, stay_awake, tell_loop
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
 from mlx_ring.cluster.supervisor.host_pool import HostPool, difference
@@ -32,7 +32,7 @@ class ElasticSupervisor:
         self._pool = HostPool(options.hostfile, options.local_ranks, options.python, self._say)
         self._events: list[Event] = []  # for the run's record, until a rank 0 takes them
         self._attempt: Attempt | None = None
-        self._stops = 0  # signals that asked to stop
+        self._requests = StopRequests()
         self._stopped = asyncio.Event()  # set by the first of them
         self._rearranging = ""  # why the supervisor asked the ranks to stop; empty if it did not
         self._hosts_before: list[Host] = []  # those of the attempt that it stopped, until a step on others
@@ -40,12 +40,9 @@ class ElasticSupervisor:
 
     async def run(self) -> int:
         """Supervises to the end. Returns: the exit status. Raises: MlxRingError if no rank can start."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-                loop.add_signal_handler(number, self._signalled, number)
+        tell_loop(self._signalled, self._requests)
         if self._options.leash:
-            loop.add_reader(sys.stdin, self._stdin_ended)
+            asyncio.get_running_loop().add_reader(sys.stdin, self._stdin_ended)
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()
@@ -61,7 +58,7 @@ class ElasticSupervisor:
             before = self._reached
             outcome = await self._make_attempt(first=restarts == 0 and not before)
             self._reached = max(self._reached, outcome.saved_step)
-            if self._stops:
+            if self._requests.count:
                 return self._interrupted(outcome)
             if outcome.trained and not self._rearranging:
                 self._hosts_before = []
@@ -89,7 +86,7 @@ class ElasticSupervisor:
         """Raises: MlxRingError if the first attempt cannot be started."""
         try:
             hosts = await self._enough_hosts(first)
-            if self._stops:
+            if self._requests.count:
                 return Outcome(status=EXIT_STOPPED, failure=None, saved_step=0, trained=False)
             self._rearranging = ""
             self._attempt = self._new_attempt(hosts)
@@ -135,7 +132,7 @@ class ElasticSupervisor:
             hosts = await self._unless_stopped(self._pool.answering()) or []
             answering = list(dict.fromkeys(host.ssh for host in hosts))
             needed = self._options.min_hosts or (len(self._pool.names) if first else 1)
-            if self._stops or len(answering) >= needed:
+            if self._requests.count or len(answering) >= needed:
                 for name in set(self._pool.problems) & set(self._pool.names):
                     self._record("host_lost", f"goes on without it: {self._pool.problems[name]}")
                 return hosts
@@ -176,7 +173,7 @@ class ElasticSupervisor:
 
     def _may_rearrange(self, attempt: Attempt) -> bool:
         going_on = self._attempt is attempt and attempt.watch.trains
-        return going_on and not self._rearranging and not self._stops
+        return going_on and not self._rearranging and not self._requests.count
 
     async def _wanted_hosts(self, attempt: Attempt) -> list[Host]:
         """Tries to reach the hosts that the attempt does not use. Returns: all that can be used now."""
@@ -238,7 +235,7 @@ class ElasticSupervisor:
         What was saved earlier can be resumed, also if this attempt's ranks had not begun yet.
         """
         failure = outcome.failure
-        if self._stops > 1 or (not outcome.trained and not self._reached):
+        if self._requests.count > 1 or (not outcome.trained and not self._reached):
             self._conclude("failed", "interrupted")
             return Interrupted.exit_status
         if failure is not None and outcome.trained:
@@ -265,24 +262,22 @@ class ElasticSupervisor:
     # Signals and words
 
     def _signalled(self, number: int) -> None:
-        """The first signal asks the ranks to finish their step, save and leave; the second ends them at once.
-
-        SIGHUP never counts as a second one.
-        """
-        if self._stops and number == signal.SIGHUP:
+        """At the first request the ranks finish their step and save; at the second they end at once."""
+        if not self._requests.add(number):
             return
-        self._stops += 1
+        first = self._requests.count == 1
         self._stopped.set()
-        asked_already = self._stops == 1 and self._rearranging
+        asked_already = first and self._rearranging
         if self._attempt is not None and not asked_already:
-            self._attempt.signal("SIGTERM" if self._stops == 1 else "SIGKILL")
-        if self._stops == 1:
+            self._attempt.signal("SIGTERM" if first else "SIGKILL")
+        if first:
             self._say("asked to stop: the ranks finish their step and save; once more to leave at once")
 
     def _stdin_ended(self) -> None:
-        """End of file on stdin: the process that started this one is gone."""
+        """End of file on stdin: the process that started this one is gone. As if its terminal had closed: it
+        may have asked to stop before, and then what is being saved is not cut off."""
         asyncio.get_running_loop().remove_reader(sys.stdin)
-        self._signalled(signal.SIGTERM)
+        self._signalled(signal.SIGHUP)
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Returns: the result of `work`; None if a signal comes first, which cancels it."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 from kernels import share_kernels
-from ranks import ROOT, SMALL, SUPPORT, environment, rows, start, status
+from ranks import ROOT, SMALL, SUPPORT, TRAIN, Rank, Ranks, environment, rows, start, status, wait_for
+
+from mlx_ring.cluster.limits import SAME_SIGNAL_SECONDS
 
 pytestmark = pytest.mark.ranks
 STEPS = 60
@@ -254,13 +256,45 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("completed", reached + 10)
 
 
-def test_a_second_signal_leaves_at_once(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
-    run = supervise("-n", "2", "--", *FAULTY, fault("wait", rank=1, at_call=100), "trainer.steps=4000")
-    run.until((tmp_path / "reached").exists)
-    run.process.send_signal(signal.SIGINT)
-    run.until(lambda: "asked to stop" in run.stderr)
-    run.process.send_signal(signal.SIGINT)
-    assert run.wait(20) == 130, run.report()
+def test_a_second_request_leaves_at_once(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+    """The same signal again within two seconds is none; later, or another signal, it is."""
+    command = ["-n", "2", "--", *FAULTY, fault("wait", rank=1, at_call=100), "trainer.steps=4000"]
+    for second in (signal.SIGTERM, signal.SIGINT):
+        run = supervise(*command)
+        run.until((tmp_path / "reached").exists)
+        (tmp_path / "reached").unlink()
+        run.process.send_signal(signal.SIGINT)
+        first = time.monotonic()
+        run.until(lambda run=run: "asked to stop" in run.stderr)
+        if second == signal.SIGINT:
+            run.process.send_signal(second)  # which is none
+            run.until(lambda first=first: time.monotonic() > first + SAME_SIGNAL_SECONDS)
+        run.process.send_signal(second)
+        assert run.wait(20) == 130, run.report()
+
+
+def test_a_group_is_signalled_through_uv(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+    """As `timeout`, systemd and schedulers do: `uv run` passes on what its child has got already."""
+    if shutil.which("uv") is None:
+        pytest.skip("needs uv")
+    pause = fault("pause", rank=0, at_call=100)
+    for program in (TRAIN, [*PROGRAM, "-n", "2", "--"]):
+        command = ["uv", "run", "--no-sync", *program, *FAULTY, pause, "trainer.steps=1000000"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(UV_PROJECT=str(ROOT), TMPDIR=tempfile.gettempdir()),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            wait_for(tmp_path / "reached", Ranks([Rank(process)]))
+            os.killpg(process.pid, signal.SIGTERM)
+            (tmp_path / "go").touch()
+            told, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 75 and status(tmp_path)["state"] == "stopped", told
+        for name in ("reached", "go"):
+            (tmp_path / name).unlink()
 
 
 @pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.long), True])
