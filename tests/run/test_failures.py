@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -121,11 +122,15 @@ def test_too_many_non_finite_batches_stop_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: signal.Signals) -> None:
     """It reaches one rank alone, twice; all stop at the same step, and the run can be continued."""
-    command = [*FAULTY, "data.arguments={fault: tell, rank: 0, at_call: 40}", "trainer.steps=100000"]
+    command = [*FAULTY, "data.arguments={fault: pause, rank: 0, at_call: 40}", "trainer.steps=100000"]
     ranks = start(command, tmp_path, world_size=world_size)
     wait_for(tmp_path / "reached", ranks)
-    for _ in range(2):
-        ranks.members[-1].process.send_signal(number)
+    ranks.members[-1].process.send_signal(number)
+    log = tmp_path / f"run/logs/rank_{world_size - 1}.log"
+    while "asked to stop" not in log.read_text():
+        time.sleep(0.01)
+    ranks.members[-1].process.send_signal(number)
+    (tmp_path / "go").touch()
     ranks.wait()
     assert ranks.statuses == [75] * world_size, ranks.report()
     final = status(tmp_path)
