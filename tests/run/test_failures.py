@@ -137,7 +137,7 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, world_size: int, number: si
     assert final["state"] == "stopped"
     step = final["step"]
     assert (tmp_path / f"run/checkpoints/step_{step:08d}/manifest.json").exists()
-    calm = ["data.arguments={fault: tell, rank: 0, at_call: 40}", f"trainer.steps={step + 3}"]
+    calm = ["data.arguments={fault: pause, rank: 0, at_call: 40}", f"trainer.steps={step + 3}"]
     start([*FAULTY, *calm], tmp_path, world_size=world_size).wait().ok()
     assert rows(tmp_path, "train")[-1]["step"] == step + 3
 
