@@ -130,14 +130,16 @@ class Copies:
             error = caught
         self._communicator.agree_on_error(error)
 
-    def take_failures(self) -> list[CopyFailure]:
-        """Wait until every copy's last save has ended. Collective: every rank must call.
+    def take_failures(self, *, wait: bool = True) -> list[CopyFailure]:
+        """Wait until every copy's last save has ended, unless `wait` is False.
+
+        Collective: every rank must call.
 
         Returns: what failed since the last call, the same on every rank.
         """
         if not self._exist:
             return []
-        failures = self._copy.take_failures() if self._copy else []
+        failures = self._copy.take_failures(wait=wait) if self._copy else []
         count: Any = self._communicator.all_sum(mx.array([len(failures)], dtype=mx.int32)).item()
         if not count:  # the usual case costs one number
             return []
@@ -170,6 +172,17 @@ class Copies:
         if self._copy is not None and kept:  # no checkpoint may be there without the rows before it
             self._copy.save(state, fields, since=since)
         return fields
+
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Bring the rows that followed a checkpoint to every copy; then change fields of its manifest there.
+
+        Collective: every rank must call, after `take_failures`. Rank 0's `fields` count.
+        """
+        if not self._exist:
+            return
+        told, kept = self._bring_record({"progress": {"step": step}, "amended": fields})
+        if self._copy is not None and kept:
+            self._copy.amend(step, told["amended"])
 
     def end(self) -> None:
         """Bring the rows that followed the last checkpoint. Collective: every rank must call.

@@ -65,9 +65,13 @@ class DiskCopy:
         log.warning("the copy of step %d: %s", step, reason)
         self._failures.append((step, reason))
 
-    def take_failures(self) -> list[tuple[int, str]]:
-        """Wait for the save that is being written. Returns: step and reason of each new failure."""
-        for saved in self._checkpoints.wait() if self._checkpoints else []:
+    def take_failures(self, *, wait: bool = True) -> list[tuple[int, str]]:
+        """Wait for the save that is being written, unless `wait` is False.
+
+        Returns: step and reason of each new failure.
+        """
+        checkpoints = self._checkpoints
+        for saved in (checkpoints.wait() if wait else checkpoints.poll()) if checkpoints else []:
             if saved.error is not None:
                 self.failed(saved.step, saved.error)
         failures, self._failures = self._failures, []
@@ -99,6 +103,11 @@ class DiskCopy:
         """
         assert self._checkpoints is not None
         self._checkpoints.save(fields["progress"]["step"], state, fields, since=since)
+
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Change fields of a checkpoint's manifest, as CheckpointManager.amend does."""
+        assert self._checkpoints is not None
+        self._checkpoints.amend(step, fields)
 
     def close(self) -> None:
         """Wait for the save that is being written, whatever else has failed."""

@@ -112,6 +112,13 @@ class CheckpointManager:
         stall_seconds = time.perf_counter() - since
         self._pending = self._writer.submit(self._write, step, files, parameters, fields, stall_seconds)
 
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Change fields of a checkpoint's manifest, in the thread, after what is being written.
+
+        If that cannot be done, the checkpoint stays as good as it was, and a warning goes to the log.
+        """
+        self._writer.submit(self._amend, disk.step_directory(self.directory, step), fields)
+
     def poll(self) -> list[Saved]:
         """The save that has ended since the last call, if one has. Never waits."""
         return self.wait() if self._pending is not None and self._pending.done() else []
@@ -162,6 +169,13 @@ class CheckpointManager:
             write_seconds=time.perf_counter() - start,
             error=error,
         )
+
+    def _amend(self, path: Path, fields: dict[str, Any]) -> None:
+        try:
+            disk.amend(path, fields)
+            self._prune()
+        except (OSError, CheckpointError) as error:
+            log.warning("the manifest of %s stays without %s: %s", path, ", ".join(fields), error)
 
     def _prune(self) -> None:
         """Delete what is not to be kept: the newest and the best stay. Call it after a commit."""

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +24,8 @@ from mlx_ring.run.builder import Run, build
 from mlx_ring.run.recorder import RunRecorder
 from mlx_ring.run.storage import RunStorage
 from mlx_ring.run_directory.directory import RunDirectory
+from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
-from mlx_ring.training.evaluator import Evaluation
 from mlx_ring.training.parameter_authority import Plan
 from mlx_ring.training.trainer import StepResult
 from mlx_ring.training.work_split import check_world_size
@@ -66,6 +67,8 @@ class Coordinator:
         self._recorder: RunRecorder | None = None
         self._storage: RunStorage | None = None  # of a run that trains
         self._saved_step: int | None = None
+        self._owes_evaluation = False  # whether the step that it continues was not evaluated when it was due
+        self._stopped = False  # before its end, because a rank was asked to stop
         self._begun = False  # whether status.json speaks of this run
 
     def run(self) -> int:
@@ -81,14 +84,13 @@ class Coordinator:
                 return EXIT_COMPLETED
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
-            stopped = False
-            self._run, self.phase = run, Phase.FIRST_STEP
-            for result in run.trainer.steps():
-                plan = self.follow(run, result)
-                stopped = plan.stop and result.step < self._config.trainer.steps
-                if plan.stop:
-                    break
-            return self._finish(run, stopped)
+            self._run = run
+            if not self._evaluate_what_is_owed(run):
+                self.phase = Phase.FIRST_STEP
+                for result in run.trainer.steps():
+                    if self.follow(run, result).stop:
+                        break
+            return self._finish(run)
         finally:
             signals.close()
 
@@ -123,14 +125,17 @@ class Coordinator:
         if self._recorder is not None:
             self._recorder.step(result)
         plan = run.authority.decide(result.step, result.flags)
+        self._stopped = plan.stop and result.step < self._config.trainer.steps
         if not result.skipped or plan.stop:
             if plan.verify:
                 digest = run.verify_replicas()
                 if self._recorder is not None and digest is not None:
                     self._recorder.verified(result.step, digest)
-            evaluation = self._evaluate(run) if plan.evaluate and not result.skipped else None
-            if plan.save and result.step != self._saved_step:
-                self._save(run, evaluation)
+            if plan.save:
+                self._save(run)
+            # After the save: it may be long. If the run is to stop, the next start does it.
+            if plan.evaluate and not result.skipped and not self._stopped and not self._evaluate(run):
+                plan = replace(plan, stop=True)
         self.phase = Phase.TRAINING
         return plan
 
@@ -189,6 +194,7 @@ class Coordinator:
         config, found = self._config, self._found
         done = found is not None and found.manifest["step"] >= config.trainer.steps
         done = done and config.checkpoint.resume == "auto" and not config.evaluation.only
+        done = done and found is not None and self._is_evaluated(found)
         done = self._communicator.broadcast_object(done)
         if done and self._leads and found is not None:
             written = RunStatus.read(self.directory.path) or {}
@@ -220,13 +226,16 @@ class Coordinator:
         self._on_rank_0(lambda: self._open_record(run, copies))
         self._storage = RunStorage(copies, self._recorder)
         copies.begin(run.trainer.progress.step, replaces=replaces_record(self._config, self._found))
-        self._saved_step = self._communicator.broadcast_object(self._saved_step)
+        told = self._communicator.broadcast_object([self._saved_step, self._owes_evaluation])
+        self._saved_step, self._owes_evaluation = told
 
     def _open_record(self, run: Run, copies: Copies) -> None:
         assert self._status is not None
         found = self._found
         if found is not None and found.own:
             self._saved_step = run.trainer.progress.step
+            due = run.authority.evaluation_is_due(self._saved_step)
+            self._owes_evaluation = due and not self._is_evaluated(found)
         if replaces_record(self._config, found):  # from here on nothing can be refused
             self._status.forget()
             self.directory.set_record_aside(self._status.before)
@@ -244,36 +253,68 @@ class Coordinator:
 
     # What is due
 
-    def _evaluate(self, run: Run) -> Evaluation:
-        self.phase = Phase.EVALUATING
-        evaluation = run.evaluator.evaluate()
-        if self._recorder is not None:
-            self._recorder.evaluation(run.trainer.progress.step, evaluation)
-        return evaluation
+    def _is_evaluated(self, found: Found) -> bool:
+        """Whether the record or the manifest has an evaluation of a checkpoint. For rank 0."""
+        if found.manifest["evaluation"] is not None:
+            return True
+        step, rows = found.manifest["step"], self.directory.path / "metrics.jsonl"
+        if not rows.exists():
+            return False
+        return any(row["kind"] == "evaluation" and row["step"] == step for row in read_rows(rows))
 
-    def _save(self, run: Run, evaluation: Evaluation | None) -> None:
+    def _evaluate_what_is_owed(self, run: Run) -> bool:
+        """Do the evaluation that the run left when it was stopped. Collective: every rank must call.
+
+        Returns: whether it was asked to stop again.
+        """
+        return self._owes_evaluation and not self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> bool:
+        """Evaluate the weights, and add that to their checkpoint if they are saved.
+
+        Collective: every rank must call. Returns: False if a rank was asked to stop; then they are saved.
+        """
+        self.phase = Phase.EVALUATING
+        step, storage = run.trainer.progress.step, self._storage
+        assert storage is not None
+        evaluation = run.evaluator.evaluate(lambda: run.authority.stop_requested)
+        if evaluation is None:
+            self._stopped = True
+            self._save(run)
+            return False
+        if self._recorder is not None:
+            self._recorder.evaluation(step, evaluation)
+        if self._saved_step == step:
+            storage.add_evaluation(step, evaluation)
+        return True
+
+    def _save(self, run: Run) -> None:
+        """Save the weights, unless they are saved. Collective: every rank must call."""
+        if self._saved_step == run.trainer.progress.step:
+            return
         self.phase = Phase.SAVING
         self._saved_step = run.trainer.progress.step
         run.authority.saved()
         assert self._storage is not None
-        self._storage.save(run, evaluation)
+        self._storage.save(run)
 
     # The end
 
-    def _finish(self, run: Run, stopped: bool) -> int:
+    def _finish(self, run: Run) -> int:
         """End a run well: its last checkpoint is on the disk, and every rank knows whether rank 0 succeeded,
         before any rank leaves. Collective: every rank must call."""
         self.phase = Phase.FINISHING
         run.trainer.close()
         if self._saved_step is None:
             # Restored at its last step from another directory: it still needs an evaluation and a checkpoint.
-            self._save(run, self._evaluate(run))
+            self._save(run)
+            self._evaluate(run)
         storage = self._storage
         assert storage is not None
         storage.wait()
-        self._on_rank_0(lambda: storage.close(step=run.trainer.progress.step, stopped=stopped))
+        self._on_rank_0(lambda: storage.close(step=run.trainer.progress.step, stopped=self._stopped))
         storage.end()
-        return EXIT_STOPPED if stopped else EXIT_COMPLETED
+        return EXIT_STOPPED if self._stopped else EXIT_COMPLETED
 
     def _evaluate_only(self, run: Run) -> int:
         """Evaluate the weights that were found, and print the figures; a record that is there stays as it is.
@@ -281,6 +322,7 @@ class Coordinator:
         Collective: every rank must call.
         """
         evaluation = run.evaluator.evaluate()
+        assert evaluation is not None
         if self._leads:
             source = self._found.path if self._found else self._config.checkpoint.initialize_from
             for problem in self._found.problems if self._found else []:

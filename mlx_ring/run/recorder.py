@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -199,13 +198,9 @@ class RunRecorder:
         self._digests.sync()
         self._metrics.flush()
 
-    def manifest_fields(self, run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
-        """What the manifest of a checkpoint says of the run as it is now.
-
-        `evaluation` is that of these weights, if there is one; one that is not finite is left out.
-        """
+    def manifest_fields(self, run: Run) -> dict[str, Any]:
+        """What the manifest of a checkpoint says of the run as it is now. `evaluation` may come later."""
         progress = run.trainer.progress
-        finite = evaluation is not None and math.isfinite(evaluation.loss)
         return {
             "progress": asdict(progress),
             "line": self._lineage.as_json(),
@@ -214,7 +209,7 @@ class RunRecorder:
             and {"sha256": run.first_gradient, "machine": start_check.describe_machine()},
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
-            "evaluation": evaluation.row() if evaluation is not None and finite else None,
+            "evaluation": None,
             "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
             "config": self._config.redacted,
             "look_ups_sha256": look_ups_sha256(self._config.redacted, self._config.flat()),
@@ -229,6 +224,11 @@ class RunRecorder:
             since: when training began to stand still, on the clock of time.perf_counter, in seconds.
         """
         self._checkpoints.save(fields["progress"]["step"], state, fields, since=since)
+
+    def amend(self, step: int, fields: dict[str, Any]) -> None:
+        """Put the rows on the disk, then change fields of a checkpoint's manifest. Raises: OSError."""
+        self._metrics.flush()
+        self._checkpoints.amend(step, fields)
 
     def _record_save(self, saved: Saved) -> None:
         """Record a save that ended. Raises: CheckpointError if too many have failed in a row."""

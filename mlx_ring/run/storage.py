@@ -4,6 +4,7 @@ The one place that knows both, and the order in which they act: what failed on o
 record, the record goes to every disk, and then all disks save the same checkpoint.
 """
 
+import math
 import time
 from typing import Any
 
@@ -22,10 +23,9 @@ class RunStorage:
         self._recorder = recorder
         self._failures: list[CopyFailure] = []  # not recorded yet
 
-    def save(self, run: Run, evaluation: Evaluation | None) -> None:
+    def save(self, run: Run) -> None:
         """Save a checkpoint on every disk, in the background. Collective: every rank must call.
 
-        `evaluation` is that of the weights as they are, if there is one.
         Raises: on rank 0, CheckpointError if too many saves failed; OSError if the record cannot be written.
         """
         since = time.perf_counter()  # training stands still from here on
@@ -34,11 +34,25 @@ class RunStorage:
         if self._recorder is not None:
             self._record_failures(self._recorder)
             self._recorder.finish_save()
-            fields = self._recorder.manifest_fields(run, evaluation)
+            fields = self._recorder.manifest_fields(run)
         state = run.state.arrays()
         fields = self._copies.save(state, fields, since=since)
         if self._recorder is not None:
             self._recorder.save(state, fields, since=since)
+
+    def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Add the evaluation of its weights to the checkpoint of a step, which was saved before.
+
+        Collective: every rank must call, with the same evaluation; one that is not finite is left out.
+        Raises: on rank 0, OSError if the record cannot be written.
+        """
+        if not math.isfinite(evaluation.loss):
+            return
+        fields = {"evaluation": evaluation.row()}
+        self._failures += self._copies.take_failures(wait=False)
+        if self._recorder is not None:
+            self._recorder.amend(step, fields)
+        self._copies.amend(step, fields)
 
     def wait(self) -> None:
         """Wait until every copy's last save has ended. Collective: every rank must call."""

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from mlx_ring.errors import CheckpointError, NewerCheckpointError
 from mlx_ring.run_directory.manifest import FORMAT_VERSION, MANIFEST, open_file, read_manifest, sealed
+from mlx_ring.run_directory.whole_file import whole_file
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -98,6 +99,17 @@ def write(
             raise OSError(errno.EIO, str(error), str(temporary)) from error
         raise
     return final, sum(entry["bytes"] for entry in entries.values())
+
+
+def amend(directory: Path, fields: dict[str, Any]) -> None:
+    """Change fields of a checkpoint's manifest, which is replaced whole.
+
+    Raises: CheckpointError if there is no good manifest; OSError from the disk.
+    """
+    manifest = sealed({**read_manifest(directory), **fields})
+    with whole_file(directory / MANIFEST, sync=True) as path:
+        path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+    sync(directory)
 
 
 def _check_space(checkpoints: Path, files: dict[str, HostArrays]) -> None:

@@ -16,6 +16,7 @@ from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
 
 Loss = Callable[[mx.array, mx.array], mx.array]
+LOOK_SECONDS = 0.5  # between two looks whether a rank was asked to stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +62,26 @@ class Evaluator:
         self.micro_batches = 0  # evaluated so far, by which a supervisor sees progress
         self._compiled = mx.compile(self._sums, inputs=[model.state]) if compile else self._sums
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, asked_to_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Evaluates the whole held-out set. Collective: every rank must call, with equal weights.
 
         The sums of single micro-batches are gathered, and added with one exact rounding (`math.fsum`). So
         their order, and with it the number of ranks, changes nothing.
+
+        Args:
+            asked_to_stop: tells whether this rank was asked to stop. If one was, all leave within about
+                `LOOK_SECONDS` and one micro-batch.
+
+        Returns: the evaluation; None, on every rank, if they left.
         """
         start = time.perf_counter()
         samples = len(self._dataset.held_out)
         self._model.eval()
-        losses: list[float] = []
-        counted = correct = 0
-        step = self._micro_batch_size * self._communicator.world_size
-        for first in range(self._communicator.rank * self._micro_batch_size, samples, step):
-            indices = np.arange(first, min(first + self._micro_batch_size, samples))
-            inputs, targets = self._dataset.held_out.batch(indices)
-            sums: Any = self._compiled(mx.array(inputs), mx.array(targets))
-            mx.eval(sums)
-            self.micro_batches += 1
-            losses.append(sums[0].item())
-            counted += sums[1].item()
-            correct += sums[2].item()
+        found = self._add_up(samples, asked_to_stop)
         self._model.train()
+        if found is None:
+            return None
+        losses, counted, correct = found
         total_loss = math.fsum(self._communicator.gather_floats(losses))
         totals = self._communicator.gather_objects([counted, correct])
         counted, correct = sum(pair[0] for pair in totals), sum(pair[1] for pair in totals)
@@ -99,6 +98,46 @@ class Evaluator:
             perplexity=math.exp(min(mean, 700.0)),  # e^700 is the largest float
             bits_per_byte=None if width is None else mean / math.log(2) / width,
         )
+
+    def _add_up(self, samples: int, asked_to_stop: Callable[[], bool]) -> tuple[list[float], int, int] | None:
+        """Evaluates this rank's micro-batches.
+
+        Returns: the sum of losses of each; the numbers of targets, and of those predicted right, of all. None
+            if a rank was asked to stop.
+        """
+        losses: list[float] = []
+        counted = correct = 0
+        size = self._micro_batch_size
+        turns = next_look = 1  # since the last look; the turn of the next one
+        since = time.perf_counter()
+        for turn, first in enumerate(range(0, samples, size * self._communicator.world_size)):
+            if turn == next_look:
+                seconds = (time.perf_counter() - since) / turns
+                leave, wanted = self._look(asked_to_stop(), seconds)
+                if leave:
+                    return None
+                turns = min(wanted, 2 * turns)  # the first ones may have been unusually fast
+                next_look += turns
+                since = time.perf_counter()
+            indices = np.arange(first + self._communicator.rank * size, samples)[:size]
+            if not indices.size:  # of the last turn some ranks have nothing
+                continue
+            inputs, targets = self._dataset.held_out.batch(indices)
+            sums: Any = self._compiled(mx.array(inputs), mx.array(targets))
+            mx.eval(sums)
+            self.micro_batches += 1
+            losses.append(sums[0].item())
+            counted += sums[1].item()
+            correct += sums[2].item()
+        return losses, counted, correct
+
+    def _look(self, asked_to_stop: bool, seconds: float) -> tuple[bool, int]:
+        """Tells all ranks whether this one was asked to stop, and the seconds that its micro-batch took.
+
+        Returns: whether any rank was asked; how many turns take `LOOK_SECONDS`. Alike on every rank.
+        """
+        told = self._communicator.gather_floats([float(asked_to_stop), seconds])
+        return any(told[0::2]), max(1, int(LOOK_SECONDS / max(*told[1::2], 1e-6)))
 
     def _sums(self, inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """One micro-batch's sum of losses, number of targets, and number of targets predicted right.

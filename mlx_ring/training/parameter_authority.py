@@ -92,12 +92,15 @@ class ParameterAuthority:
         """Notes that a checkpoint is being written: the clock of `save_every_seconds` starts again."""
         self._last_save = time.monotonic()
 
+    def evaluation_is_due(self, step: int) -> bool:
+        """Whether the weights after `step` are to be evaluated."""
+        return step >= self._total_steps or _due(step, self._evaluate_every_steps)
+
     def may_be_due(self, step: int) -> bool:
         """Whether something is due after `step` by its number alone: no later step may be issued before."""
         return (
-            step >= self._total_steps
+            self.evaluation_is_due(step)
             or _due(step, self._verify_every_steps)
-            or _due(step, self._evaluate_every_steps)
             or _due(step, self._save_every_steps)
         )
 
@@ -112,7 +115,7 @@ class ParameterAuthority:
         by_clock = any(each.save for each in flags)
         last = stop or step >= self._total_steps
         save = last or by_clock or _due(step, self._save_every_steps)
-        evaluate = step >= self._total_steps or _due(step, self._evaluate_every_steps)
+        evaluate = self.evaluation_is_due(step)
         # What is evaluated or saved must be what every rank holds.
         verify = evaluate or save or _due(step, self._verify_every_steps)
         return Plan(verify=verify, evaluate=evaluate, save=save, stop=last)

@@ -70,6 +70,27 @@ def build(fault: str, rank: int = 1, at_call: int = 5, repeats: int = 1, once: b
     )
 
 
+class HeldOut(Samples):
+    """512 samples. While there is a file `slow`, an evaluation is, and tells that it has begun."""
+
+    def __len__(self) -> int:
+        return 512
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.calls += 1
+        if self.calls > 3 and Path("slow").exists():  # the first ones may be looks before the first step
+            Path("evaluating").touch()
+            time.sleep(0.2)
+        return super().batch(indices % 64)
+
+
+def long_evaluation() -> Dataset:
+    """An evaluation takes 26 s on one rank with micro-batches of 4."""
+    spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
+    calm = Samples("", 0, 0, 0)
+    return Dataset(spec=spec, digest="0" * 64, train=calm, held_out=HeldOut("", 0, 0, 0))
+
+
 def slow() -> Dataset:
     """Takes for ever, as a long preparation seems to."""
     Path("reached").touch()
