@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import add
 from typing import ParamSpec, TypeVar, final
 
@@ -112,18 +112,20 @@ class AllReduce(Strategy):
         the host's may get what a GPU's array left, and that is copied first, when the GPU has done all that
         it was given (mlx/backend/cuda/allocator.cpp): every step would wait for the one before.
         """
-        own_flags = contribution.flags.to_floats()
         before = contribution.first_micro_batch
         after = self._num_micro_batches - before - len(contribution.losses)
-        width = len(own_flags)
-        rank, ranks = self._communicator.rank, self._communicator.world_size
-        flags = mx.stack([mx.array(flag, dtype=mx.float32) for flag in own_flags])
-        numbers = [
-            mx.pad(mx.stack(contribution.losses), (before, after)),
-            mx.pad(mx.stack(contribution.targets).astype(mx.float32), (before, after)),
-            mx.pad(flags, (rank * width, (ranks - 1 - rank) * width)),
-        ]
-        return mx.concatenate(numbers)
+        losses = _vector(contribution.losses)
+        targets = _vector(contribution.targets).astype(mx.float32)
+        numbers = [*_placed(losses, before, after), *_placed(targets, before, after)]
+        return mx.concatenate([*numbers, *self._own_flags(contribution.flags.to_floats())])
+
+    def _own_flags(self, flags: list[float]) -> list[mx.array]:
+        """The places of all ranks' flags. Most steps have none, and cost no operation."""
+        rank, ranks, width = self._communicator.rank, self._communicator.world_size, len(flags)
+        if not any(flags):
+            return [_zeros(ranks * width)]
+        own = _vector([mx.array(flag, dtype=mx.float32) for flag in flags])
+        return _placed(own, rank * width, (ranks - 1 - rank) * width)
 
     def update(self, pending: PendingUpdate) -> None:
         self._update(pending.sums, pending.maxima, pending.scale, pending.new_state)
@@ -136,6 +138,24 @@ class AllReduce(Strategy):
 
     def load(self, state: Arrays) -> None:
         self._codec.state.update(state)
+
+
+def _vector(scalars: list[mx.array]) -> mx.array:
+    return mx.concatenate([scalar.reshape(1) for scalar in scalars])
+
+
+def _placed(vector: mx.array, before: int, after: int) -> list[mx.array]:
+    """Vectors to be concatenated: this one, with this many zeros before and after it.
+
+    `mx.pad` would do it, but each operation costs the host some microseconds in every step.
+    """
+    return [*([_zeros(before)] if before else []), vector, *([_zeros(after)] if after else [])]
+
+
+@cache
+def _zeros(count: int) -> mx.array:
+    """A vector of zeros, made once."""
+    return mx.zeros(count)
 
 
 def _squares(codec: Codec, sums: Arrays) -> Arrays:
