@@ -15,6 +15,7 @@ LAUNCHERS = {"train.py", "mlx.launch", "mpirun"}
 PROGRAMS = re.compile(
     r"\bmlx_ring\.(train|cluster\.agent|cluster\.rank\.openblas|communication\.selftest)(?!\w)"
 )
+HEADER = pytest.StashKey[Path | None]()  # the compiled one, if this process has made it
 _running: list[pytest.Item] = []
 
 
@@ -24,7 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
     if not hasattr(config, "workerinput"):  # once, before pytest-xdist starts its workers
-        precompile_header()
+        config.stash[HEADER] = precompile_header()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if header := config.stash.get(HEADER, None):
+        header.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -84,6 +84,7 @@ class CheckpointManager:
         self._keep_best = keep_best
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Saved] | None = None
+        self._amending: Future[None] | None = None  # the last one that was asked for
 
     def save(self, step: int, state: SavedArrays, fields: dict[str, Any], *, since: float) -> None:
         """Start to write a checkpoint. The one before must have ended: call `wait` first.
@@ -117,14 +118,22 @@ class CheckpointManager:
 
         If that cannot be done, the checkpoint stays as good as it was, and a warning goes to the log.
         """
-        self._writer.submit(self._amend, disk.step_directory(self.directory, step), fields)
+        self._amending = self._writer.submit(self._amend, disk.step_directory(self.directory, step), fields)
 
     def poll(self) -> list[Saved]:
         """The save that has ended since the last call, if one has. Never waits."""
-        return self.wait() if self._pending is not None and self._pending.done() else []
+        if self._pending is None or not self._pending.done():
+            return []
+        pending, self._pending = self._pending, None
+        return [pending.result()]
 
     def wait(self) -> list[Saved]:
-        """Wait for the save that is being written, if one is. Returns: it, or nothing."""
+        """Wait for the save that is being written, if one is, and for what is to be amended.
+
+        Returns: the save, or nothing.
+        """
+        if self._amending is not None:
+            self._amending.result()
         pending, self._pending = self._pending, None
         return [] if pending is None else [pending.result()]
 
@@ -160,6 +169,8 @@ class CheckpointManager:
         else:
             with contextlib.suppress(OSError):  # it is tried again after the next save
                 self._prune()
+                for old in self.directory.glob(".old-*"):
+                    shutil.rmtree(old, ignore_errors=True)
         return Saved(
             step=step,
             path=path,
@@ -173,12 +184,14 @@ class CheckpointManager:
     def _amend(self, path: Path, fields: dict[str, Any]) -> None:
         try:
             disk.amend(path, fields)
-            self._prune()
         except (OSError, CheckpointError) as error:
             log.warning("the manifest of %s stays without %s: %s", path, ", ".join(fields), error)
+        else:
+            with contextlib.suppress(OSError):  # as after a save
+                self._prune()
 
     def _prune(self) -> None:
-        """Delete what is not to be kept: the newest and the best stay. Call it after a commit."""
+        """Delete what is not to be kept: the newest and the best stay."""
         present = disk.scan(self.directory)
         kept = set(present[: self._keep_last])
         if self._keep_best:
@@ -187,8 +200,6 @@ class CheckpointManager:
         for path in present:
             if path not in kept:
                 disk.remove(path)
-        for path in self.directory.glob(".old-*"):
-            shutil.rmtree(path, ignore_errors=True)
 
     def set_aside(self, after_step: int) -> None:
         """Rename the checkpoints of steps after `after_step`: they are damaged, or this run goes back before

@@ -21,10 +21,10 @@ from mlx_ring.communication.machine import MLX_VERSION, device
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, unwritable_record
 from mlx_ring.run.builder import Run, build
+from mlx_ring.run.owed import Owed
 from mlx_ring.run.recorder import RunRecorder
 from mlx_ring.run.storage import RunStorage
 from mlx_ring.run_directory.directory import RunDirectory
-from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
 from mlx_ring.training.parameter_authority import Plan
 from mlx_ring.training.trainer import StepResult
@@ -67,8 +67,8 @@ class Coordinator:
         self._recorder: RunRecorder | None = None
         self._storage: RunStorage | None = None  # of a run that trains
         self._saved_step: int | None = None
-        self._owes_evaluation = False  # whether the step that it continues was not evaluated when it was due
-        self._stopped = False  # before its end, because a rank was asked to stop
+        self._owed = Owed()
+        self._stopped = False  # whether a rank was asked to stop before the run's end
         self._begun = False  # whether status.json speaks of this run
 
     def run(self) -> int:
@@ -85,8 +85,8 @@ class Coordinator:
             if self._config.evaluation.only:
                 return self._evaluate_only(run)
             self._run = run
-            if not self._evaluate_what_is_owed(run):
-                self.phase = Phase.FIRST_STEP
+            self.phase = Phase.FIRST_STEP
+            if self._pay(run):
                 for result in run.trainer.steps():
                     if self.follow(run, result).stop:
                         break
@@ -134,8 +134,9 @@ class Coordinator:
             if plan.save:
                 self._save(run)
             # After the save: it may be long. If the run is to stop, the next start does it.
-            if plan.evaluate and not result.skipped and not self._stopped and not self._evaluate(run):
-                plan = replace(plan, stop=True)
+            if plan.evaluate and not result.skipped and not self._stopped:
+                self.phase = Phase.EVALUATING
+                plan = plan if self._evaluate(run) else replace(plan, stop=True)
         self.phase = Phase.TRAINING
         return plan
 
@@ -177,8 +178,10 @@ class Coordinator:
         self._communicator.agree_on_error(error)
 
     def _find(self) -> None:
-        """Find the checkpoint to continue from."""
-        self._found = find(self._config, self.directory)
+        """Find the checkpoint to continue from, and what was left undone there."""
+        self._found = found = find(self._config, self.directory)
+        if found is not None and found.own and not self._config.evaluation.only:
+            self._owed = Owed.at(found.manifest, self.directory.path / "metrics.jsonl")
 
     def _keep_log(self, copies: Copies) -> None:
         """Send each rank's log to a file, if its disk can be written. Collective: every rank must call."""
@@ -194,7 +197,7 @@ class Coordinator:
         config, found = self._config, self._found
         done = found is not None and found.manifest["step"] >= config.trainer.steps
         done = done and config.checkpoint.resume == "auto" and not config.evaluation.only
-        done = done and found is not None and self._is_evaluated(found)
+        done = done and not self._owed.evaluation
         done = self._communicator.broadcast_object(done)
         if done and self._leads and found is not None:
             written = RunStatus.read(self.directory.path) or {}
@@ -226,16 +229,15 @@ class Coordinator:
         self._on_rank_0(lambda: self._open_record(run, copies))
         self._storage = RunStorage(copies, self._recorder)
         copies.begin(run.trainer.progress.step, replaces=replaces_record(self._config, self._found))
-        told = self._communicator.broadcast_object([self._saved_step, self._owes_evaluation])
-        self._saved_step, self._owes_evaluation = told
+        told = [self._saved_step, self._owed.evaluation, self._owed.figures]
+        self._saved_step, *owed = self._communicator.broadcast_object(told)
+        self._owed = Owed(*owed)
 
     def _open_record(self, run: Run, copies: Copies) -> None:
         assert self._status is not None
         found = self._found
         if found is not None and found.own:
             self._saved_step = run.trainer.progress.step
-            due = run.authority.evaluation_is_due(self._saved_step)
-            self._owes_evaluation = due and not self._is_evaluated(found)
         if replaces_record(self._config, found):  # from here on nothing can be refused
             self._status.forget()
             self.directory.set_record_aside(self._status.before)
@@ -253,28 +255,21 @@ class Coordinator:
 
     # What is due
 
-    def _is_evaluated(self, found: Found) -> bool:
-        """Whether the record or the manifest has an evaluation of a checkpoint. For rank 0."""
-        if found.manifest["evaluation"] is not None:
-            return True
-        step, rows = found.manifest["step"], self.directory.path / "metrics.jsonl"
-        if not rows.exists():
-            return False
-        return any(row["kind"] == "evaluation" and row["step"] == step for row in read_rows(rows))
+    def _pay(self, run: Run) -> bool:
+        """Do what the run owes to the checkpoint that it continues. Collective: every rank must call.
 
-    def _evaluate_what_is_owed(self, run: Run) -> bool:
-        """Do the evaluation that the run left when it was stopped. Collective: every rank must call.
-
-        Returns: whether it was asked to stop again.
+        Returns: False if a rank was asked to stop meanwhile.
         """
-        return self._owes_evaluation and not self._evaluate(run)
+        if self._owed.figures:
+            assert self._storage is not None
+            self._storage.add_evaluation(run.trainer.progress.step, self._owed.figures)
+        return not self._owed.evaluation or self._evaluate(run)
 
     def _evaluate(self, run: Run) -> bool:
         """Evaluate the weights, and add that to their checkpoint if they are saved.
 
         Collective: every rank must call. Returns: False if a rank was asked to stop; then they are saved.
         """
-        self.phase = Phase.EVALUATING
         step, storage = run.trainer.progress.step, self._storage
         assert storage is not None
         evaluation = run.evaluator.evaluate(lambda: run.authority.stop_requested)
@@ -285,7 +280,7 @@ class Coordinator:
         if self._recorder is not None:
             self._recorder.evaluation(step, evaluation)
         if self._saved_step == step:
-            storage.add_evaluation(step, evaluation)
+            storage.add_evaluation(step, evaluation.row())
         return True
 
     def _save(self, run: Run) -> None:
@@ -309,6 +304,7 @@ class Coordinator:
             # Restored at its last step from another directory: it still needs an evaluation and a checkpoint.
             self._save(run)
             self._evaluate(run)
+            self.phase = Phase.FINISHING
         storage = self._storage
         assert storage is not None
         storage.wait()

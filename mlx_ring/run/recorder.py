@@ -199,7 +199,7 @@ class RunRecorder:
         self._metrics.flush()
 
     def manifest_fields(self, run: Run) -> dict[str, Any]:
-        """What the manifest of a checkpoint says of the run as it is now. `evaluation` may come later."""
+        """What the manifest of a checkpoint says of the run as it is now. Its evaluation comes later."""
         progress = run.trainer.progress
         return {
             "progress": asdict(progress),
@@ -210,6 +210,7 @@ class RunRecorder:
             "random": {"seed": self._config.seed, "keyed_by": "seed, batch, micro-batch"},
             "data_sha256": run.data.dataset.digest,
             "evaluation": None,
+            "evaluation_due": run.authority.evaluation_is_due(progress.step),
             "versions": {"mlx_ring": __version__, "mlx": MLX_VERSION},
             "config": self._config.redacted,
             "look_ups_sha256": look_ups_sha256(self._config.redacted, self._config.flat()),

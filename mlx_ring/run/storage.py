@@ -11,7 +11,6 @@ from typing import Any
 from mlx_ring.checkpoint.copies import Copies, CopyFailure
 from mlx_ring.run.builder import Run
 from mlx_ring.run.recorder import RunRecorder
-from mlx_ring.training.evaluator import Evaluation
 
 
 class RunStorage:
@@ -40,15 +39,15 @@ class RunStorage:
         if self._recorder is not None:
             self._recorder.save(state, fields, since=since)
 
-    def add_evaluation(self, step: int, evaluation: Evaluation) -> None:
+    def add_evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Add the evaluation of its weights to the checkpoint of a step, which was saved before.
 
-        Collective: every rank must call, with the same evaluation; one that is not finite is left out.
-        Raises: on rank 0, OSError if the record cannot be written.
+        Collective: every rank must call, with the same figures by name; if the loss is not finite, none are
+        added. Raises: on rank 0, OSError if the record cannot be written.
         """
-        if not math.isfinite(evaluation.loss):
+        if not math.isfinite(figures["loss"]):
             return
-        fields = {"evaluation": evaluation.row()}
+        fields = {"evaluation": figures}
         self._failures += self._copies.take_failures(wait=False)
         if self._recorder is not None:
             self._recorder.amend(step, fields)

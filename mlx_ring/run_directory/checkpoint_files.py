@@ -28,7 +28,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from mlx_ring.errors import CheckpointError, NewerCheckpointError
 from mlx_ring.run_directory.manifest import FORMAT_VERSION, MANIFEST, open_file, read_manifest, sealed
-from mlx_ring.run_directory.whole_file import whole_file
+from mlx_ring.run_directory.whole_file import whole_file, whole_file_pattern
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -265,6 +265,8 @@ def remove(path: Path) -> None:
 
 def sweep(checkpoints: Path) -> None:
     """Delete what processes that have ended left half written or half deleted."""
+    for path in checkpoints.glob(f"step_*/{whole_file_pattern(MANIFEST)}"):
+        path.unlink(missing_ok=True)
     for path in [*checkpoints.glob(".tmp-*"), *checkpoints.glob(".del-*")]:
         pid = path.name.rpartition("-")[2]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):

@@ -21,7 +21,7 @@ from mlx_ring.sweep.host_dealer import HostDealer
 from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, quoted
 
 LINE_BYTES = 2**20  # longest line of a job's output
-# The first and the second request to stop a job: the same signal again, at once, would be no second one.
+# The first and the second request to stop a job. They differ: the same signal twice would be one request.
 JOB_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_DEALS = 3  # how often a job gets hosts, if the first ones are lost
 # Takes a job's number and the figures of an evaluation; tells whether to end the job early.
@@ -184,7 +184,8 @@ class Sweep:
         if status >= 0:
             return status
         row.message = f"its supervisor was ended by {signal.Signals(-status).name}"
-        ended = Interrupted if status == -signal.SIGINT else ClusterError
+        asked = JOB_STOP_SIGNALS[: max(1, self._requests.count)]  # while it was starting
+        ended = Interrupted if -status in asked else ClusterError
         return ended.exit_status
 
     async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> None:

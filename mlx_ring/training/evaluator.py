@@ -16,7 +16,9 @@ from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
 
 Loss = Callable[[mx.array, mx.array], mx.array]
+FIGURES = ("loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
 LOOK_SECONDS = 0.5  # between two looks whether a rank was asked to stop
+MOST_TURNS = 32  # micro-batches of each rank between two looks; a rank that is alone looks after each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,7 @@ class Evaluation:
 
     def row(self) -> dict[str, float]:
         """The figures that apply to this kind of model, by name."""
-        figures = {
-            "loss": self.loss, "accuracy": self.accuracy, "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte, "samples": self.samples, "seconds": self.seconds,
-        }  # fmt: skip
+        figures = {name: getattr(self, name) for name in FIGURES}
         return {name: value for name, value in figures.items() if value is not None}
 
 
@@ -116,7 +115,8 @@ class Evaluator:
                 leave, wanted = self._look(asked_to_stop(), seconds)
                 if leave:
                     return None
-                turns = min(wanted, 2 * turns)  # the first ones may have been unusually fast
+                # Those to come may be slower than those before.
+                turns = min(wanted, 2 * turns, MOST_TURNS) if self._communicator.world_size > 1 else 1
                 next_look += turns
                 since = time.perf_counter()
             indices = np.arange(first + self._communicator.rank * size, samples)[:size]

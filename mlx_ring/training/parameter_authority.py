@@ -93,7 +93,9 @@ class ParameterAuthority:
         self._last_save = time.monotonic()
 
     def evaluation_is_due(self, step: int) -> bool:
-        """Whether the weights after `step` are to be evaluated."""
+        """Whether the weights after `step` are to be evaluated. The first weights are not."""
+        if step == 0:
+            return False
         return step >= self._total_steps or _due(step, self._evaluate_every_steps)
 
     def may_be_due(self, step: int) -> bool:

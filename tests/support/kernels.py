@@ -12,24 +12,33 @@ from pathlib import Path
 OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]
 
 
-def precompile_header() -> None:
-    """Compiles the header that every kernel includes, beside it in MLX's folder, where g++ looks for it.
-
-    A kernel then takes a quarter of the time, and is the same to the last bit. Does nothing if the header
-    has been compiled, and without g++, which macOS never asks.
-    """
+def _header() -> Path:
+    """The header that every kernel includes, in MLX's folder."""
     spec = find_spec("mlx")
     assert spec is not None and spec.submodule_search_locations is not None
     (folder,) = spec.submodule_search_locations
-    include = Path(folder) / "include"
-    header = include / "mlx/backend/cpu/compiled_preamble.h"
+    return Path(folder) / "include/mlx/backend/cpu/compiled_preamble.h"
+
+
+def precompile_header() -> Path | None:
+    """Compiles that header, beside it, where g++ looks for it.
+
+    A kernel then takes a quarter of the time, and is the same to the last bit.
+
+    Returns: the file to delete when the tests end, for g++ would use it with another version of MLX as well.
+        None if it was there before, and without g++, which macOS never asks.
+    """
+    header = _header()
     compiled = header.with_name(f"{header.name}.gch")
-    if sys.platform != "linux" or not shutil.which("g++") or not header.exists() or compiled.exists():
-        return
+    if sys.platform != "linux" or not shutil.which("g++") or not header.exists():
+        return None
+    if compiled.exists() and compiled.stat().st_mtime > header.stat().st_ctime:
+        return None
     new = compiled.with_name(f"{compiled.name}.{os.getpid()}")
-    command = ["g++", *OPTIONS, "-x", "c++-header", f"-I{include}", str(header), "-o", str(new)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
-        new.replace(compiled)
+    command = ["g++", *OPTIONS, "-x", "c++-header", f"-I{header.parents[3]}", str(header), "-o", str(new)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode != 0:
+        return None
+    return new.replace(compiled)
 
 
 def share_kernels(temporary: Path) -> None:

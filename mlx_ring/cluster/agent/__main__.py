@@ -1,7 +1,6 @@
 """Runs the agent of this host: orders come in on stdin, reports go out on stdout."""
 
 import asyncio
-import contextlib
 import signal
 import sys
 
@@ -16,12 +15,10 @@ async def _main() -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin.buffer)
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout.buffer)
     agent = HostAgent(orders, asyncio.StreamWriter(transport, protocol, None, loop))
-    for number in (signal.SIGINT, signal.SIGHUP):  # the supervisor decides what a lost terminal means
+    # The supervisor, which gets them too, decides what they mean. Its end ends this one.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
-    life = asyncio.ensure_future(agent.run())
-    loop.add_signal_handler(signal.SIGTERM, life.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await life
+    await agent.run()
 
 
 asyncio.run(_main())

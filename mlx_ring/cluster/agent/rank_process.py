@@ -57,7 +57,9 @@ class RankProcess:
 
 
 async def end(processes: list[RankProcess], grace_seconds: float, kill_others: Callable[[], object]) -> None:
-    """Sends SIGTERM, waits for the grace, sends SIGKILL, which ends a stopped process too, and waits.
+    """Sends SIGHUP, waits for the grace, sends SIGKILL, which ends a stopped process too, and waits.
+
+    SIGHUP, because a rank that was asked to stop before, and is saving, takes no SIGHUP for a second request.
 
     Args:
         processes: The processes to end. The caller takes each out of this list when it has ended.
@@ -65,7 +67,7 @@ async def end(processes: list[RankProcess], grace_seconds: float, kill_others: C
         kill_others: Called with SIGKILL's turn, to kill ranks that mpirun started and may leave.
     """
     deadline = time.monotonic() + grace_seconds
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGHUP, signal.SIGKILL):
         for process in processes:
             process.signal(number)
         if number == signal.SIGKILL:

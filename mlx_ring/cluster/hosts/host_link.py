@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable
@@ -34,10 +35,20 @@ async def start_on_host(
     full, own = on_host(host, command, environment, anywhere=anywhere)
     try:
         return await asyncio.create_subprocess_exec(
-            *full, env=own, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True
-        )
+            *full, env=own, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE_BYTES, start_new_session=True,
+            preexec_fn=_outlive_signals,
+        )  # fmt: skip
     except OSError as error:
         raise HostLost(host, f"{full[0]} cannot be run: {error.strerror}") from None
+
+
+def _outlive_signals() -> None:
+    """Runs in a new process: systemd and schedulers signal every process of a job, and ssh would end.
+
+    What is ignored stays ignored in the program: ssh, and an agent until it says what it does with signals.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class HostLink:

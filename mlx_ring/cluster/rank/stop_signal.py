@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def taken_over() -> list[signal.Signals]:
-    """Returns the signals to handle: not SIGHUP if nohup had it ignored."""
+    """Returns the signals to handle: all but a SIGHUP that nohup had ignored.
+
+    A shell without job control has SIGINT ignored in what it starts with `&`; there it is heard as well.
+    """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
 
@@ -40,6 +44,7 @@ class StopRequests:
         self.count = 0
         self._number = 0  # of the signal that was counted last
         self._time = 0.0  # when that was
+        self.waking: tuple[socket.socket, ...] = ()  # of `tell_loop`: they live as long as its handlers
 
     def add(self, number: int) -> bool:
         """Returns whether a signal that has just arrived is a request of its own."""
@@ -72,6 +77,11 @@ def tell_loop(signalled: Callable[[int], None], requests: StopRequests) -> None:
 
     for number in taken_over():
         signal.signal(number, tell)
+    woken, wakes = requests.waking = socket.socketpair()  # a handler runs once the loop has woken up
+    for end in requests.waking:
+        end.setblocking(False)
+    loop.add_reader(woken, woken.recv, 4096)
+    signal.set_wakeup_fd(wakes.fileno())
 
 
 class StopSignal:

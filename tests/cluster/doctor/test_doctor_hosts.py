@@ -70,17 +70,16 @@ class Lab:
         """Writes a host file of hosts by number, or of name and address."""
         pairs = [(self.address(e), self.address(e)) if isinstance(e, int) else e for e in entries]
         hosts = [{"ssh": ssh, "ips": [ip]} for ssh, ip in pairs]
-        path = self.cluster.disk(1) / "lab.json"
-        path.write_text(json.dumps({"envs": [f"PATH={ENVIRONMENT_PATH}"], "hosts": hosts}))
-        return str(self.work / path.name)
+        content = json.dumps({"envs": [f"PATH={ENVIRONMENT_PATH}"], "hosts": hosts})
+        (self.cluster.disk(1) / "lab.json").write_text(content)
+        return f"{self.work}/lab.json"
 
     def doctor(self, *overrides: str, hostfile: str | None = None, folder: str = ".") -> Report:
         options = ["--hostfile", hostfile or self.hostfile(1, 2), "--json", "--python", f"{self.work}/python"]
         line = shlex.join([*PROGRAM, "doctor", *options, "--", *overrides])
         command = self.cluster.inside(1, ["sh", "-c", f"cd {folder} && exec {line}"])
-        done = subprocess.run(
-            command, cwd=self.work, env=environment(), capture_output=True, text=True, timeout=250
-        )
+        told = {"capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=self.work, env=environment(), timeout=250, **told)
         assert "Traceback" not in done.stderr, done.stderr
         return Report(done.returncode, json.loads(done.stdout)["checks"], done.stderr)
 
@@ -251,7 +250,7 @@ FAULTS = {  # host, check: words of the detail, of the remedy
     (5, "mlx"): (["libmlx.so"], "extras"),
     (6, "mlx"): (["cannot be loaded", "status -4"], "a build for that machine"),
     (7, "mlx_ring"): (["cannot be loaded", "No module named 'safetensors'"], "hosts sync"),
-    (8, "data"): (["text, digest"], "copy the data"),
+    (8, "data"): (["text, digest", "{1}"], "copy the data"),
     (9, "data"): (["books"], "copy the data"),
     (9, "disk"): (["No space left on device", "full"], "make room"),
     (10, "reachable"): (["Host key verification failed"], "ssh {host} once"),
@@ -264,12 +263,14 @@ FAULTS = {  # host, check: words of the detail, of the remedy
 def test_a_fault_of_a_host(lab: Lab, faulty: Report, number: int, check: str) -> None:
     words, remedy = FAULTS[number, check]
     host = lab.address(number)
+    words = [word.replace("{1}", lab.address(1)) for word in words]
     faulty.names(check, host, words, remedy.format(host=host))
 
 
 def test_warnings_about_a_host(lab: Lab, faulty: Report) -> None:
     faulty.names("clock", lab.address(8), ["+3600"], "network's time", status="warn")
     faulty.names("variables", lab.address(3), ["MLX_RANK=1"], "unset it", status="warn")
+    assert [each["host"] for each in faulty.bad("warn") if each["name"] == "clock"] == [lab.address(8)]
 
 
 def test_no_other_check_of_a_host_fails(lab: Lab, faulty: Report) -> None:
@@ -377,8 +378,8 @@ def test_a_fault_between_hosts(lab: Lab, links: Report, number: int, check: str)
 
 
 def test_one_machine_by_two_names(lab: Lab, links: Report) -> None:
-    again = f"root@{lab.address(11)}"
-    links.names("reachable", again, [f"same machine as {lab.address(11)}"], "list one name twice instead")
+    words = [f"same machine as {lab.address(11)}"]
+    links.names("reachable", f"root@{lab.address(11)}", words, "list one name twice instead")
 
 
 def test_no_other_check_between_hosts_fails(lab: Lab, links: Report) -> None:
@@ -397,3 +398,4 @@ def test_a_slow_link(lab: Lab, links: Report) -> None:
         pytest.skip("this kernel cannot limit rates")
     words = ["Mbit/s, where the fastest link has"]
     links.names(f"link from rank 8 ({lab.address(10)})", lab.address(10), words, "cable", status="warn")
+    assert [check["host"] for check in links.bad("warn") if "link" in check["name"]] == [lab.address(10)]

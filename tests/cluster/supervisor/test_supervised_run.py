@@ -1,5 +1,6 @@
 """`mlx-ring run` on one machine: whatever dies is named and restarted, and nothing is left behind."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -264,8 +265,8 @@ def test_a_second_request_leaves_at_once(tmp_path: Path, supervise: Callable[...
         run.until((tmp_path / "reached").exists)
         (tmp_path / "reached").unlink()
         run.process.send_signal(signal.SIGINT)
-        first = time.monotonic()
         run.until(lambda run=run: "asked to stop" in run.stderr)
+        first = time.monotonic()
         if second == signal.SIGINT:
             run.process.send_signal(second)  # which is none
             run.until(lambda first=first: time.monotonic() > first + SAME_SIGNAL_SECONDS)
@@ -291,7 +292,8 @@ def test_a_group_is_signalled_through_uv(tmp_path: Path, supervise: Callable[...
             (tmp_path / "go").touch()
             told, _ = process.communicate(timeout=60)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == 75 and status(tmp_path)["state"] == "stopped", told
         for name in ("reached", "go"):
             (tmp_path / name).unlink()
@@ -365,3 +367,17 @@ def test_mpirun(tmp_path: Path, supervise: Callable[..., Supervised], undisturbe
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 75, run.report()
     assert status(tmp_path, "again")["state"] == "stopped"
+
+
+def test_every_process_is_signalled(tmp_path: Path, supervise: Callable[..., Supervised]) -> None:
+    """As systemd does: the supervisor, its agent and its ranks, twice."""
+    run = supervise("-n", "2", "--", *FAULTY, fault("pause", rank=0, at_call=100), "trainer.steps=1000000")
+    run.until((tmp_path / "reached").exists)
+    everyone = [run.process.pid, *(each.pid for each in psutil.Process(run.process.pid).children(True))]
+    for _ in range(2):
+        for pid in everyone:
+            os.kill(pid, signal.SIGTERM)
+        run.until(lambda: "asked to stop" in run.stderr)
+    (tmp_path / "go").touch()
+    assert run.wait() == 75, run.report()
+    assert status(tmp_path)["state"] == "stopped"
