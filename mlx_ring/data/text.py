@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,8 @@ from typing import Any, Self
 import numpy as np
 from filelock import FileLock, Timeout
 
-from mlx_ring.cluster.rank.progress import report_progress, working
+from mlx_ring.cluster.rank.effort import OwnSigns
+from mlx_ring.cluster.rank.progress import working
 from mlx_ring.config.choices import TextData, Tokenizer
 from mlx_ring.data.bpe import LONGEST_TOKEN_BYTES, TRAINING_BYTES, encode_bpe, load_bpe, train_bpe
 from mlx_ring.data.documents import BLOCK_BYTES, HASHED_BYTES, Document, find_documents, joined, read_text
@@ -30,7 +32,8 @@ from mlx_ring.run_directory.whole_file import whole_file
 
 JOURNAL = "journal.json"
 JOURNAL_SECONDS = 5.0  # of encoding that a killed preparation loses at most
-LOCK_LOOK_SECONDS = 1.0  # between two looks at what another process has prepared
+SIGNS = "signs.json"
+LOOK_SECONDS = 1.0  # between two looks at how far a preparation is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +88,41 @@ def prepare_text(config: TextData) -> dict[str, Path]:
 def _locked(path: Path) -> Generator[None]:
     """Lets one process at a time prepare these tokens. Those that wait tell how far that process is."""
     lock = FileLock(path.with_suffix(".lock"))
-    with working("waiting for another process that prepares this text", computes=False):
+    with working("waiting for another process that prepares this text", computes=False) as waiting:
         while not lock.is_locked:
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout=LOCK_LOOK_SECONDS)
+                lock.acquire(timeout=LOOK_SECONDS)
                 break
-            with contextlib.suppress(OSError):
-                there = path.with_suffix(".preparing") / path.name
-                report_progress(there.stat().st_size, unit="bytes")
+            with contextlib.suppress(OSError, ValueError):
+                waiting.signs, words = json.loads((path.with_suffix(".preparing") / SIGNS).read_bytes())
+                waiting.name = f"another process prepares this text: {words}"
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _shown(folder: Path) -> Generator[None]:
+    """Shows in a file how far this process is, and that it is at work, to those that wait for it."""
+    over = threading.Event()
+
+    def show() -> None:
+        signs = OwnSigns()
+        while not over.wait(LOOK_SECONDS):
+            before = signs.count
+            signs.look()
+            if signs.count != before:
+                with contextlib.suppress(OSError), whole_file(folder / SIGNS) as new:
+                    new.write_text(json.dumps([signs.count, signs.words]))
+
+    thread = threading.Thread(target=show, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _cache_key(config: TextData, documents: list[Document]) -> str:
@@ -129,7 +155,8 @@ def _prepare(config: TextData, documents: list[Document], files: dict[str, Path]
     folder.mkdir(exist_ok=True)
     try:
         made = {name: folder / path.name for name, path in files.items()}
-        _write_tokens(config, documents, made)
+        with _shown(folder):
+            _write_tokens(config, documents, made)
         for name in ("tokenizer", "tokens", "side_car"):
             if name in made:
                 with made[name].open("rb") as file:

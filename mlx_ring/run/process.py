@@ -71,7 +71,7 @@ class Process:
             computes = not communicator.may_wait
         if work := progress.current():
             computes = work.computes and not vitals.call
-            vitals = replace(vitals, preparation=str(work), prepared=work.done)
+            vitals = replace(vitals, preparation=str(work), prepared=work.done + work.signs)
         return replace(vitals, computes=computes)
 
     def report(self) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import psutil
 
 from mlx_ring import __version__
-from mlx_ring.cluster.agent.rank_process import RankProcess, effort_of, end
+from mlx_ring.cluster.agent.rank_process import RankProcess, end
 from mlx_ring.cluster.hosts.host_probe import machine_id
 from mlx_ring.cluster.limits import GRACE_SECONDS, LAST_REPORT_SECONDS, LEASE_SECONDS, PULSE_SECONDS
+from mlx_ring.cluster.rank.effort import effort_of
 from mlx_ring.cluster.rank.protocol import (
     JOB_ID,
     MPIRUN,

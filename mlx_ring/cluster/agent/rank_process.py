@@ -8,12 +8,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
-
-import psutil
 
 from mlx_ring.cluster.limits import LAST_OUTPUT_SECONDS, PROCESS_POLL_SECONDS
-from mlx_ring.cluster.rank.protocol import Effort
 
 LINE_BYTES = 2**16  # a process's longer line of output is passed on in pieces
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, man 2 prctl
@@ -58,22 +54,6 @@ class RankProcess:
         """Sends a signal to the whole process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-
-
-def effort_of(process: psutil.Process) -> Effort:
-    """Measures what a process and its children have used. Raises: psutil.Error if it has ended."""
-    members = [process]
-    with contextlib.suppress(psutil.Error):
-        members += process.children(recursive=True)
-    cpu_seconds = 0.0
-    bytes_moved = 0
-    for member in members:
-        with contextlib.suppress(psutil.Error):
-            cpu_seconds += sum(member.cpu_times()[:4])  # its own, and that of children that have ended
-            if hasattr(member, "io_counters"):  # macOS has none
-                counters: Any = member.io_counters()
-                bytes_moved += counters.read_chars + counters.write_chars + counters.read_bytes
-    return Effort(cpu_seconds=cpu_seconds, bytes_moved=bytes_moved)
 
 
 async def end(processes: list[RankProcess], grace_seconds: float, kill_others: Callable[[], object]) -> None:

@@ -22,6 +22,7 @@ class Work:
     unit: str = "bytes"
     computes: bool = True  # whether CPU time shows that it goes on; False while it waits for other processes
     done: int = 0
+    signs: int = 0  # of life, other than what is done
     began: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
@@ -35,7 +36,7 @@ _listeners: list[Callable[[], object]] = []  # called when a piece of work begin
 
 
 @contextlib.contextmanager
-def working(name: str, *, total: int = 0, unit: str = "bytes", computes: bool = True) -> Generator[None]:
+def working(name: str, *, total: int = 0, unit: str = "bytes", computes: bool = True) -> Generator[Work]:
     """Says what this process does within the block, for the main thread.
 
     Args:
@@ -50,7 +51,7 @@ def working(name: str, *, total: int = 0, unit: str = "bytes", computes: bool = 
     for listener in _listeners:
         listener()
     try:
-        yield
+        yield work
     finally:
         _under_way.remove(work)
 

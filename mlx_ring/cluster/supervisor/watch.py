@@ -7,19 +7,16 @@ the event loop's clock.
 import signal
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mlx_ring.cluster.limits import EFFORT_SECONDS, MEET_SECONDS, RANK_SILENT_SECONDS, START_SECONDS
-from mlx_ring.cluster.rank.protocol import TRAINING, Effort, Phase, RankState, Vitals
+from mlx_ring.cluster.limits import MEET_SECONDS, RANK_SILENT_SECONDS, START_SECONDS
+from mlx_ring.cluster.rank.effort import Judge
+from mlx_ring.cluster.rank.protocol import TRAINING, Phase, RankState, Vitals
 from mlx_ring.errors import EXIT_STOPPED, ClusterError
 
 HANG_STEPS = 10  # a step hangs when it takes this many times as long as usual
 SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is slow
 SLOW_STEPS = 20  # a rank that was slow in this many steps in a row is a straggler
-# A rank is at work if it uses this part of a core, or moves this many bytes, within EFFORT_SECONDS. One that
-# only waits uses less: about a thousandth of a core for its reports.
-WORKING_SHARE = 0.02
-WORKING_BYTES = 2**16
 UNHEARD = Vitals(phase=Phase.STARTING)  # of a rank that has not reported yet
 
 
@@ -32,7 +29,7 @@ class Rank:
     host_name: str  # as messages call it
     state: RankState | None = None  # as its agent last reported it
     changed: float = 0.0  # when it last made progress
-    effort: tuple[float, Effort] | None = None  # when it was last judged, and what it had used then
+    judge: Judge = field(default_factory=Judge)
     last_words: str = ""  # its last line that begins with "error:"
     status: int | None = None  # of its process, after that has ended
     slow_steps: int = 0  # in a row
@@ -55,23 +52,6 @@ class Rank:
             return None
         vitals = self.vitals
         return vitals.phase, vitals.step, vitals.calls, vitals.work, vitals.prepared
-
-    def toils(self, now: float) -> bool:
-        """Whether it has been at work since its effort was last judged, even if it tells nothing.
-
-        Its program may read a user's data, or load or compile a model. A collective in which it waits for
-        others may use CPU time too, but is no work of its own.
-        """
-        effort = self.state.effort if self.state is not None else None
-        if effort is None or self.effort is None:
-            self.effort = (now, effort) if effort is not None else None
-            return False
-        since, before = self.effort
-        if now - since < EFFORT_SECONDS:
-            return False
-        self.effort = (now, effort)
-        share = (effort.cpu_seconds - before.cpu_seconds) / (now - since)
-        return share >= WORKING_SHARE or effort.bytes_moved - before.bytes_moved >= WORKING_BYTES
 
     @property
     def phase(self) -> Phase:
@@ -147,7 +127,8 @@ class Watch:
             return
         before = rank.place
         rank.state = state
-        if rank.toils(now) or rank.place != before:
+        at_work = rank.judge.at_work(state.effort, now)  # also if its program tells nothing
+        if at_work or rank.place != before:
             rank.changed = now
         new_step = not self._steps or self._steps[-1][1] != state.vitals.step
         if rank.rank == 0 and rank.phase in TRAINING and new_step:
