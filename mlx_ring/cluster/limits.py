@@ -53,7 +53,7 @@ RING_CONNECT_GRACE_SECONDS = 5.0
 DIRECTORY_LOCK_SECONDS = LEASE_SECONDS + 8.0  # a rank that lost its supervisor holds its directory meanwhile
 
 # The doctor
-DATA_SECONDS = 600.0  # a host opens the data of a run, which may turn text into tokens first
+DATA_SECONDS = 600.0  # without progress while a host opens the data of a run
 LAUNCH_SECONDS = 180.0  # a trial launch of ranks, from its start to its end
 
 # Sweeps

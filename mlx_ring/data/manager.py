@@ -147,7 +147,7 @@ class _Opener:
         error: OSError | None = None
         own = self._files.values() if communicator.rank == 0 else []
         sizes = communicator.broadcast_object([path.stat().st_size for path in own])
-        with working("receiving rank 0's data", total=sum(sizes), computes=False):
+        with working("sending rank 0's data to other hosts", total=sum(sizes), computes=False):
             for name, path in files.items():
                 error = self._send(name, path if lacks and error is None else None) or error
         if error is not None:

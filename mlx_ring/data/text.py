@@ -95,7 +95,8 @@ def _locked(path: Path) -> Generator[None]:
                 break
             with contextlib.suppress(OSError, ValueError):
                 waiting.signs, words = json.loads((path.with_suffix(".preparing") / SIGNS).read_bytes())
-                waiting.name = f"another process prepares this text: {words}"
+                if words:
+                    waiting.name = f"another process prepares this text: {words}"
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,64 @@ def test_a_dead_preparation_is_named_and_ended(tmp_path: Path, rank: int, ranks:
     assert re.search(told, run.stderr), run.stderr
     assert "in long" in run.stderr  # its stack
     assert status(tmp_path)["state"] == "failed"
+
+
+PREPARES = """
+import sys, time
+from pathlib import Path
+from mlx_ring.cluster.rank.progress import working
+from test_text import Tokenizer, prepare, text_config, text_module
+train = text_module.train_bpe
+def slowly(*arguments):
+    end = time.monotonic() + {seconds}
+    with working("training the tokenizer"):
+        while time.monotonic() < end:
+            pass
+    return train(*arguments)
+text_module.train_bpe = slowly
+prepare(text_config(Path({text!r}), Path({cache!r}), tokenizer=Tokenizer["bpe"]))
+"""
+
+
+def test_a_run_waits_for_another_process_that_prepares_its_text(tmp_path: Path) -> None:
+    text, cache = tmp_path / "a.txt", tmp_path / "cache"
+    text.write_text("the cat sat on the mat\n" * 2000)
+    code = PREPARES.format(seconds=LONG_SECONDS + 4, text=str(text), cache=str(cache))
+    path = os.pathsep.join(map(str, (ROOT, SUPPORT, ROOT / "tests/data")))
+    with subprocess.Popen([sys.executable, "-c", code], env=environment(PYTHONPATH=path)) as other:
+        try:
+            while not list(cache.glob("*.preparing")):
+                assert other.poll() is None
+                time.sleep(0.02)
+            words = ("data=text", f"data.path={text}", "data.tokenizer=bpe", "data.vocabulary_size=300")
+            model = (
+                "model=transformer",
+                "model.layers=1",
+                "trainer.steps=1",
+                "evaluation.every_steps=null",
+            )
+            run = supervised(tmp_path, 1, "run.dir=run", *words, f"data.cache_dir={cache}", *model)
+        finally:
+            other.kill()
+    assert run.returncode == 0, (run.stdout, run.stderr)
+    assert "preparing: another process prepares this text: training the tokenizer" in run.stdout
+
+
+DIGEST = f"""
+from mlx_ring.run import data_digest
+data_digest.DATA_SECONDS = {LIMIT_SECONDS}
+data_digest.main()
+"""
+
+
+@pytest.mark.parametrize(("how", "told"), [("works", "digest"), ("sleeps", "no progress for 4 s: opening")])
+def test_the_doctor_lets_data_that_works_take_its_time(tmp_path: Path, how: str, told: str) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", DIGEST, *OWN_DATA, long(how, 0)],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{SUPPORT}"),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert told in answer.stdout, (answer.stdout, answer.stderr)
