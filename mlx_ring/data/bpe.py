@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer, trained on the text that it will encode."""
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,10 @@ TRAINING_BYTES = 1 << 28  # most text that a tokenizer is trained on; it limits 
 # The longest token. The trainer cuts longer words into pieces of this size: each merge goes through all of a
 # word, so one word of many kilobytes (DNA, base64) would take a minute a megabyte.
 LONGEST_TOKEN_BYTES = 128
+# Long words are hardly ever equal, and each takes a hundred times its size in the trainer's memory. It sees
+# this much of them (1.6 GB), which is enough to learn from.
+LONG_WORD = re.compile(r"\w{65,}")
+LONG_WORD_CHARACTERS = 1 << 24
 BLOCKS_TOGETHER = 64  # blocks of text that the encoder spreads over its threads
 END_OF_TEXT = "<|end_of_text|>"
 
@@ -47,12 +52,21 @@ def train_bpe(documents: list[Document], vocabulary_size: int) -> Any:
     size_bytes = sum(document.size_bytes for document in documents)
     every = 1 + size_bytes // TRAINING_BYTES
     pieces = (text for document in documents for text in read_lines(document))
+    sample = (text for index, text in enumerate(pieces) if index % every == 0)
     with working("training the tokenizer: text read", total=size_bytes):
-        tokenizer.train_from_iterator(
-            (text for index, text in enumerate(pieces) if index % every == 0), trainer
-        )
+        tokenizer.train_from_iterator(_without_most_long_words(sample), trainer)
     tokenizer.pre_tokenizer = words  # the encoder is fast with long words
     return _as_used(tokenizer)
+
+
+def _without_most_long_words(texts: Iterator[str]) -> Iterator[str]:
+    left = LONG_WORD_CHARACTERS
+    for text in texts:
+        if left <= 0:
+            yield LONG_WORD.sub("", text)
+        else:
+            left -= sum(match.end() - match.start() for match in LONG_WORD.finditer(text))
+            yield text
 
 
 def load_bpe(content: bytes) -> Any:

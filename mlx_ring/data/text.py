@@ -24,7 +24,14 @@ from filelock import FileLock, Timeout
 from mlx_ring.cluster.rank.effort import OwnSigns
 from mlx_ring.cluster.rank.progress import working
 from mlx_ring.config.choices import TextData, Tokenizer
-from mlx_ring.data.bpe import LONGEST_TOKEN_BYTES, TRAINING_BYTES, encode_bpe, load_bpe, train_bpe
+from mlx_ring.data.bpe import (
+    LONG_WORD_CHARACTERS,
+    LONGEST_TOKEN_BYTES,
+    TRAINING_BYTES,
+    encode_bpe,
+    load_bpe,
+    train_bpe,
+)
 from mlx_ring.data.documents import BLOCK_BYTES, HASHED_BYTES, Document, find_documents, joined, read_text
 from mlx_ring.data.tokens import DTYPES, FORMAT_VERSION, SideCar
 from mlx_ring.errors import ConfigError, DataError
@@ -130,7 +137,13 @@ def _cache_key(config: TextData, documents: list[Document]) -> str:
     """Returns a digest of everything that the tokens depend on."""
     settings = (FORMAT_VERSION, config.tokenizer.name)
     if config.tokenizer is Tokenizer["bpe"]:
-        settings += (config.vocabulary_size, BLOCK_BYTES, TRAINING_BYTES, LONGEST_TOKEN_BYTES)
+        settings += (
+            config.vocabulary_size,
+            BLOCK_BYTES,
+            TRAINING_BYTES,
+            LONGEST_TOKEN_BYTES,
+            LONG_WORD_CHARACTERS,
+        )
     key = hashlib.sha256(repr(settings).encode())
     for document in documents:
         key.update(document.sha256.encode())

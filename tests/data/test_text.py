@@ -14,9 +14,10 @@ import pytest
 from ranks import SUPPORT
 
 from mlx_ring.config.choices import TextData, Tokenizer
+from mlx_ring.data import bpe
 from mlx_ring.data import text as text_module
 from mlx_ring.data.bpe import LONGEST_TOKEN_BYTES, train_bpe
-from mlx_ring.data.documents import BLOCK_BYTES, Document
+from mlx_ring.data.documents import BLOCK_BYTES, Document, find_documents
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError
 
@@ -379,6 +380,16 @@ def test_text_without_spaces_trains_about_as_fast_as_words(folder: Path) -> None
 
 def test_long_runs_give_no_longer_tokens(folder: Path) -> None:
     seconds_to_train(folder, "rules", b"\n".join(b"%d " % n + b"=" * 5000 for n in range(3000)))
+
+
+def test_a_limited_amount_of_long_words_is_learnt_from(folder: Path, monkeypatch: Any) -> None:
+    write(folder, a="ACGT" * 50_000, b="QWQW" * 50_000 + "\n" + "the cat sat on the mat\n" * 100)
+    documents = find_documents(text_config(folder, folder))
+    everything = train_bpe(documents, 300).get_vocab()
+    monkeypatch.setattr(bpe, "LONG_WORD_CHARACTERS", 100_000)
+    limited = train_bpe(documents, 300).get_vocab()
+    assert "QW" in everything and "QW" not in limited
+    assert {"AC", "at"} <= limited.keys()
 
 
 # Errors

@@ -12,6 +12,7 @@ import pytest
 from ranks import ROOT, SMALL, SUPPORT, TIMEOUT_SECONDS, environment, status
 
 pytestmark = pytest.mark.ranks
+ONLY_LINUX = [pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which bytes are read")]
 LIMIT_SECONDS = 4
 LONG_SECONDS = 11
 # `mlx-ring` with another limit.
@@ -47,7 +48,7 @@ def long(how: str, rank: int, seconds: float = LONG_SECONDS) -> str:
         ("works", 1, 2, r"waiting for the other ranks \(all_gather\)"),
         ("reports", 0, 2, r"opening the data \(broken_data:long\), \d+ of 100 shards"),
         ("child works", 0, 1, r"opening the data \(broken_data:long\), for \d s"),
-        pytest.param("reads", 1, 2, "waiting", marks=pytest.mark.skipif(sys.platform == "darwin", reason="")),
+        pytest.param("reads", 1, 2, "waiting", marks=[pytest.mark.long, *ONLY_LINUX]),
     ],
 )
 def test_a_long_preparation_goes_on(tmp_path: Path, how: str, rank: int, ranks: int, told: str) -> None:
@@ -61,7 +62,7 @@ def test_a_long_preparation_goes_on(tmp_path: Path, how: str, rank: int, ranks: 
 
 @pytest.mark.parametrize(
     ("rank", "ranks", "why"),
-    [(1, 2, r"never entered collective \d+"), (0, 1, "does nothing")],
+    [(1, 2, r"never entered collective \d+"), pytest.param(0, 1, "does nothing", marks=pytest.mark.long)],
 )
 def test_a_dead_preparation_is_named_and_ended(tmp_path: Path, rank: int, ranks: int, why: str) -> None:
     run = supervised(tmp_path, ranks, *OWN_DATA, long("sleeps", rank, 1000))
