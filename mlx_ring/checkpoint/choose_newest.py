@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlx_ring.checkpoint.file_transfer import Part, Writing, send
+from mlx_ring.cluster.rank.progress import working
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import CheckpointError, ConfigError, MlxRingError, agreed
 from mlx_ring.run_directory import checkpoint_files as disk
@@ -130,7 +131,8 @@ def _deliver(
 
 def own_offer(directory: RunDirectory, other_run: Callable[[dict[str, Any]], str | None]) -> DiskOffer:
     """Look what this rank's disk has to offer. Raises: NewerCheckpointError."""
-    path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
+    with working("verifying checkpoints"):
+        path, manifest, problems = disk.newest_valid(disk.scan(directory.path / "checkpoints"))
     problem = problems[0] if problems else None
     if path is None:
         return DiskOffer(checkpoint={}, record={}, problem=problem)
@@ -179,12 +181,14 @@ def _send(
         if not disk.FILE_NAME.fullmatch(name):
             raise agreed(CheckpointError(f"rank {root} offers {name!r}, which is no file of a checkpoint"))
     checkpoint = disk.step_directory(directory.path / "checkpoints", offer.step)
-    for sizes, source, target in (
-        (offer.record, directory.path, arrived and arrived.record),
-        (offer.checkpoint, checkpoint, arrived and arrived.checkpoint),
-    ):
-        parts = [Part(name, 0, size) for name, size in sizes.items()]
-        send(communicator, parts, root=root, source=source, target=target)
+    total = sum(offer.record.values()) + sum(offer.checkpoint.values())
+    with working("sending the newest checkpoint to other hosts", total=total, computes=False):
+        for sizes, source, target in (
+            (offer.record, directory.path, arrived and arrived.record),
+            (offer.checkpoint, checkpoint, arrived and arrived.checkpoint),
+        ):
+            parts = [Part(name, 0, size) for name, size in sizes.items()]
+            send(communicator, parts, root=root, source=source, target=target)
 
 
 class Arrival:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.rank.progress import advance
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.errors import CheckpointError, agreed
 from mlx_ring.run_directory.checkpoint_files import sync
@@ -93,6 +94,7 @@ def send(
             )
         if target is not None:
             target.write_all(message, content)
+        advance(len(content))
 
 
 def _messages(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_ring.checkpoint import manager as checkpoints
 from mlx_ring.checkpoint.saved_state import SavedState
+from mlx_ring.cluster.rank.progress import working
 from mlx_ring.cluster.rank.protocol import REACHED_STEP
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
@@ -114,7 +115,8 @@ def fill(
     if communicator.rank == 0:
         try:
             if found is not None:
-                files |= _read(config, found, data_sha256, state, files)
+                with working("reading the checkpoint"):
+                    files |= _read(config, found, data_sha256, state, files)
                 progress = _progress(found)
             elif config.checkpoint.initialize_from is not None:
                 source = Path(config.checkpoint.initialize_from).expanduser()

@@ -16,6 +16,7 @@ HOST_SILENT_SECONDS = 10.0  # an attempt fails when a host's agent is silent for
 AGENT_READY_SECONDS = 20.0  # the supervisor waits for an agent's first report: ssh and Python start first
 MEET_SECONDS = 120.0  # the supervisor waits for all ranks to come to the start
 START_SECONDS = 600.0  # without progress while ranks read data, restore, compile the first step, or save
+EFFORT_SECONDS = 2.0  # over which the supervisor judges whether a rank that tells nothing is at work
 
 # Watching
 TICK_SECONDS = 0.5  # an attempt waits for a report before it looks at the clock again
@@ -53,7 +54,7 @@ RING_CONNECT_GRACE_SECONDS = 5.0
 DIRECTORY_LOCK_SECONDS = LEASE_SECONDS + 8.0  # a rank that lost its supervisor holds its directory meanwhile
 
 # The doctor
-DATA_SECONDS = 600.0  # a host opens the data of a run, which may turn text into tokens first
+DATA_SECONDS = 600.0  # without progress while a host opens the data of a run
 LAUNCH_SECONDS = 180.0  # a trial launch of ranks, from its start to its end
 
 # Sweeps

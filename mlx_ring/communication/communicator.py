@@ -151,6 +151,11 @@ class Communicator:
         self.free_ports()
         self._group = None
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether this rank may be waiting for others now. Over NCCL that shows nowhere: it always may."""
+        return bool(self.call) or (self.world_size > 1 and not self.host_waits)
+
     # Sums
 
     def all_sum(self, array: mx.array) -> mx.array:

@@ -8,8 +8,9 @@ of samples as a pure function of seed and position. `loader` prepares global bat
 what follows from them, as integers; they know no communicator.
 """
 
+from mlx_ring.cluster.rank.progress import report_progress
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.loader import GlobalBatch, Loader
 from mlx_ring.data.sampler import sample_order
 
-__all__ = ["DataSpec", "Dataset", "GlobalBatch", "Loader", "Split", "sample_order"]
+__all__ = ["DataSpec", "Dataset", "GlobalBatch", "Loader", "Split", "report_progress", "sample_order"]

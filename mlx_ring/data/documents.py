@@ -3,14 +3,16 @@
 import codecs
 import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.rank.progress import advance, working
 from mlx_ring.config.choices import TextData
 from mlx_ring.errors import DataError
 
 BLOCK_BYTES = 1 << 16  # text that is read at once
+HASHED_BYTES = 1 << 20  # a file is hashed in blocks of this size
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,33 @@ def find_documents(config: TextData) -> list[Document]:
         paths = [root]
     else:
         raise DataError(f"data.path={root} does not exist; give a text file or a folder of them")
-    documents: list[Document] = []
-    for path in paths:
-        if path.is_file() and (size_bytes := path.stat().st_size):
-            try:
-                with path.open("rb") as file:
-                    documents.append(
-                        Document(path, size_bytes, hashlib.file_digest(file, "sha256").hexdigest())
-                    )
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    with working("hashing text", total=sum(sizes.values())):
+        documents = [Document(path, size, _sha256(path)) for path, size in sizes.items() if size]
     if not documents:
         what = f"no text in files that match data.pattern={config.pattern}" if root.is_dir() else "no text"
         raise DataError(f"data.path={root} holds {what}; give a text file, or a folder and a fitting pattern")
     return documents
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASHED_BYTES):
+                digest.update(block)
+                advance(len(block))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def joined(documents: list[Document], read: Callable[[Document], Iterator[str]]) -> Iterator[str | None]:
+    """Yields the blocks of all documents, as `read` gives them, and None between two documents."""
+    for index, document in enumerate(documents):
+        if index:
+            yield None
+        yield from read(document)
 
 
 def read_text(document: Document) -> Iterator[str]:
@@ -68,6 +83,7 @@ def read_text(document: Document) -> Iterator[str]:
         while more:
             block = file.read(BLOCK_BYTES)
             sha256.update(block)
+            advance(len(block))
             more = bool(block)
             try:
                 text = decoder.decode(block, final=not more)

@@ -98,6 +98,11 @@ class Loader(Iterator[GlobalBatch]):
         self._prepare(self._next_sample + len(self._ahead) * self._global_batch_size)
         return batch
 
+    def wait_for_first(self) -> None:
+        """Waits until the next batch is made. If making it fails, `next` raises the error."""
+        if self._ahead:
+            self._ahead[0].exception()
+
     def deal(self, micro_batches: range) -> None:
         """Changes which micro-batches this rank gets, from the next batch on; prepares those batches anew."""
         self._micro_batches = micro_batches

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
+from mlx_ring.cluster.rank.progress import advance, working
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
@@ -56,7 +57,8 @@ class DataManager:
             ConfigError, DataError: the data is absent or damaged, or does not fit; the same on every rank.
         """
         opener = _Opener(config, communicator, kind=kind, seed=seed)
-        dataset, error = opener.attempt(lambda: opener.prepare_files(model_maximum))
+        with working(f"opening the data ({getattr(config, 'import_path', config.name)})"):
+            dataset, error = opener.attempt(lambda: opener.prepare_files(model_maximum))
         if getattr(config, "distribute", False) and communicator.world_size > 1:
             communicator.agree_on_error(error if communicator.rank == 0 else None)
             dataset, error = opener.receive_missing(dataset)
@@ -143,8 +145,11 @@ class _Opener:
         if not any(communicator.gather_objects(lacks)):
             return dataset, None
         error: OSError | None = None
-        for name, path in files.items():
-            error = self._send(name, path if lacks and error is None else None) or error
+        own = self._files.values() if communicator.rank == 0 else []
+        sizes = communicator.broadcast_object([path.stat().st_size for path in own])
+        with working("sending rank 0's data to other hosts", total=sum(sizes), computes=False):
+            for name, path in files.items():
+                error = self._send(name, path if lacks and error is None else None) or error
         if error is not None:
             return None, DataError(f"{folder} cannot hold what rank 0 sent: {error.strerror}; make room")
         return self.attempt(lambda: files) if lacks else (dataset, None)
@@ -161,6 +166,7 @@ class _Opener:
             chunks = iter(
                 lambda: communicator.broadcast_bytes(source.read(CHUNK_BYTES) if source else b""), b""
             )
+            chunks = (_counted(chunk) for chunk in chunks)
             try:
                 if target is not None:
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +177,11 @@ class _Opener:
             for _ in chunks:
                 pass
         return failure
+
+
+def _counted(chunk: bytes) -> bytes:
+    advance(len(chunk))
+    return chunk
 
 
 def _sequence_length(config: Any, model_maximum: int | None) -> int | None:

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 
 from mlx_ring.checkpoint.restore import Found, fill
 from mlx_ring.checkpoint.saved_state import SavedState
+from mlx_ring.cluster.rank.progress import working
 from mlx_ring.communication.agreement import agree, parameter_shapes, sha256_of
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.run_config import RunConfig
@@ -109,6 +110,8 @@ def build(config: RunConfig, communicator: Communicator, found: Found | None) ->
     if not config.evaluation.only:
         split = _work_split(config, communicator)
         loader = _loader(config, data, split.micro_batches_of(communicator.rank), progress)
+        with working("reading the first batch"):
+            loader.wait_for_first()
         trainer = Trainer(
             TrainingState(model, optimizer, strategy),
             Work(gradient=gradient, loader=loader, split=split),
@@ -133,12 +136,13 @@ def _first_gradient(
     digest, repeats = "", True
     error: MlxRingError | None = None
     try:
-        digest, repeats = start_check.first_gradient(
-            gradient,
-            data.dataset.train,
-            seed=config.seed,
-            micro_batch_size=config.trainer.micro_batch_size,
-        )
+        with working("computing the first gradient"):
+            digest, repeats = start_check.first_gradient(
+                gradient,
+                data.dataset.train,
+                seed=config.seed,
+                micro_batch_size=config.trainer.micro_batch_size,
+            )
     except MlxRingError as caught:  # a sample that is damaged on one host
         error = caught
     communicator.agree_on_error(error)
@@ -236,22 +240,29 @@ def _build_parts(config: RunConfig, communicator: Communicator) -> tuple[DataMan
     parts: tuple[nn.Module, Optimizer] | None = None
     error: MlxRingError | None = None
     try:
-        memory_manager.apply_limits(config.memory)
-        mx.random.seed(config.seed)  # a data set may have drawn; the first weights depend on the seed alone
-        model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
-        if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
-            make_reproducible(model)
-        if config.memory.activation_checkpointing:
-            memory_manager.checkpoint_activations(model)
-        check_parameters(model)
-        build_loss(config.trainer.loss)
-        _check_outputs(config, spec, model)
-        parts = model, _optimizer(config, model)
+        with working("building the model"):
+            model = _model(config, spec)
+            parts = model, _optimizer(config, model)
     except MlxRingError as caught:
         error = caught
     communicator.agree_on_error(error)
     assert parts is not None
     return data, *parts
+
+
+def _model(config: RunConfig, spec: DataSpec) -> nn.Module:
+    """Builds the model and checks it. Raises: MlxRingError if it cannot be used."""
+    memory_manager.apply_limits(config.memory)
+    mx.random.seed(config.seed)  # a data set may have drawn; the first weights depend on the seed alone
+    model = build_model(config.model, input_shape=spec.input_shape, num_classes=spec.num_classes)
+    if config.communicator.name == "exact" and mx.default_device() == mx.gpu:
+        make_reproducible(model)
+    if config.memory.activation_checkpointing:
+        memory_manager.checkpoint_activations(model)
+    check_parameters(model)
+    build_loss(config.trainer.loss)
+    _check_outputs(config, spec, model)
+    return model
 
 
 def _classifies(config: RunConfig) -> bool:

@@ -1,5 +1,6 @@
 """Drives one run: restores it; then records each step of the trainer and does what is due after it."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from mlx_ring.checkpoint.copies import Copies
 from mlx_ring.checkpoint.restore import Found, find, replaces_record
 from mlx_ring.cluster.limits import DIRECTORY_LOCK_SECONDS
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
+from mlx_ring.cluster.rank.progress import working
 from mlx_ring.cluster.rank.protocol import Phase, Vitals
 from mlx_ring.cluster.rank.stop_signal import StopSignal
 from mlx_ring.communication.agreement import agree
@@ -21,6 +23,7 @@ from mlx_ring.communication.machine import MLX_VERSION, device
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import EXIT_COMPLETED, EXIT_STOPPED, Interrupted, MlxRingError, unwritable_record
 from mlx_ring.run.builder import Run, build
+from mlx_ring.run.narrator import Narrator
 from mlx_ring.run.owed import Owed
 from mlx_ring.run.recorder import RunRecorder
 from mlx_ring.run.storage import RunStorage
@@ -69,6 +72,7 @@ class Coordinator:
         self._saved_step: int | None = None
         self._owed = Owed()
         self._stopped = False  # whether a rank was asked to stop before the run's end
+        self._told = False  # whether status.json says what is prepared
         self._begun = False  # whether status.json speaks of this run
 
     def run(self) -> int:
@@ -100,6 +104,25 @@ class Coordinator:
         Returns: the run, ready for its next step; None if it has completed already.
         Raises: MlxRingError, the same on every rank.
         """
+        if not self._leads:
+            return self._prepare()
+        with Narrator(self._tell, lambda: self._communicator.call):
+            run = self._prepare()
+        if self._told and self._status is not None:
+            with contextlib.suppress(OSError):
+                self._status.update(message="")
+        return run
+
+    def _tell(self, line: str) -> None:
+        """Print what is prepared, also into status.json. Called from the narrator's thread."""
+        with contextlib.suppress(OSError, ValueError):  # the console may have gone
+            print(line, flush=True)
+        if self._status is not None:
+            self._told = True
+            with contextlib.suppress(OSError):
+                self._status.update(message=line)
+
+    def _prepare(self) -> Run | None:
         self.phase = Phase.PREPARING
         host = self._communicator.hosts[self._communicator.rank]
         agree(self._communicator, {"host": host, "config": self._config.flat()})
@@ -179,7 +202,8 @@ class Coordinator:
 
     def _find(self) -> None:
         """Find the checkpoint to continue from, and what was left undone there."""
-        self._found = found = find(self._config, self.directory)
+        with working("verifying checkpoints"):
+            self._found = found = find(self._config, self.directory)
         if found is not None and found.own and not self._config.evaluation.only:
             self._owed = Owed.at(found.manifest, self.directory.path / "metrics.jsonl")
 

@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mlx_ring.cluster.rank import heartbeat
+from mlx_ring.cluster.rank import heartbeat, progress
 from mlx_ring.cluster.rank.environment import RankEnvironment, use_bundled_open_mpi
 from mlx_ring.cluster.rank.heartbeat import Heartbeat
 from mlx_ring.cluster.rank.protocol import Phase, Vitals
@@ -65,9 +65,14 @@ class Process:
         vitals = Vitals(phase=Phase.JOINING if self.joining else Phase.STARTING)
         if coordinator is not None:
             vitals = coordinator.vitals()
+        computes = vitals.phase != Phase.JOINING
         if communicator is not None:
             vitals = replace(vitals, calls=communicator.calls, call=communicator.call)
-        return vitals
+            computes = not communicator.may_wait
+        if work := progress.current():
+            computes = work.computes and not vitals.call
+            vitals = replace(vitals, preparation=str(work), prepared=work.done + work.signs)
+        return replace(vitals, computes=computes)
 
     def report(self) -> None:
         """Tell the supervisor now where this rank is."""
@@ -147,6 +152,9 @@ class Process:
         """Do everything from reading the environment to the end of the run. Returns: the exit status."""
         self.environment = RankEnvironment.read()
         self._heartbeat = heartbeat.connect(os.environ, self.environment.rank, self.vitals, self._on_lost)
+        progress.on_begin(
+            self.report
+        )  # code of a user's own may then keep the heartbeat's thread from running
         use_bundled_open_mpi()
         options = hydra_options()
         self.looks_only = any(getattr(options, name) for name in PRINT_ONLY)

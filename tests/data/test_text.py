@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 from ranks import SUPPORT
 
 from mlx_ring.config.choices import TextData, Tokenizer
-from mlx_ring.data.documents import BLOCK_BYTES
+from mlx_ring.data import bpe
+from mlx_ring.data import text as text_module
+from mlx_ring.data.bpe import LONGEST_TOKEN_BYTES, train_bpe
+from mlx_ring.data.documents import BLOCK_BYTES, Document, find_documents
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError
 
@@ -184,6 +188,7 @@ def test_a_failed_preparation_leaves_nothing_behind(folder: Path, cache: Path) -
 
 PREPARE = """
 import sys
+import time
 from pathlib import Path
 sys.path[:0] = {support!r}
 from test_text import Tokenizer, prepare, text_config
@@ -278,6 +283,113 @@ def test_a_missing_tokenizers_package_names_the_extra(folder: Path, cache: Path,
     config = text_config(write(folder, a="words"), cache, tokenizer=Tokenizer["bpe"])
     with pytest.raises(ConfigError, match=r"data\.tokenizer=bpe.*mlx-ring\[text\]"):
         prepare(config)
+
+
+# What a killed preparation has finished
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {support!r}
+from test_text import Tokenizer, prepare, text_config
+from mlx_ring.data import text as text_module
+text_module.JOURNAL_SECONDS = 0
+append, left = text_module._Encoded.append, [{blocks}]
+def until_killed(self, block):
+    append(self, block)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+text_module._Encoded.append = until_killed
+prepare(text_config(Path({folder!r}), Path({cache!r}), tokenizer=Tokenizer[{tokenizer!r}]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "damaged", "trains", "goes_on"),
+    [
+        ("bpe", "", False, True),
+        ("bpe", "bin", False, False),
+        ("bpe", "tokenizer.json", True, True),
+        ("bpe", "journal.json", True, False),
+        ("bytes", "", False, True),
+    ],
+)
+def test_a_killed_preparation_is_continued(
+    folder: Path, cache: Path, monkeypatch: Any, tokenizer: str, damaged: str, trains: bool, goes_on: bool
+) -> None:
+    write(folder, a="the cat sat on the mat\n" * 20_000, b="the moon, Größe\n" * 9_000)
+    code = KILLED.format(
+        support=[str(SUPPORT), str(Path(__file__).parent)],
+        blocks=7,
+        folder=str(folder),
+        cache=str(cache),
+        tokenizer=tokenizer,
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    (left,) = cache.glob("*.preparing")
+    if damaged:
+        (path,) = left.glob(f"*{damaged}")
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    done: dict[str, int] = {"trained": 0, "encoded": 0}
+    train, append = text_module.train_bpe, text_module._Encoded.append
+
+    def counted(name: str, act: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            done[name] += 1
+            return act(*arguments)
+
+        return call
+
+    monkeypatch.setattr(text_module, "train_bpe", counted("trained", train))
+    monkeypatch.setattr(text_module._Encoded, "append", counted("encoded", append))
+    continued = prepare(text_config(folder, cache, tokenizer=Tokenizer[tokenizer]))
+    assert done["trained"] == trains and not left.exists()
+    encoded = done["encoded"]
+    done["encoded"] = 0
+    undisturbed = prepare(text_config(folder, cache / "new", tokenizer=Tokenizer[tokenizer]))
+    assert encoded == done["encoded"] - (7 if goes_on else 0)
+    for name, path in undisturbed.items():
+        assert continued[name].read_bytes() == path.read_bytes(), name
+
+
+# Long words
+
+
+def seconds_to_train(folder: Path, name: str, content: bytes) -> float:
+    """The processor time of training a tokenizer on this text."""
+    path = folder / f"{name}.txt"
+    path.write_bytes(content)
+    document = Document(path, len(content), hashlib.sha256(content).hexdigest())
+    start = time.process_time()
+    tokenizer = train_bpe([document], 2000)
+    seconds = time.process_time() - start
+    assert tokenizer.get_vocab_size() == 2000
+    assert max(map(len, tokenizer.get_vocab())) <= LONGEST_TOKEN_BYTES
+    return seconds
+
+
+def test_text_without_spaces_trains_about_as_fast_as_words(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    size = 600_000
+    letters = np.frombuffer(b"ACGT", np.uint8)[random.integers(0, 4, size)].tobytes()
+    words = ["".join(map(chr, random.integers(97, 123, 1 + random.poisson(6)))) for _ in range(20_000)]
+    text = " ".join(words[index % 20_000] for index in random.zipf(1.2, size // 4)).encode()[:size]
+    assert seconds_to_train(folder, "letters", letters) < 8 * seconds_to_train(folder, "words", text)
+
+
+def test_long_runs_give_no_longer_tokens(folder: Path) -> None:
+    seconds_to_train(folder, "rules", b"\n".join(b"%d " % n + b"=" * 5000 for n in range(3000)))
+
+
+def test_a_limited_amount_of_long_words_is_learnt_from(folder: Path, monkeypatch: Any) -> None:
+    write(folder, a="ACGT" * 50_000, b="QWQW" * 50_000 + "\n" + "the cat sat on the mat\n" * 100)
+    documents = find_documents(text_config(folder, folder))
+    everything = train_bpe(documents, 300).get_vocab()
+    monkeypatch.setattr(bpe, "LONG_WORD_CHARACTERS", 100_000)
+    limited = train_bpe(documents, 300).get_vocab()
+    assert "QW" in everything and "QW" not in limited
+    assert {"AC", "at"} <= limited.keys()
 
 
 # Errors

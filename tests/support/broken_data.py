@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
+from mlx_ring.data import report_progress
 from mlx_ring.data.sources import Dataset, DataSpec
 
 
@@ -89,6 +92,28 @@ def long_evaluation() -> Dataset:
     spec = DataSpec(kind="classifier", input_shape=(8,), num_classes=3)
     calm = Samples("", 0, 0, 0)
     return Dataset(spec=spec, digest="0" * 64, train=calm, held_out=HeldOut("", 0, 0, 0))
+
+
+def long(how: str, rank: int, seconds: float) -> Dataset:
+    """Takes this many seconds on one rank, and shows in one way that it is at work, or in none."""
+    mine = int(os.environ.get("MLX_RANK", "0")) == rank
+    end = time.monotonic() + (seconds if mine else 0.0)
+    child = f"import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
+    done = 0
+    while (left := end - time.monotonic()) > 0:
+        done += 1
+        if how == "sleeps":
+            time.sleep(left)
+        elif how == "child works":
+            subprocess.run([sys.executable, "-c", child], check=True)
+        elif how == "reads":
+            Path(__file__).read_bytes()
+            Path(sys.executable).read_bytes()
+            time.sleep(0.5)
+        elif how == "reports":
+            report_progress(done, 100, "shards")
+            time.sleep(0.5)
+    return build("")
 
 
 def slow() -> Dataset:

@@ -24,13 +24,16 @@ from mlx_ring import __version__
 from mlx_ring.cluster.agent.rank_process import RankProcess, end
 from mlx_ring.cluster.hosts.host_probe import machine_id
 from mlx_ring.cluster.limits import GRACE_SECONDS, LAST_REPORT_SECONDS, LEASE_SECONDS, PULSE_SECONDS
+from mlx_ring.cluster.rank.effort import effort_of
 from mlx_ring.cluster.rank.protocol import (
     JOB_ID,
     MPIRUN,
     REACHED_STEP,
+    TRAINING,
     AllEnded,
     Conclude,
     DumpStacks,
+    Effort,
     EndProcesses,
     Events,
     Exited,
@@ -278,13 +281,20 @@ def _sweep() -> None:
 
 def _state(heard: _Heard) -> RankState:
     report = heard.report
+    effort: Effort | None = None
     try:
-        process_state = str(psutil.Process(report.pid).status())
+        process = psutil.Process(report.pid)
+        process_state = str(process.status())
+        if report.vitals.computes and report.vitals.phase not in TRAINING:
+            effort = effort_of(process)
     except psutil.Error:
         process_state = "gone"
-    silent_seconds = time.monotonic() - heard.at
     return RankState(
-        rank=report.rank, vitals=report.vitals, silent_seconds=silent_seconds, process_state=process_state
+        rank=report.rank,
+        vitals=report.vitals,
+        silent_seconds=time.monotonic() - heard.at,
+        process_state=process_state,
+        effort=effort,
     )
 
 

@@ -22,7 +22,6 @@ from mlx_ring.cluster.hosts.host_link import HostLost
 from mlx_ring.cluster.hosts.on_hosts import ask
 from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
 from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK
-from mlx_ring.cluster.limits import DATA_SECONDS
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import ConfigError, MlxRingError
 
@@ -173,7 +172,8 @@ async def _compare_data(file: HostFile, python: str, planned: PlannedRun, names:
     if planned.distributes:
         names = [name for name in names if name == file.hosts[0].ssh]
     command = [python, "-m", "mlx_ring.run.data_digest", *planned.overrides]
-    answers = await asyncio.gather(*(ask(name, command, file.envs, seconds=DATA_SECONDS) for name in names))
+    # No time limit: the program itself gives up if it makes no progress.
+    answers = await asyncio.gather(*(ask(name, command, file.envs) for name in names))
     found: dict[str, dict[str, str]] = {}
     for answer in answers:
         lines = answer.stderr.splitlines() or [f"status {answer.status}"]

@@ -42,6 +42,9 @@ class Phase(StrEnum):
     DONE = "done"  # its last word: it leaves because all is done
 
 
+TRAINING = {Phase.TRAINING, Phase.EVALUATING}
+
+
 class Message:
     """Anything that is sent; its JSON names the class, in lower case."""
 
@@ -75,6 +78,9 @@ class Vitals(Message):
     work: int = 0  # micro-batches evaluated
     saved_step: int = 0  # rank 0's: the newest step on its disk; 0 before the first
     busy_seconds: float = 0.0  # time that it computed in the last step
+    preparation: str = ""  # what it works on outside training, and how far it is
+    prepared: int = 0  # what it has counted of that
+    computes: bool = False  # whether it works by itself and waits for no other rank: CPU time is progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +190,14 @@ class PortsFound(Report):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Effort(Message):
+    """What a rank's process and its children have used since they began."""
+
+    cpu_seconds: float
+    bytes_moved: int  # read and written; 0 if the system does not tell
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankState(Message):
     """One rank, as its agent knows it."""
 
@@ -191,6 +205,7 @@ class RankState(Message):
     vitals: Vitals
     silent_seconds: float = 0.0  # since its last report
     process_state: str = ""  # as psutil names it, such as "running" or "stopped"; "gone" after its end
+    effort: Effort | None = None  # None while it trains
 
 
 @dataclass(frozen=True, kw_only=True)

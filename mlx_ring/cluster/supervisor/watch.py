@@ -7,16 +7,16 @@ the event loop's clock.
 import signal
 import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlx_ring.cluster.limits import MEET_SECONDS, RANK_SILENT_SECONDS, START_SECONDS
-from mlx_ring.cluster.rank.protocol import Phase, RankState, Vitals
+from mlx_ring.cluster.rank.effort import Judge
+from mlx_ring.cluster.rank.protocol import TRAINING, Phase, RankState, Vitals
 from mlx_ring.errors import EXIT_STOPPED, ClusterError
 
 HANG_STEPS = 10  # a step hangs when it takes this many times as long as usual
 SLOW_FACTOR = 2.0  # a rank that computes this many times as long as the others is slow
 SLOW_STEPS = 20  # a rank that was slow in this many steps in a row is a straggler
-TRAINING = {Phase.TRAINING, Phase.EVALUATING}
 UNHEARD = Vitals(phase=Phase.STARTING)  # of a rank that has not reported yet
 
 
@@ -29,6 +29,7 @@ class Rank:
     host_name: str  # as messages call it
     state: RankState | None = None  # as its agent last reported it
     changed: float = 0.0  # when it last made progress
+    judge: Judge = field(default_factory=Judge)
     last_words: str = ""  # its last line that begins with "error:"
     status: int | None = None  # of its process, after that has ended
     slow_steps: int = 0  # in a row
@@ -50,7 +51,7 @@ class Rank:
         if self.state is None:
             return None
         vitals = self.vitals
-        return vitals.phase, vitals.step, vitals.calls, vitals.work
+        return vitals.phase, vitals.step, vitals.calls, vitals.work, vitals.prepared
 
     @property
     def phase(self) -> Phase:
@@ -126,7 +127,8 @@ class Watch:
             return
         before = rank.place
         rank.state = state
-        if rank.place != before:
+        at_work = rank.judge.at_work(state.effort, now)  # also if its program tells nothing
+        if at_work or rank.place != before:
             rank.changed = now
         new_step = not self._steps or self._steps[-1][1] != state.vitals.step
         if rank.rank == 0 and rank.phase in TRAINING and new_step:
@@ -230,6 +232,8 @@ class Watch:
             waits = "has not come to the start"
         elif rank.vitals.calls < furthest:
             waits = f"never entered collective {furthest}"
+        elif rank.vitals.computes:
+            waits = "does nothing"
         else:
             waits = f"holds up collective {furthest}"
         place = f"step {rank.vitals.step}, phase {rank.phase}"
@@ -242,6 +246,7 @@ class Watch:
             or [rank for rank in self.ranks if rank.phase == Phase.STARTING]
             or [rank for rank in self.ranks if rank.silent]
             or [rank for rank in self.ranks if rank.vitals.calls < furthest]
+            or [rank for rank in self.ranks if rank.vitals.computes and rank.phase not in TRAINING]
         )
         return suspects[0] if suspects else None
 
@@ -254,4 +259,4 @@ def _cause(rank: Rank) -> str:
         return "it is still starting" if rank.state is not None else "it never reported"
     if rank.silent:
         return "it has gone silent"
-    return f"it is still at {rank.vitals.call or 'computing'}"
+    return f"it is still at {rank.vitals.call or rank.vitals.preparation or 'computing'}"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mlx_ring.cluster.limits import MEET_SECONDS, START_SECONDS
-from mlx_ring.cluster.rank.protocol import Phase, RankState, Vitals
+from mlx_ring.cluster.rank.protocol import Effort, Phase, RankState, Vitals
 from mlx_ring.cluster.supervisor.watch import HANG_STEPS, SLOW_STEPS, Rank, Watch
 
 
@@ -98,6 +98,47 @@ def test_the_one_behind_holds_them_up(process: str, call: str, words: str) -> No
     failure = clock.watch.failure_of_hang(clock.now + 31)
     assert words in failure.message and "no progress for 31 s" in failure.message, failure.message
     assert (failure.rank, failure.host, failure.status, failure.event) == (1, "10.0.0.1", 3, "hang")
+
+
+def measured(clock: Clock, rank: int, seconds: float, cpu_seconds: float = 0.0, moved: int = 0) -> None:
+    """A rank in preparation that tells nothing, for a while, and what it has used at each second."""
+    for second in range(1, round(seconds) + 1):
+        effort = Effort(cpu_seconds=second * cpu_seconds, bytes_moved=second * moved)
+        vitals = Vitals(
+            phase=Phase.PREPARING, calls=3, computes=True, preparation="opening the data (own:data)"
+        )
+        clock.now += 1
+        clock.watch.hear(RankState(rank=rank, vitals=vitals, effort=effort), clock.now)
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "moved", "hangs"),
+    [(1.0, 0, False), (0.03, 0, False), (0.0, 100_000, False), (0.002, 500, True), (0.0, 0, True)],
+)
+def test_work_that_tells_nothing_is_seen(cpu_seconds: float, moved: int, hangs: bool) -> None:
+    clock = Clock(2)
+    clock.tell(only=0, phase=Phase.PREPARING, calls=4, call="all_gather")
+    measured(clock, 1, 2 * START_SECONDS, cpu_seconds, moved)
+    assert clock.watch.hangs(clock.now) is hangs
+    failure = clock.watch.failure_of_hang(clock.now)
+    told = "rank 1 on studio-1 never entered collective 4: it is still at opening the data (own:data) (step 0"
+    assert told in failure.message, failure.message
+
+
+def test_counted_progress_has_no_time_limit() -> None:
+    clock = Clock(2)
+    for prepared in range(10):
+        clock.tell(START_SECONDS - 1, phase=Phase.PREPARING, calls=3, prepared=prepared)
+        assert not clock.watch.hangs(clock.now + START_SECONDS - 1)
+
+
+def test_who_waits_for_another_process_is_not_to_blame() -> None:
+    clock = Clock(2)
+    waiting = "another process prepares this text: encoding text, 3 of 16 MB"
+    clock.tell(only=0, phase=Phase.PREPARING, calls=3, preparation=waiting)
+    clock.tell(only=1, phase=Phase.PREPARING, calls=3, preparation="encoding text, 3 of 16 MB", computes=True)
+    failure = clock.watch.failure_of_hang(clock.now + START_SECONDS)
+    assert "rank 1 on studio-1 does nothing: it is still at encoding text, 3 of 16 MB" in failure.message
 
 
 def test_nobody_is_blamed_for_a_silent_network() -> None:
