@@ -69,7 +69,9 @@ class MlxRingLauncher(Launcher):
 
     def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
         """Composes the configuration of one job."""
-        config = self._loader.load_sweep_config(self._config, list(overrides))
+        from mlx_ring.config.typed_text import as_typed
+
+        config = self._loader.load_sweep_config(self._config, list(map(as_typed, overrides)))
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
@@ -78,12 +80,13 @@ class MlxRingLauncher(Launcher):
         return config
 
     def _job(self, config: DictConfig) -> "Job":
+        from mlx_ring.config.typed_text import without_quotes
         from mlx_ring.sweep.sweep import Job
 
         cluster = config.cluster
         return Job(
             number=config.hydra.job.num,
-            overrides=tuple(config.hydra.overrides.task),
+            overrides=tuple(map(without_quotes, config.hydra.overrides.task)),
             searchpath=self._searchpath,
             directory=Path(config.run.dir),
             ranks=cluster.ranks,

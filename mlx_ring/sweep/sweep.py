@@ -15,10 +15,11 @@ from mlx_ring.cluster.limits import JOB_HOSTS_SECONDS, JOB_LOOK_SECONDS
 from mlx_ring.cluster.rank.stop_signal import StopRequests, tell_loop
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
 from mlx_ring.config.redaction import redact_override
+from mlx_ring.config.typed_text import quoted
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.sweep.fetch_record import fetch_record
 from mlx_ring.sweep.host_dealer import HostDealer
-from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, quoted
+from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation
 
 LINE_BYTES = 2**20  # longest line of a job's output
 # The first and the second request to stop a job: the same signal again, at once, would be no second one.

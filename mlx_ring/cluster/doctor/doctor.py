@@ -57,9 +57,8 @@ class PlannedRun:
         if not any(item.startswith("run.dir=") for item in overrides):
             overrides = [*overrides, "run.dir=outputs/doctor"]  # nothing makes this folder
         config = compose_run(*overrides)
-        directory = config.redacted["run"]["dir"]
         distributes = getattr(config.data, "distribute", False)
-        return PlannedRun(overrides=overrides, directory=directory, distributes=distributes)
+        return PlannedRun(overrides=overrides, directory=config.run.dir, distributes=distributes)
 
 
 def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterator[Check]:

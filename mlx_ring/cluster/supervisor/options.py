@@ -64,7 +64,7 @@ def options(
         ranks = config.cluster.ranks or 1
     return Options(
         overrides=overrides,
-        directory=Path(config.redacted["run"]["dir"]),
+        directory=Path(config.run.dir),
         local_ranks=ranks or 0,
         hostfile=hostfile,
         mpirun=mpirun,
