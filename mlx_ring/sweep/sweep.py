@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.cluster.limits import JOB_HOSTS_SECONDS, JOB_LOOK_SECONDS
 from mlx_ring.cluster.rank.stop_signal import StopRequests, tell_loop
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
@@ -158,7 +159,7 @@ class Sweep:
         if job.backend == "mpi":
             where = [*where, "--launcher", "mpirun"]
         command = [
-            sys.executable, "-m", "mlx_ring.cli", "run", *where,
+            *own_program(sys.executable, "mlx_ring.cli", "run"), *where,
             "--max-restarts", str(self._max_restarts),
             "--leash", "--", *job.overrides, *job.searchpath, "hydra.mode=RUN",
             f"run.dir={quoted(str(job.directory))}",
@@ -173,7 +174,7 @@ class Sweep:
         assert process.stdout is not None and process.stderr is not None
         pruning = asyncio.create_task(self._prune(job, process))
         try:
-            await asyncio.gather(
+            _, last_words = await asyncio.gather(
                 self._pass_on("out", process.stdout, row), self._pass_on("err", process.stderr, row)
             )
             status = await process.wait()
@@ -183,21 +184,28 @@ class Sweep:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         if status >= 0:
+            if status not in (0, EXIT_STOPPED, Interrupted.exit_status):
+                row.message = row.message or last_words
             return status
         row.message = f"its supervisor was ended by {signal.Signals(-status).name}"
         ended = Interrupted if status == -signal.SIGINT else ClusterError
         return ended.exit_status
 
-    async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> None:
-        """Prints the lines of a job after its number. The last error among them becomes its message."""
+    async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> str:
+        """Prints the lines of a job after its number. The last error among them becomes its message.
+
+        Returns: the last line.
+        """
+        last = ""
         while True:
             try:
                 line = await stream.readline()
             except ValueError:  # the line is too long: drop what was read of it
                 continue
             if not line:
-                return
+                return last
             text = line.decode(errors="replace").rstrip()
+            last = text or last
             self._output.write(name, f"[job {row.number}] {text}")
             if found := re.match(r"(?:\[.*?\] )?error: (.*)", text):
                 row.message = found[1]

@@ -134,7 +134,8 @@ def failure(row: Row, directory: Path) -> JobFailed | None:
     again = f"the same command with {in_shell(f'hydra.sweep.dir={quoted(str(directory))}')} goes on"
     status = EXIT_STOPPED if row.exit_status is None else row.exit_status
     why = "not started" if row.exit_status is None else f"{row.state}, status {status}"
-    return JobFailed(f"job {row.number} {why}: {row.message or 'see ' + str(row.directory)}; {again}", status)
+    reason = row.message or (f"see {row.directory}" if row.directory.exists() else "it gave no reason")
+    return JobFailed(f"job {row.number} {why}: {reason}; {again}", status)
 
 
 def show(directory: Path) -> None:

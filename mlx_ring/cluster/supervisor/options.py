@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.config.compose import compose_run
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
@@ -86,7 +87,7 @@ def rank_program(python: str, overrides: list[str], openblas_threads: int | None
     program = [python, str(Path(python).with_name("train.py")), *overrides]
     if openblas_threads is None:
         return program
-    return [python, "-m", "mlx_ring.cluster.rank.openblas", str(openblas_threads), *program]
+    return own_program(python, "mlx_ring.cluster.rank.openblas", str(openblas_threads), *program)
 
 
 def mpirun_command(python: str, ranks: int) -> list[str]:
