@@ -138,6 +138,19 @@ def failure(row: Row, directory: Path) -> JobFailed | None:
     return JobFailed(f"job {row.number} {why}: {reason}; {again}", status)
 
 
+def failures(directory: Path) -> list[JobFailed]:
+    """Returns the errors of all jobs in a sweep's table that failed, also of those of earlier starts."""
+    failed = [
+        Row(
+            number=int(row["job"]), overrides=(), directory=Path(row["directory"]), state=row["state"],
+            exit_status=int(row["exit_status"]), message=row["message"],
+        )
+        for row in read_table(directory)
+        if row["state"] == "failed"
+    ]  # fmt: skip
+    return [error for row in failed if (error := failure(row, directory)) is not None]
+
+
 def show(directory: Path) -> None:
     """Prints the table. Of the overrides, shows only those in which jobs differ."""
     rows = read_table(directory)
