@@ -37,6 +37,11 @@ def as_typed(override: str) -> str:
     return f"{key}={ELEMENT.sub(_quote_value, value)}" if value else override
 
 
+def sets(override: str, key: str) -> bool:
+    """Tells whether an override gives this key a value: `KEY=…`, `+KEY=…` or `++KEY=…`."""
+    return override.partition("=")[0].lstrip("+") == key
+
+
 def without_quotes(override: str) -> str:
     """Undoes `as_typed`; an override that somebody else quoted stays as it is."""
     plain = re.sub(r"'([\w.+-]+)'", r"\1", override)
@@ -80,13 +85,17 @@ def refuse_numbers(key: str, value: Any) -> None:
 
 def with_texts(record: dict[str, Any]) -> dict[str, Any]:
     """Returns a recorded configuration with texts for the numbers that earlier versions recorded instead."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, list):
+            return [text(item) for item in value]
+        return str(value) if isinstance(value, int | float) else value
+
+    def texts(group: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: text(each) if f"{group}.{name}" in TEXTS else each for name, each in values.items()}
+
     return {
-        group: {
-            name: str(value) if f"{group}.{name}" in TEXTS and isinstance(value, int | float) else value
-            for name, value in values.items()
-        }
-        if isinstance(values, dict)
-        else values
+        group: texts(group, values) if isinstance(values, dict) else values
         for group, values in record.items()
     }
 

@@ -10,7 +10,8 @@ from refusals import CONFIGURATION, assert_refused
 from sweeps import sweep, table
 
 from mlx_ring.config.compose import compose_run, recorded_run
-from mlx_ring.config.typed_text import TEXTS, as_typed, without_quotes
+from mlx_ring.config.resume_rules import refuse_changes
+from mlx_ring.config.typed_text import TEXTS, as_typed, with_texts, without_quotes
 from mlx_ring.errors import ConfigError
 
 NUMBERS = ["20261127", "42", "1e3", "3.10", "true", "False", "nan", "-inf", ".5", "1_000", "+7", "007"]
@@ -56,15 +57,19 @@ def test_a_program_composes_texts_as_typed() -> None:
 
 
 def test_a_run_that_recorded_a_number_is_still_read() -> None:
-    config = compose_run("run.dir=run")
-    assert recorded_run(config.redacted | {"run": {"dir": 1000.0}}).run.dir == "1000.0"
+    """By what reads a record, and by a resumed run, which types the same."""
+    now = compose_run("run.dir=1e3", "data=text", "model=transformer", "data.path=a", "data.exclude=[2024]")
+    before = now.redacted | {"run": {"dir": 1000.0}, "data": now.redacted["data"] | {"exclude": [2024]}}
+    read = recorded_run(before)
+    assert (read.run.dir, read.data.exclude) == ("1000.0", ["2024"])
+    refuse_changes(with_texts(before), now.redacted)
 
 
 @pytest.mark.ranks
 def test_every_command_takes_a_number_as_a_path(tmp_path: Path) -> None:
     train(tmp_path, run="3.10").ok()
     assert status(tmp_path, "3.10")["state"] == "completed"
-    mlx_ring(tmp_path, "run", "--", *SMALL, "run.dir=20261127", "checkpoint.initialize_from=3.10").ok()
+    mlx_ring(tmp_path, "run", "--", *SMALL, "++run.dir=20261127", "checkpoint.initialize_from=3.10").ok()
     assert status(tmp_path, "20261127")["state"] == "completed"
     mlx_ring(tmp_path, "replay", "3.10", "--step", "2").ok()
     starts = "checkpoint.initialize_from=choice(20261127,3.10)"

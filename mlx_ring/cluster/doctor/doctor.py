@@ -24,6 +24,7 @@ from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
 from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK, own_program
 from mlx_ring.cluster.limits import DATA_SECONDS
 from mlx_ring.config.compose import compose_run
+from mlx_ring.config.typed_text import sets
 from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
 
 REACH = "try by hand: ssh -o BatchMode=yes {host} true must say nothing and ask nothing"
@@ -54,7 +55,7 @@ class PlannedRun:
     @staticmethod
     def from_overrides(overrides: list[str]) -> "PlannedRun":
         """Raises: ConfigError if the overrides have a mistake."""
-        if not any(item.startswith("run.dir=") for item in overrides):
+        if not any(sets(item, "run.dir") for item in overrides):
             overrides = [*overrides, "run.dir=outputs/doctor"]  # nothing makes this folder
         config = compose_run(*overrides)
         distributes = getattr(config.data, "distribute", False)

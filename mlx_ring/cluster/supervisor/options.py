@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.config.compose import compose_run
+from mlx_ring.config.typed_text import sets
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
 
@@ -46,7 +47,7 @@ def options(
 
     Raises: ConfigError for a mistake that shows before any rank is started.
     """
-    if not any(item.startswith("run.dir=") for item in overrides):  # every attempt needs the same one
+    if not any(sets(item, "run.dir") for item in overrides):  # every attempt needs the same one
         overrides = [*overrides, f"run.dir=outputs/{new_run_id()}"]
     config = compose_run(*overrides)
     if config.cluster.hostfile is not None and hostfile is None and ranks is None:
