@@ -45,4 +45,8 @@ def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:
         tags: set[str] = value.tags | ({"int"} if isinstance(value.start, int) else set[str]())
         assert value.start is not None and value.end is not None
         return value.start, value.end, tags
-    return list(override.sweep_string_iterator())
+    from mlx_ring.config.typed_text import without_quotes
+
+    key = override.get_key_element()
+    jobs = [without_quotes(f"{key}={each}") for each in override.sweep_string_iterator()]
+    return [job.removeprefix(f"{key}=") for job in jobs]

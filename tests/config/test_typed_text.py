@@ -73,11 +73,17 @@ def test_every_command_takes_a_number_as_a_path(tmp_path: Path) -> None:
     assert status(tmp_path, "20261127")["state"] == "completed"
     mlx_ring(tmp_path, "replay", "3.10", "--step", "2").ok()
     starts = "checkpoint.initialize_from=choice(20261127,3.10)"
-    swept = sweep(tmp_path, *SMALL, "hydra.sweep.dir=1e3", starts)
+    names = ",".join(item.partition("=")[0] for item in SMALL)
+    named = (
+        "hydra.sweep.subdir=${hydra.job.override_dirname}",
+        f"hydra.job.config.override_dirname.exclude_keys=[{names}]",
+    )
+    swept = sweep(tmp_path, *SMALL, "hydra.sweep.dir=1e3", starts, *named)
     assert swept.returncode == 0, swept
     (tmp_path / "sweep").symlink_to("1e3")
-    starts = [row["overrides"].split()[-1] for row in table(tmp_path)]
-    assert starts == ["checkpoint.initialize_from=20261127", "checkpoint.initialize_from=3.10"]
+    expected = ["checkpoint.initialize_from=20261127", "checkpoint.initialize_from=3.10"]
+    assert [row["overrides"].split()[-1] for row in table(tmp_path)] == expected
+    assert [row["directory"] for row in table(tmp_path)] == [f"1e3/{name}" for name in expected]
     assert {path.name for path in tmp_path.iterdir()} == {"3.10", "20261127", "1e3", "sweep"}
 
 
