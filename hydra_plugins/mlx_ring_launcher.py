@@ -69,8 +69,16 @@ class MlxRingLauncher(Launcher):
 
     def _composed(self, overrides: Sequence[str], number: int) -> DictConfig:
         """Composes the configuration of one job."""
-        config = self._loader.load_sweep_config(self._config, list(overrides))
+        from mlx_ring.config.typed_text import as_typed, without_quotes
+
+        config = self._loader.load_sweep_config(self._config, list(map(as_typed, overrides)))
+        typed = [(each, without_quotes(each)) for each in config.hydra.overrides.task]
+        separator = config.hydra.job.config.override_dirname.kv_sep
         with open_dict(config):
+            config.hydra.overrides.task = [plain for _, plain in typed]
+            for words in typed:  # the folder of a job may be named by it
+                quoted, plain = (each.replace("=", separator) for each in words)
+                config.hydra.job.override_dirname = config.hydra.job.override_dirname.replace(quoted, plain)
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
             HydraConfig.instance().set_config(config)  # for ${hydra:…} in the sub-directory's name

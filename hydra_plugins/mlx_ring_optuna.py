@@ -28,9 +28,10 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs all trials. Raises: ConfigError if nothing varies; JobFailed if a job failed."""
+        from mlx_ring.config.typed_text import as_typed
         from mlx_ring.sweep.study import Study
 
-        typed = [*(f"{key}={value}" for key, value in self._params.items()), *arguments]
+        typed = [*(as_typed(f"{key}={value}") for key, value in self._params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(typed)
         fixed = [str(each.input_line) for each in overrides if not each.is_sweep_override()]
         space = {each.get_key_element(): _values(each) for each in overrides if each.is_sweep_override()}
@@ -44,4 +45,8 @@ def _values(override: Override) -> list[str] | tuple[float, float, set[str]]:
         tags: set[str] = value.tags | ({"int"} if isinstance(value.start, int) else set[str]())
         assert value.start is not None and value.end is not None
         return value.start, value.end, tags
-    return list(override.sweep_string_iterator())
+    from mlx_ring.config.typed_text import without_quotes
+
+    key = override.get_key_element()
+    jobs = [without_quotes(f"{key}={each}") for each in override.sweep_string_iterator()]
+    return [job.removeprefix(f"{key}=") for job in jobs]

@@ -13,6 +13,7 @@ from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
 from mlx_ring.config.run_config import RunConfig
+from mlx_ring.config.typed_text import with_texts
 from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingError
 from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.directory import RunDirectory
@@ -81,7 +82,7 @@ def refuse_another_run(config: RunConfig, manifest: dict[str, Any]) -> None:
     """
     digest = look_ups_sha256(config.redacted, config.flat())
     alike = manifest.get("look_ups_sha256", digest) == digest
-    refuse_changes(manifest.get("config", {}), config.redacted, resolved_alike=alike)
+    refuse_changes(with_texts(manifest.get("config", {})), config.redacted, resolved_alike=alike)
 
 
 def replaces_record(config: RunConfig, found: Found | None) -> bool:

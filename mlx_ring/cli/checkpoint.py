@@ -11,6 +11,7 @@ import click
 
 from mlx_ring.cluster.hosts.host_file import HostFile, read_hostfile
 from mlx_ring.cluster.hosts.on_hosts import fetch, on_hosts
+from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.errors import CheckpointError
 from mlx_ring.run_directory import checkpoint_files
 from mlx_ring.run_directory.manifest import Lineage
@@ -127,7 +128,7 @@ def _rows(action: str, run: Path, hosts: HostFile | None, python: str, only: str
     """
     if hosts is None:
         return [_row(path, READERS[action]) for path in _checkpoints_here(run)]
-    command = [python, "-m", "mlx_ring.cli", "checkpoint", action, str(run), "--json"]
+    command = own_program(python, "mlx_ring.cli", "checkpoint", action, str(run), "--json")
     rows: list[Row] = []
     problems: list[str] = []
     for answer in on_hosts(hosts, command, only):

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mlx_ring.config.compose import explain_composition
 from mlx_ring.config.redaction import redacted_yaml
 from mlx_ring.config.sections import RunSection
+from mlx_ring.config.typed_text import sets
 from mlx_ring.errors import DISK_ERRORS, ConfigError, Interrupted, unwritable_record
 
 # Hydra's options that print something and run nothing.
@@ -38,7 +39,7 @@ def hydra_options() -> Namespace:
 
 def typed_directory() -> Path | None:
     """Returns the run.dir that was typed, if it is a plain path: all that is known before Hydra starts."""
-    typed = [item.partition("=")[2] for item in sys.argv if item.startswith("run.dir=")]
+    typed = [item.partition("=")[2] for item in sys.argv if sets(item, "run.dir")]
     plain = typed and re.fullmatch(r"(?!(?i:null)$)[^'\"$\\\0\[\]{}]+", typed[-1])
     return Path(typed[-1]) if plain else None
 

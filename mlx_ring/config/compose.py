@@ -1,5 +1,6 @@
 """Asks Hydra for a configuration: where `conf/` is, what its look-ups give, what Hydra's errors mean."""
 
+import contextlib
 import re
 import sys
 import sysconfig
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mlx_ring.config.parser import explain, nearest_key, parse
+from mlx_ring.config.redaction import redact_override
 from mlx_ring.config.run_config import RunConfig
+from mlx_ring.config.typed_text import as_typed, in_shell, quoted_forms, with_texts
 from mlx_ring.errors import ConfigError, MlxRingError
 
 PACKAGE = Path(__file__).parents[1]
@@ -28,9 +32,11 @@ def compose_run(*overrides: str) -> RunConfig:
     register_look_ups()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return parse(compose("config", overrides=list(overrides)))
+            return parse(compose("config", overrides=list(map(as_typed, overrides))))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain_composition(error) from error
+    except ValueError as error:  # Hydra does not catch `=3`
+        raise ConfigError(f"the command line cannot be used: {error}; correct it") from error
 
 
 def recorded_run(redacted: dict[str, Any], *overrides: str) -> RunConfig:
@@ -47,8 +53,8 @@ def recorded_run(redacted: dict[str, Any], *overrides: str) -> RunConfig:
         if "=" not in item:
             raise ConfigError(f"{item} is not of the form KEY=VALUE; give for example data.path=FOLDER")
     try:
-        changes = OmegaConf.from_dotlist(list(overrides))
-        return parse(OmegaConf.merge(OmegaConf.create(redacted), changes))  # pyright: ignore[reportArgumentType]
+        changes = OmegaConf.from_dotlist(list(map(as_typed, overrides)))
+        return parse(OmegaConf.merge(OmegaConf.create(with_texts(redacted)), changes))  # pyright: ignore[reportArgumentType]
     except OmegaConfBaseException as error:
         raise explain(error) from error
 
@@ -57,18 +63,34 @@ def explain_composition(error: HydraException | OmegaConfBaseException) -> MlxRi
     """Turns an error of Hydra or OmegaConf into one line that names the key and what was meant."""
     if isinstance(error, OmegaConfBaseException):
         return explain(error)
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error)
     text = " ".join(str(error).split() or str(error.__cause__).split())
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"there is no {group}={name}; known: {', '.join(sorted(error.options))}")
     if found := re.search(r"Could not override '([^']+)'", text):
         # The hint comes from the keys of those choices that were typed, such as model=cnn.
-        groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-        choices = [item for item in sys.argv[1:] if "=" in item and item.partition("=")[0] in groups]
+        known = {f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")}
+        choices = [item for item in sys.argv[1:] if item in known]
+        inner = str(getattr(error.__cause__, "full_key", None) or "")
+        key = max(found[1], inner, key=len)  # model.a for model={a:1}
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            hint = nearest_key(found[1], compose("config", overrides=choices))
-        return ConfigError(f"unknown configuration key {found[1]}; {hint}")
+            hint = nearest_key(key, compose("config", overrides=choices))
+        return ConfigError(f"unknown configuration key {key}; {hint}")
     return ConfigError(text)
+
+
+def _unreadable(error: OverrideParseException) -> ConfigError:
+    """Says how to quote a value that Hydra's grammar does not take, if it is meant as it stands."""
+    shown = redact_override(error.override)
+    parser = OverridesParser.create()
+    for form in quoted_forms(shown):
+        with contextlib.suppress(HydraException):
+            parser.parse_override(form)
+            return ConfigError(f"{shown} cannot be read; put its value in quotes: {in_shell(form)}")
+    reason = " ".join(str(error).split()).removeprefix(f"Error parsing override '{error.override}' ")
+    return ConfigError(f"{shown} cannot be read: {reason}")
 
 
 def register_look_ups() -> None:

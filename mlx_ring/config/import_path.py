@@ -12,7 +12,8 @@ from mlx_ring.errors import ConfigError, MlxRingError
 
 
 def import_callable(key: str, import_path: str) -> Callable[..., Any]:
-    """Imports what `import_path` names. The folder where the command was typed is searched too.
+    """Imports what `import_path` names. The folder where the command was typed is searched too: before the
+    installed packages, but after Python's own modules, which a file there must not stand in for.
 
     Args:
         key: the configuration key that holds the path, for the message.
@@ -23,11 +24,14 @@ def import_callable(key: str, import_path: str) -> Callable[..., Any]:
     module_name, _, name = import_path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        installed = [place for place, path in enumerate(sys.path) if path.endswith("-packages")]
+        sys.path.insert(installed[0] if installed else len(sys.path), here)
     try:
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if module_name.partition(".")[0] in sys.stdlib_module_names:
+            reason = f"{reason}; Python has a module of this name: give your file another"
         raise ConfigError(f"{key}={import_path} cannot be imported from {here}: {reason}") from error
     if not callable(found):
         raise ConfigError(

@@ -3,7 +3,7 @@
 import difflib
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
@@ -19,6 +19,7 @@ from mlx_ring.config.choices import CHOICES
 from mlx_ring.config.redaction import redact
 from mlx_ring.config.rules import require
 from mlx_ring.config.run_config import SECTIONS, RunConfig
+from mlx_ring.config.typed_text import refuse_numbers
 from mlx_ring.errors import ConfigError, MlxRingError
 
 CONTAINERS = {ListConfig: (list, "a list: [1,2]"), DictConfig: (dict, "a group of values: {name:value}")}
@@ -79,6 +80,8 @@ def _section(composed: DictConfig, key: str) -> Any:
     # The group stays inside the whole, so that error messages and look-ups use whole keys.
     whole = OmegaConf.create({})
     whole._set_parent(composed)  # pyright: ignore[reportPrivateUsage]
+    for name, value in cast(Any, OmegaConf.to_container(node, resolve=False)).items():
+        refuse_numbers(f"{key}.{name}", value)
     resolved: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     typed = OmegaConf.create({key: OmegaConf.structured(schema)})
     for name, value in resolved.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from mlx_ring.config.parser import parse
 from mlx_ring.config.redaction import flatten, redact
 from mlx_ring.config.resume_rules import HOST_KEYS
 from mlx_ring.config.run_config import RunConfig
+from mlx_ring.config.typed_text import as_typed
 from mlx_ring.errors import ConfigError, MlxRingError
 from mlx_ring.run import failure
 from mlx_ring.run_directory.directory import new_run_id
@@ -157,6 +159,8 @@ class Process:
         )  # code of a user's own may then keep the heartbeat's thread from running
         use_bundled_open_mpi()
         options = hydra_options()
+        # Before Hydra reads them: paths and names that look like numbers.
+        sys.argv[1:] = [as_typed(word) if word in options.overrides else word for word in sys.argv[1:]]
         self.looks_only = any(getattr(options, name) for name in PRINT_ONLY)
         OmegaConf.register_new_resolver("mlx_ring.run_id", self.run_id)
         register_look_ups()

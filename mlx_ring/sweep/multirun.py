@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
 from mlx_ring.config.compose import register_sweep_id
+from mlx_ring.config.typed_text import quoted
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
 from mlx_ring.run_directory.lock import LockHeld, ProcessLock
@@ -47,4 +48,4 @@ def begin_multirun(config: Any) -> tuple[str, ...]:
         raise ConfigError(message) from None
     own = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
     elsewhere = [*config.hydra.searchpath, *(f"file://{path}" for path in own)]
-    return (f"hydra.searchpath=[{','.join(elsewhere)}]",) if elsewhere else ()
+    return (f"hydra.searchpath=[{','.join(map(quoted, elsewhere))}]",) if elsewhere else ()

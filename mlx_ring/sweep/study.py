@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlx_ring.errors import ConfigError, Interrupted, MlxRingError
-from mlx_ring.sweep.table import Row, failure, show
+from mlx_ring.errors import ConfigError, Interrupted, JobFailed
+from mlx_ring.sweep.table import Row, failure, failures, show
 
 try:
     import optuna
@@ -97,34 +97,32 @@ class Study:
     def run(self, launcher: Launcher) -> None:
         """Runs trials until there are `n_trials`, then prints the best one and writes it to study.json.
 
-        Raises: JobFailed for a job that was asked to stop, at once; for the first job that failed, when all
-        have ended.
+        Raises: JobFailed for a job that was asked to stop, at once; for the first job that failed, in this
+        start or an earlier one, when all have ended. ConfigError if no job has the metric.
         """
         launcher.parallel = self._n_jobs or launcher.parallel
         launcher.is_hopeless = self._is_hopeless if self._prunes else None
         launcher.shows_table = False
-        failures: list[MlxRingError] = []
+        failed: list[JobFailed] = []
         try:
             while batch := self._next_trials(launcher.parallel):
-                failures += self._run_trials(launcher, batch)
+                failed += self._run_trials(launcher, batch)
         finally:
             show(self._directory)
-        self._conclude()
-        if failures:
-            raise failures[0]
+        self._conclude(failures(self._directory) or failed)
 
-    def _run_trials(self, launcher: Launcher, batch: list[Trial]) -> list[MlxRingError]:
+    def _run_trials(self, launcher: Launcher, batch: list[Trial]) -> list[JobFailed]:
         """Runs some trials. Returns: the failures. Raises: JobFailed if the sweep was asked to stop."""
         self._trials = {trial.number: trial for trial in batch}
-        failures: list[MlxRingError] = []
+        ended_badly: list[JobFailed] = []
         for result in launcher.launch([self._overrides(trial) for trial in batch], batch[0].number):
             row: Row = result.row
             if (failed := failure(row, self._directory)) is not None:
                 if row.state in ("pending", "stopped") or row.exit_status == Interrupted.exit_status:
                     raise failed
-                failures.append(failed)
+                ended_badly.append(failed)
             self._tell_optuna(row)
-        return failures
+        return ended_badly
 
     def _next_trials(self, parallel: int) -> list[Trial]:
         """Returns trials with consecutive numbers: first those that an earlier start left, then new ones."""
@@ -157,13 +155,21 @@ class Study:
         else:
             self._study.tell(row.number, state=TrialState.FAIL)
 
-    def _conclude(self) -> None:
-        """Prints the best trial and writes it to study.json. Raises: ConfigError if no job has the metric."""
-        completed = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        if not completed:
+    def _conclude(self, failed: list[JobFailed]) -> None:
+        """Prints the best trial and writes it to study.json. Raises the errors of `run`."""
+        trials = self._study.get_trials(deepcopy=False)
+        if any(trial.state == TrialState.COMPLETE for trial in trials):
+            self._tell_best()
+        elif not failed:
             raise ConfigError(
                 f"no job's last evaluation has {self._metric}; choose another hydra.sweeper.metric"
             )
+        if len(failed) == len(trials) > 1:
+            raise JobFailed(f"all {len(trials)} jobs failed; {failed[0]}", failed[0].exit_status)
+        if failed:
+            raise failed[0]
+
+    def _tell_best(self) -> None:
         best = self._study.best_trial
         found = {"job": best.number, self._metric: best.value, "parameters": best.params}
         (self._directory / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.cluster.limits import JOB_HOSTS_SECONDS, JOB_LOOK_SECONDS
 from mlx_ring.cluster.rank.stop_signal import StopRequests, tell_loop
 from mlx_ring.cluster.supervisor.console_output import ConsoleOutput
 from mlx_ring.config.redaction import redact_override
+from mlx_ring.config.typed_text import quoted
 from mlx_ring.errors import EXIT_STOPPED, ClusterError, ConfigError, Interrupted, MlxRingError
 from mlx_ring.sweep.fetch_record import fetch_record
 from mlx_ring.sweep.host_dealer import HostDealer
-from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation, quoted
+from mlx_ring.sweep.table import Row, SweepTable, evaluations, last_evaluation
 
 LINE_BYTES = 2**20  # longest line of a job's output
 # The first and the second request to stop a job. They differ: the same signal twice would be one request.
@@ -157,7 +159,7 @@ class Sweep:
         if job.backend == "mpi":
             where = [*where, "--launcher", "mpirun"]
         command = [
-            sys.executable, "-m", "mlx_ring.cli", "run", *where,
+            *own_program(sys.executable, "mlx_ring.cli", "run"), *where,
             "--max-restarts", str(self._max_restarts),
             "--leash", "--", *job.overrides, *job.searchpath, "hydra.mode=RUN",
             f"run.dir={quoted(str(job.directory))}",
@@ -172,7 +174,7 @@ class Sweep:
         assert process.stdout is not None and process.stderr is not None
         pruning = asyncio.create_task(self._prune(job, process))
         try:
-            await asyncio.gather(
+            _, last_words = await asyncio.gather(
                 self._pass_on("out", process.stdout, row), self._pass_on("err", process.stderr, row)
             )
             status = await process.wait()
@@ -182,22 +184,29 @@ class Sweep:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         if status >= 0:
+            if status not in (0, EXIT_STOPPED, Interrupted.exit_status):
+                row.message = row.message or last_words
             return status
         row.message = f"its supervisor was ended by {signal.Signals(-status).name}"
         asked = JOB_STOP_SIGNALS[: max(1, self._requests.count)]  # while it was starting
         ended = Interrupted if -status in asked else ClusterError
         return ended.exit_status
 
-    async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> None:
-        """Prints the lines of a job after its number. The last error among them becomes its message."""
+    async def _pass_on(self, name: str, stream: asyncio.StreamReader, row: Row) -> str:
+        """Prints the lines of a job after its number. The last error among them becomes its message.
+
+        Returns: the last line.
+        """
+        last = ""
         while True:
             try:
                 line = await stream.readline()
             except ValueError:  # the line is too long: drop what was read of it
                 continue
             if not line:
-                return
+                return last
             text = line.decode(errors="replace").rstrip()
+            last = text or last
             self._output.write(name, f"[job {row.number}] {text}")
             if found := re.match(r"(?:\[.*?\] )?error: (.*)", text):
                 row.message = found[1]

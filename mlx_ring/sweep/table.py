@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_ring.config.redaction import redact_override
+from mlx_ring.config.typed_text import in_shell, quoted
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
 from mlx_ring.run_directory.sinks.jsonl import read_rows
 from mlx_ring.run_directory.status import RunStatus
@@ -18,7 +19,6 @@ from mlx_ring.run_directory.whole_file import whole_file
 TABLE = "sweep.csv"
 # Columns for the figures of a job's last evaluation.
 FIGURES = ("step", "loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
-NOT_TEXT = ("null", "true", "false", "nan", "inf")  # Hydra reads these words as values, unless quoted
 COLUMNS = ("job", "overrides", "state", "exit_status", *FIGURES, "message", "directory")
 
 
@@ -131,18 +131,24 @@ def failure(row: Row, directory: Path) -> JobFailed | None:
     """Returns the error to raise for a job that did not complete; None if it did, or was ended early."""
     if row.state in ("completed", "pruned"):
         return None
-    again = f"the same command with hydra.sweep.dir={quoted(str(directory))} goes on"
+    again = f"the same command with {in_shell(f'hydra.sweep.dir={quoted(str(directory))}')} goes on"
     status = EXIT_STOPPED if row.exit_status is None else row.exit_status
     why = "not started" if row.exit_status is None else f"{row.state}, status {status}"
-    return JobFailed(f"job {row.number} {why}: {row.message or 'see ' + str(row.directory)}; {again}", status)
+    reason = row.message or (f"see {row.directory}" if row.directory.exists() else "it gave no reason")
+    return JobFailed(f"job {row.number} {why}: {reason}; {again}", status)
 
 
-def quoted(value: str) -> str:
-    """Returns a value in quotes if Hydra's grammar of overrides needs them."""
-    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./@:+-]*", value) and value.lower() not in NOT_TEXT:
-        return value
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", "\\'"), value)
-    return f"'{escaped}'"
+def failures(directory: Path) -> list[JobFailed]:
+    """Returns the errors of all jobs in a sweep's table that failed, also of those of earlier starts."""
+    failed = [
+        Row(
+            number=int(row["job"]), overrides=(), directory=Path(row["directory"]), state=row["state"],
+            exit_status=int(row["exit_status"]), message=row["message"],
+        )
+        for row in read_table(directory)
+        if row["state"] == "failed"
+    ]  # fmt: skip
+    return [error for row in failed if (error := failure(row, directory)) is not None]
 
 
 def show(directory: Path) -> None:

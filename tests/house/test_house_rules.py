@@ -211,6 +211,12 @@ def test_every_choice_of_every_group_composes(choice: str) -> None:
     assert sorted(key for key, value in written.items() if value == "???") == sorted(filled)
 
 
+def test_one_place_says_how_our_programs_are_started() -> None:
+    """`own_program` keeps files of the user's, such as random.py, from standing in for Python's own."""
+    found = [path.relative_to(PACKAGE).as_posix() for path in MODULES if '"-m"' in path.read_text("utf-8")]
+    assert found == ["cluster/hosts/ssh.py"]
+
+
 # Documents
 
 

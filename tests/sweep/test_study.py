@@ -65,6 +65,37 @@ def test_its_directory_is_the_sweeps_own(tmp_path: Path) -> None:
     assert {"study.json", "study.journal", "sweep.csv", "0"} <= {path.name for path in directory.iterdir()}
 
 
+def test_all_trials_fail(tmp_path: Path) -> None:
+    """The status is the first failed job's, also when the same command finds all of them ended."""
+    huge = ("optimizer=sgd", "optimizer.learning_rate=interval(1e20,1e30)", "trainer.clip_gradient_norm=null")
+    for starts in (2, 0):
+        done = study(tmp_path, *huge, "trainer.max_skipped_batches=1", "hydra.sweeper.n_trials=2", WHOLE)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 4 and len(lines) == 1 and "Traceback" not in done.stderr, done
+        assert "all 2 jobs failed; job 0 failed, status 4: " in lines[0], lines
+        assert done.stderr.count(" starts, ") == starts
+    assert {row["exit_status"] for row in table(tmp_path)} == {"4"}
+    assert not (tmp_path / "sweep/study.json").exists()
+
+
+def test_a_failed_trial_beside_a_good_one(tmp_path: Path) -> None:
+    """The best is told, and the status is the failed job's at every start."""
+    rates = ("optimizer.learning_rate=1e-3,-1", "hydra.sweeper.sampler=random", "hydra.sweeper.n_trials=4")
+    for _ in range(2):
+        done = study(tmp_path, *rates, WHOLE)
+        states = [row["state"] for row in table(tmp_path)]
+        assert set(states) == {"completed", "failed"}, states
+        assert done.returncode == 2 and f"job {states.index('failed')} failed, status 2" in done.stderr, done
+        assert "best: job " in done.stdout
+
+
+def test_no_trial_has_the_metric(tmp_path: Path) -> None:
+    done = study(
+        tmp_path, "seed=1", "trainer.steps=5,6", "hydra.sweeper.n_trials=1", "hydra.sweeper.metric=perplexity"
+    )
+    assert done.returncode == 2 and "no job's last evaluation has perplexity" in done.stderr, done
+
+
 def test_what_cannot_be_drawn_from(tmp_path: Path) -> None:
     for words, overrides in (
         ("nothing varies", ()),

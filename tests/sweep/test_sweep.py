@@ -15,7 +15,7 @@ from refusals import CONFIGURATION, assert_refused
 from sweeps import table
 from tensorboard_server import Server
 
-from mlx_ring.sweep.table import quoted
+from mlx_ring.config.typed_text import quoted
 
 pytestmark = pytest.mark.ranks
 EVALUATED = [*SMALL[:-1], "evaluation.every_steps=3", "communicator=exact"]

@@ -21,9 +21,10 @@ from mlx_ring.cluster.hosts.host_file import Host, HostFile, read_hostfile
 from mlx_ring.cluster.hosts.host_link import HostLost
 from mlx_ring.cluster.hosts.on_hosts import ask
 from mlx_ring.cluster.hosts.probe_link import Facts, ProbeLink, Probes, probes
-from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK
+from mlx_ring.cluster.hosts.ssh import HERE, LOOPBACK, own_program
 from mlx_ring.config.compose import compose_run
-from mlx_ring.errors import ConfigError, MlxRingError
+from mlx_ring.config.typed_text import sets
+from mlx_ring.errors import ClusterError, ConfigError, MlxRingError
 
 REACH = "try by hand: ssh -o BatchMode=yes {host} true must say nothing and ask nothing"
 CHANGED_KEY = "its key has changed: if that is right, ssh-keygen -R {host}, then ssh {host} once"
@@ -53,12 +54,11 @@ class PlannedRun:
     @staticmethod
     def from_overrides(overrides: list[str]) -> "PlannedRun":
         """Raises: ConfigError if the overrides have a mistake."""
-        if not any(item.startswith("run.dir=") for item in overrides):
+        if not any(sets(item, "run.dir") for item in overrides):
             overrides = [*overrides, "run.dir=outputs/doctor"]  # nothing makes this folder
         config = compose_run(*overrides)
-        directory = config.redacted["run"]["dir"]
         distributes = getattr(config.data, "distribute", False)
-        return PlannedRun(overrides=overrides, directory=directory, distributes=distributes)
+        return PlannedRun(overrides=overrides, directory=config.run.dir, distributes=distributes)
 
 
 def examine(hostfile: Path | None, python: str, overrides: list[str]) -> Iterator[Check]:
@@ -110,7 +110,9 @@ def _with_own_name(check: Check) -> Check:
 
 async def _examine_hosts(file: HostFile, python: str, planned: PlannedRun) -> tuple[list[Check], list[str]]:
     """Examines hosts and links. Returns: the findings; and the hosts that have what is installed here."""
-    async with probes([LOOPBACK], python=sys.executable, environment={}) as (own, _):
+    async with probes([LOOPBACK], python=sys.executable, environment={}) as (own, problems):
+        if problems:
+            raise ClusterError(f"this machine cannot be examined: {problems[LOOPBACK]}")
         here = await own[LOOPBACK].ask("facts", folder=planned.directory)
     async with probes(file.names, python=python, environment=file.envs) as (links, problems):
         found = await _ask_facts(links, problems, planned.directory)
@@ -171,7 +173,7 @@ async def _compare_data(file: HostFile, python: str, planned: PlannedRun, names:
     """Checks that these hosts hold the data of the run. If rank 0 sends it, only rank 0's host must."""
     if planned.distributes:
         names = [name for name in names if name == file.hosts[0].ssh]
-    command = [python, "-m", "mlx_ring.run.data_digest", *planned.overrides]
+    command = own_program(python, "mlx_ring.run.data_digest", *planned.overrides)
     # No time limit: the program itself gives up if it makes no progress.
     answers = await asyncio.gather(*(ask(name, command, file.envs) for name in names))
     found: dict[str, dict[str, str]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_ring.cluster.finding import Check, fail, ok, read_result, warn
 from mlx_ring.cluster.hosts.host_file import Host
-from mlx_ring.cluster.hosts.ssh import LOOPBACK
+from mlx_ring.cluster.hosts.ssh import LOOPBACK, own_program
 from mlx_ring.cluster.limits import LAUNCH_SECONDS
 from mlx_ring.cluster.supervisor.attempt import Attempt, Outcome
 from mlx_ring.cluster.supervisor.host_pool import HostPool
@@ -21,7 +21,7 @@ LOCAL_RANKS = 2  # if no host file is given
 SLOW_LATENCY_SECONDS = 0.005
 FAREWELL = 42  # the exit status of the last rank; no run ends with it
 REMEDY = (
-    "a run would end the same way; try there: python -m mlx_ring.communication.selftest, "
+    "a run would end the same way; try there: python -P -m mlx_ring.communication.selftest, "
     "which starts one rank alone"
 )
 
@@ -41,7 +41,7 @@ async def launch(hostfile: Path | None, python: str) -> list[Check]:
     output = _Lines()
     said: list[str] = []
     pool = HostPool(hostfile, LOCAL_RANKS, python, said.append)
-    program = [python, "-m", "mlx_ring.communication.selftest"]
+    program = own_program(python, "mlx_ring.communication.selftest")
     start = time.monotonic()
     try:
         async with asyncio.timeout(LAUNCH_SECONDS):

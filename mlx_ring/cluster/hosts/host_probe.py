@@ -1,8 +1,9 @@
 """Looks at one host and its network, with the very Python that would run a rank there.
 
-The text of this file is sent to the host and run by `python -c`. It needs Python 3.8 and the standard library
-alone, so it also works on a host without mlx_ring, or with another version of it. Calls of the functions
-below come in on stdin and their results go out on stdout, one JSON object a line. The end of stdin ends it.
+The text of this file is sent to the host and run there by `probe_link.START`. It needs Python 3.8 and the
+standard library alone, so it also works on a host without mlx_ring, or with another version of it. Calls of
+the functions below come in on stdin and their results go out on stdout, one JSON object a line. The end of
+stdin ends it.
 """
 
 from __future__ import annotations
@@ -341,7 +342,6 @@ def clock() -> dict[str, float]:
 
 def main() -> None:
     """Runs the functions that are asked for, until stdin ends."""
-    sys.path[:] = [path for path in sys.path if path]  # what is installed, not what lies in this folder
     functions = {each.__name__: each for each in (facts, listen, connect, reach, clock)}
     print(json.dumps({"probe": os.getpid()}), flush=True)
     for line in sys.stdin:

@@ -13,6 +13,9 @@ from mlx_ring.cluster.hosts.host_link import HostLink, HostLost, start_on_host
 from mlx_ring.cluster.limits import PROBE_ANSWER_SECONDS, PROBE_READY_SECONDS
 
 SOURCE = Path(__file__).with_name("host_probe.py")
+# Runs it, but first takes the folder off the path, where files may have the names of Python's own modules.
+# It may meet an old Python, which has no -P.
+START = "import sys; sys.path[:] = [path for path in sys.path if path]; exec(sys.argv[1])"
 Answer = dict[str, Any]
 
 
@@ -37,7 +40,7 @@ class ProbeLink(HostLink):
 
         Raises: HostLost if it cannot be started, saying why.
         """
-        command = [python, "-c", SOURCE.read_text(encoding="utf-8")]
+        command = [python, "-c", START, SOURCE.read_text(encoding="utf-8")]
         if anywhere:
             line = f'p={shlex.quote(python)}; command -v "$p" >/dev/null || p=python3; exec "$p" "$@"'
             command = ["sh", "-c", line, "sh", *command[1:]]

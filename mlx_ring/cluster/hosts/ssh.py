@@ -14,6 +14,14 @@ SSH = (
 )  # fmt: skip
 
 
+def own_program(python: str, module: str, *arguments: str) -> list[str]:
+    """Gives the command that runs a module of mlx_ring, no matter what lies in the folder where it starts.
+
+    Without -P, Python would look there first: a user's `random.py` would stand in for Python's own.
+    """
+    return [python, "-P", "-m", module, *arguments]
+
+
 def on_host(
     host: str, command: list[str], environment: dict[str, str], *, anywhere: bool = False
 ) -> tuple[list[str], dict[str, str]]:
@@ -53,6 +61,8 @@ def ssh_problem(status: int, python: str, said: str) -> str:
         python: The program that was to run there.
         said: What ssh printed on stderr.
     """
+    if "Unknown option: -P" in said:
+        return f"its {python} is older than Python 3.11; install a newer one there, or give --python"
     if status == NO_FOLDER:
         return f"it has no folder {Path.cwd()}; mlx_ring works in the folder of the same name on every host"
     if status == NO_PYTHON:

@@ -6,7 +6,7 @@ from asyncio.subprocess import Process
 
 from mlx_ring import __version__
 from mlx_ring.cluster.hosts.host_link import HostLink, HostLost, start_on_host
-from mlx_ring.cluster.hosts.ssh import HERE
+from mlx_ring.cluster.hosts.ssh import HERE, own_program
 from mlx_ring.cluster.limits import AGENT_READY_SECONDS, LINK_CLOSE_SECONDS, PING_SECONDS
 from mlx_ring.cluster.rank.protocol import Closed, Order, Ping, Ready, Report, decode, encode
 from mlx_ring.errors import ClusterError
@@ -46,7 +46,7 @@ class AgentLink(HostLink):
         Raises: ClusterError, naming the host and what is wrong there.
         """
         try:
-            process = await start_on_host(host, [python, "-m", "mlx_ring.cluster.agent"], environment)
+            process = await start_on_host(host, own_program(python, "mlx_ring.cluster.agent"), environment)
         except HostLost as lost:
             raise ClusterError(f"host {host}: {lost}") from None
         first_reports: Reports = asyncio.Queue()

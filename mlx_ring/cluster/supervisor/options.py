@@ -4,7 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_ring.cluster.hosts.ssh import own_program
 from mlx_ring.config.compose import compose_run
+from mlx_ring.config.typed_text import sets
 from mlx_ring.errors import ConfigError
 from mlx_ring.run_directory.directory import new_run_id
 
@@ -45,7 +47,7 @@ def options(
 
     Raises: ConfigError for a mistake that shows before any rank is started.
     """
-    if not any(item.startswith("run.dir=") for item in overrides):  # every attempt needs the same one
+    if not any(sets(item, "run.dir") for item in overrides):  # every attempt needs the same one
         overrides = [*overrides, f"run.dir=outputs/{new_run_id()}"]
     config = compose_run(*overrides)
     if config.cluster.hostfile is not None and hostfile is None and ranks is None:
@@ -64,7 +66,7 @@ def options(
         ranks = config.cluster.ranks or 1
     return Options(
         overrides=overrides,
-        directory=Path(config.redacted["run"]["dir"]),
+        directory=Path(config.run.dir),
         local_ranks=ranks or 0,
         hostfile=hostfile,
         mpirun=mpirun,
@@ -86,7 +88,7 @@ def rank_program(python: str, overrides: list[str], openblas_threads: int | None
     program = [python, str(Path(python).with_name("train.py")), *overrides]
     if openblas_threads is None:
         return program
-    return [python, "-m", "mlx_ring.cluster.rank.openblas", str(openblas_threads), *program]
+    return own_program(python, "mlx_ring.cluster.rank.openblas", str(openblas_threads), *program)
 
 
 def mpirun_command(python: str, ranks: int) -> list[str]:

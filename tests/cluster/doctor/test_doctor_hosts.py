@@ -150,7 +150,7 @@ def test_a_rank_that_fails_in_the_launch_is_named(lab: Lab, tmp_path: Path) -> N
     finally:
         lab.interpreter(2)
     assert report.status == 3
-    report.names("launch", lab.address(2), ["rank 1"], "python -m mlx_ring.communication.selftest")
+    report.names("launch", lab.address(2), ["rank 1"], "python -P -m mlx_ring.communication.selftest")
     assert len(report.bad()) == 1, report.bad()
 
 
