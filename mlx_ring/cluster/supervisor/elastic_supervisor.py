@@ -45,7 +45,10 @@ class ElasticSupervisor:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 loop.add_signal_handler(number, self._signalled, number)
         if self._options.leash:
-            loop.add_reader(sys.stdin, self._stdin_ended)
+            try:
+                loop.add_reader(sys.stdin, self._stdin_ended)
+            except OSError:  # a file or the null device, which tells of no end
+                raise ConfigError("--leash needs a pipe as its stdin; leave it out") from None
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()
