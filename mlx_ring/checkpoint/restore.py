@@ -49,6 +49,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
     if config.checkpoint.resume != "auto":
         source = Path(config.checkpoint.resume).expanduser()
     elif not checkpoint_files.scan(directory.path / "checkpoints"):
+        checkpoint_files.refuse_dangling(directory.path / "checkpoints")
         if needs_weights:
             raise CheckpointError(
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
