@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ranks import ROOT, SMALL, SUPPORT, Ranks, rows, start
 from refusals import CONFIGURATION, assert_refused
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.ranks
 OWN = (
@@ -56,6 +58,30 @@ def test_a_model_that_cannot_be_trained(tmp_path: Path, what: str, words: list[s
     own = [item for item in OWN if not item.startswith("model.")]
     odd = ("model.import_path=user_parts:Odd", f"model.arguments={{what: {what}}}", optimizer)
     assert_refused(run(tmp_path, *own, *odd, world_size=2), CONFIGURATION, *words, agreed=True)
+
+
+def tied(folder: Path, how: str, world_size: int = 1) -> Ranks:
+    model = ("model=custom", "model.import_path=user_parts:Tied", f"model.arguments={{how: {how}}}")
+    data = ("data=custom", "data.import_path=user_parts:half_labelled")
+    return run(folder, *model, *data, "optimizer=sgd", "optimizer.learning_rate=1", world_size=world_size)
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("weight", 1), ("weight", 2), ("transposed", 1)])
+def test_weights_that_are_tied_by_assignment_are_refused(tmp_path: Path, how: str, world_size: int) -> None:
+    """MLX would train them as two."""
+    words = ("first.weight and second.weight are one array", "embedding.as_linear(x)", "mx.array(weight)")
+    assert_refused(tied(tmp_path, how, world_size), CONFIGURATION, *words, agreed=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "stay_one"), [("module", True), ("deepcopy", False), ("frozen", False), ("own", False)]
+)
+def test_weights_that_are_one_module_or_only_begin_alike_are_trained(
+    tmp_path: Path, how: str, stay_one: bool
+) -> None:
+    tied(tmp_path, how).ok()
+    weights = load_file(tmp_path / "run/checkpoints/step_00000006/model.safetensors")
+    assert np.array_equal(weights["first.weight"], weights["second.weight"]) == stay_one
 
 
 def classified(*overrides: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Models, data sets and a loss of a user's own. Tests name them on the command line by import path."""
 
+import copy
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,6 +39,28 @@ class Odd(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.blocks[1](self.blocks[0](x)).squeeze(-1)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight; `how` says how they share it."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, how: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.second = copy.deepcopy(self.first) if how == "deepcopy" else nn.Linear(2, 2)
+        self.last = nn.Linear(2, num_classes)
+        if how == "weight":
+            self.second.weight = self.first.weight
+        if how == "transposed":
+            self.second.weight = self.first.weight.T
+        if how == "frozen":
+            self.second.weight = self.first.weight
+            self.second.freeze()
+        if how == "module":
+            self.second = self.first
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.last(mx.tanh(self.second(mx.tanh(self.first(x)))))
 
 
 class Points:
