@@ -11,6 +11,7 @@ from mlx_ring.cluster.rank.protocol import REACHED_STEP
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
+from mlx_ring.config.rules import expand_home
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingError
 from mlx_ring.run_directory import checkpoint_files
@@ -47,7 +48,7 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
         return None
     source = directory.path
     if config.checkpoint.resume != "auto":
-        source = Path(config.checkpoint.resume).expanduser()
+        source = expand_home("checkpoint.resume", config.checkpoint.resume)
     elif not checkpoint_files.scan(directory.path / "checkpoints"):
         checkpoint_files.refuse_dangling(directory.path / "checkpoints")
         if needs_weights:
@@ -118,7 +119,7 @@ def fill(
                 files |= _read(config, found, data_sha256, state, files)
                 progress = _progress(found)
             elif config.checkpoint.initialize_from is not None:
-                source = Path(config.checkpoint.initialize_from).expanduser()
+                source = expand_home("checkpoint.initialize_from", config.checkpoint.initialize_from)
                 loaded = checkpoints.initial_weights(source)
                 remedy = "choose the model that it was made with"
                 files["model"] = checkpoints.match(loaded, files["model"], str(source), remedy)

@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from mlx_ring.config.choices import TextData, Tokenizer
+from mlx_ring.config.rules import expand_home
 from mlx_ring.data.bpe import TRAINING_BYTES, encode_bpe, train_bpe
 from mlx_ring.data.documents import BLOCK_BYTES, Document, find_documents, read_text
 from mlx_ring.data.tokens import DTYPES, FORMAT_VERSION, SideCar
@@ -29,7 +30,7 @@ def prepare_text(config: TextData) -> dict[str, Path]:
     is missing or the cache cannot be written.
     """
     documents = find_documents(config)
-    cache = Path(config.cache_dir).expanduser()
+    cache = expand_home("data.cache_dir", config.cache_dir)
     path = cache / f"text-{config.tokenizer.name}-{_cache_key(config, documents)}.bin"
     files = {"tokens": path, "side_car": path.with_suffix(".json")}
     if config.tokenizer is Tokenizer["bpe"]:

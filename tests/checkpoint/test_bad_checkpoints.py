@@ -315,3 +315,10 @@ def test_a_link_to_a_disk_that_is_not_there_is_refused_at_the_start(tmp_path: Pa
     (tmp_path / "disk").mkdir()
     train(tmp_path).ok()
     assert (tmp_path / "disk/step_00000006/manifest.json").exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint.resume", "checkpoint.initialize_from"])
+def test_a_home_folder_that_is_not_known_is_refused(tmp_path: Path, key: str) -> None:
+    refused = train(tmp_path, f"{key}='~no_such_user/run'", world_size=2)
+    words = f"{key}=~no_such_user/run is in a home folder that is not known here"
+    assert_refused(refused, CONFIGURATION, words, agreed=True)
