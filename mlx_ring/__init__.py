@@ -12,7 +12,7 @@ Each folder is one component, and says at its top what it holds. From the top of
 - `cluster`: machines, and the processes on them.
 - `models`: networks, their losses, and what a network must be.
 - `run_directory`: what a run leaves on disk.
-- `config`, `errors`: the typed configuration, and every error.
+- `config`, `standard_streams`, `errors`: the typed configuration, printing that never fails, and every error.
 
 A room imports from rooms below it, never from above.
 """

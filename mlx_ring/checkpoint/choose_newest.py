@@ -205,7 +205,8 @@ class Arrival:
         self._replaces = own.lineage != newest.lineage
         name = f".tmp-{newest.step:08d}-{os.getpid()}"
         self._folders = [directory.path / name]
-        if not self._replaces:  # checkpoints/ may lie on another file system, where it was linked to
+        # checkpoints/ may lie on another file system, where a link leads. Without a link it may be set aside.
+        if not self._replaces or self._checkpoints.is_symlink():
             self._folders.append(self._checkpoints / name)
         self.record = Writing(self._folders[0] / "record")
         self.checkpoint = Writing(self._folders[-1] / "checkpoint")

@@ -12,6 +12,7 @@ from mlx_ring.cluster.rank.protocol import REACHED_STEP
 from mlx_ring.communication.arrays import Arrays
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.resume_rules import look_ups_sha256, refuse_changes
+from mlx_ring.config.rules import expand_home
 from mlx_ring.config.run_config import RunConfig
 from mlx_ring.config.typed_text import with_texts
 from mlx_ring.errors import CheckpointError, ClusterError, ConfigError, MlxRingError
@@ -49,8 +50,9 @@ def find(config: RunConfig, directory: RunDirectory) -> Found | None:
         return None
     source = directory.path
     if config.checkpoint.resume != "auto":
-        source = Path(config.checkpoint.resume).expanduser()
+        source = expand_home("checkpoint.resume", config.checkpoint.resume)
     elif not checkpoint_files.scan(directory.path / "checkpoints"):
+        checkpoint_files.refuse_dangling(directory.path / "checkpoints")
         if needs_weights:
             raise CheckpointError(
                 f"evaluation.only=true found no checkpoint in {source}; give run.dir=RUN or "
@@ -120,7 +122,7 @@ def fill(
                     files |= _read(config, found, data_sha256, state, files)
                 progress = _progress(found)
             elif config.checkpoint.initialize_from is not None:
-                source = Path(config.checkpoint.initialize_from).expanduser()
+                source = expand_home("checkpoint.initialize_from", config.checkpoint.initialize_from)
                 loaded = checkpoints.initial_weights(source)
                 remedy = "choose the model that it was made with"
                 files["model"] = checkpoints.match(loaded, files["model"], str(source), remedy)

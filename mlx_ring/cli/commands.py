@@ -12,6 +12,7 @@ from mlx_ring.cli.checkpoint import checkpoint
 from mlx_ring.cli.hosts import hosts, with_python
 from mlx_ring.cluster.finding import report
 from mlx_ring.errors import ConfigError, MlxRingError, TrainingError
+from mlx_ring.standard_streams import refuse_lost_answer, take_standard_streams
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -99,13 +100,15 @@ def run(
     """
     from mlx_ring.cluster.supervisor.elastic_supervisor import supervise
     from mlx_ring.cluster.supervisor.options import options
+    from mlx_ring.config.command_line import evaluates_only
 
     chosen = options(
         list(overrides), ranks=ranks, hostfile=hostfile, mpirun=launcher == "mpirun", min_hosts=min_hosts,
         max_restarts=max_restarts, deadline_seconds=deadline, wait_seconds=wait, leash=leash,
         openblas_threads=openblas, python=python,
     )  # fmt: skip
-    sys.exit(supervise(chosen))
+    if (status := supervise(chosen)) or not evaluates_only():
+        sys.exit(status)
 
 
 @cli.command()
@@ -187,8 +190,10 @@ def completion(shell: str) -> None:
 
 def main() -> NoReturn:
     """Runs a command and exits. A user's mistake is one line on stderr, with the exit status of its error."""
+    take_standard_streams()
     try:
         cli(standalone_mode=False)
+        refuse_lost_answer()
     except MlxRingError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_status)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import ClassVar
 
 from mlx_ring.errors import ConfigError
@@ -11,6 +12,19 @@ def require(accepted: bool, key: str, value: object, rule: str) -> None:
     """Raises: ConfigError, with the key, the rule and the value, if the value is not accepted."""
     if not accepted:
         raise ConfigError(f"{key} must be {rule}; got {value}")
+
+
+def expand_home(key: str, value: str) -> Path:
+    """Returns the path that a field names, with the home folder in place of `~`.
+
+    Raises: ConfigError if there is no such home: HOME is not set and the system does not know the user.
+    """
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{key}={value} is in a home folder that is not known here; give {key} a whole path, or set HOME"
+        ) from None
 
 
 class Section:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlx_ring.cluster.rank.progress import advance, working
 from mlx_ring.config.choices import TextData
+from mlx_ring.config.rules import expand_home
 from mlx_ring.errors import DataError
 
 BLOCK_BYTES = 1 << 16  # text that is read at once
@@ -29,7 +30,7 @@ def find_documents(config: TextData) -> list[Document]:
 
     Raises: DataError, with the path and the pattern, if there are none or one cannot be read.
     """
-    root = Path(config.path).expanduser()
+    root = expand_home("data.path", config.path)
     if root.is_dir():
         excluded = {path for pattern in config.exclude for path in _matches(root, pattern)}
         names = sorted(_matches(root, config.pattern) - excluded, key=lambda name: Path(name).parts)

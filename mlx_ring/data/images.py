@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from mlx_ring.config.rules import expand_home
 from mlx_ring.data.dataset import Dataset, DataSpec
 from mlx_ring.errors import DataError
 
@@ -59,7 +60,7 @@ def find_fashion_mnist(path: str | None) -> dict[str, Path]:
 
     Raises: DataError, with the folder and the remedies, if one is missing.
     """
-    folder = Path(path).expanduser() if path else DEBIAN_FOLDER
+    folder = expand_home("data.path", path) if path else DEBIAN_FOLDER
     found: dict[str, Path] = {}
     for key, name in IDX_FILES.items():
         candidates = [folder / name, folder / f"{name}.gz"]

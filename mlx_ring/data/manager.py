@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from mlx_ring.cluster.rank.progress import advance, working
 from mlx_ring.communication.communicator import Communicator
+from mlx_ring.config.rules import expand_home
 from mlx_ring.data.loader import Loader
 from mlx_ring.data.sources import Dataset, open_dataset, prepare
 from mlx_ring.errors import ConfigError, DataError, MlxRingError, agreed
@@ -128,6 +129,13 @@ class _Opener:
         except OSError as error:
             return None, DataError(f"the data cannot be read: {error}; mend the file or its permissions")
 
+    def _cache(self) -> tuple[Path, ConfigError | None]:
+        """Returns the folder for files that are received; the error if its home folder is not known."""
+        try:
+            return expand_home("data.cache_dir", self._config.cache_dir), None
+        except ConfigError as error:
+            return Path(), error
+
     def receive_missing(self, dataset: Dataset | None) -> tuple[Dataset | None, MlxRingError | None]:
         """Sends rank 0's files to every rank that holds other data, or none.
 
@@ -137,7 +145,9 @@ class _Opener:
         communicator = self._communicator
         digest = communicator.broadcast_object(dataset.digest if dataset and communicator.rank == 0 else None)
         names = communicator.broadcast_object({name: path.name for name, path in self._files.items()})
-        folder = Path(self._config.cache_dir).expanduser() / f"received-{digest[:16]}"
+        cache, home = self._cache()
+        communicator.agree_on_error(home)
+        folder = cache / f"received-{digest[:16]}"
         files = {name: folder / filename for name, filename in names.items()}
         if dataset is None or dataset.digest != digest:
             dataset, _ = self.attempt(lambda: files)  # an earlier run may have received them

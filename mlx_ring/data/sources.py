@@ -17,6 +17,7 @@ from mlx_ring.config.choices import (
     TextData,
     TokensData,
 )
+from mlx_ring.config.rules import expand_home
 from mlx_ring.data.dataset import Dataset, DataSpec, Split
 from mlx_ring.data.images import find_fashion_mnist, open_digits, open_fashion_mnist
 from mlx_ring.data.synthetic import open_synthetic
@@ -49,7 +50,7 @@ def prepare(config: BundledData) -> dict[str, Path]:
         case TextData():
             return prepare_text(config)
         case TokensData():
-            return find_tokens(Path(config.path).expanduser())
+            return find_tokens(expand_home("data.path", config.path))
         case FashionMNISTData():
             return find_fashion_mnist(config.path)
         case _:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from mlx_ring.cluster.rank.effort import OwnSigns
 from mlx_ring.cluster.rank.progress import working
 from mlx_ring.config.choices import TextData, Tokenizer
+from mlx_ring.config.rules import expand_home
 from mlx_ring.data.bpe import (
     LONG_WORD_CHARACTERS,
     LONGEST_TOKEN_BYTES,
@@ -74,7 +75,7 @@ def prepare_text(config: TextData) -> dict[str, Path]:
     is missing or the cache cannot be written.
     """
     documents = find_documents(config)
-    cache = Path(config.cache_dir).expanduser()
+    cache = expand_home("data.cache_dir", config.cache_dir)
     path = cache / f"text-{config.tokenizer.name}-{_cache_key(config, documents)}.bin"
     files = {"tokens": path, "side_car": path.with_suffix(".json")}
     if config.tokenizer is Tokenizer["bpe"]:

@@ -348,6 +348,8 @@ class Coordinator:
             for problem in self._found.problems if self._found else []:
                 print(f"passed over a damaged checkpoint: {problem}", file=sys.stderr)
             figures = "  ".join(f"{name} {value:.6g}" for name, value in evaluation.row().items())
+            if not evaluation.counted:
+                figures = "no value, because all held-out targets are -1"
             print(f"evaluation of {source}: {figures}")
         return EXIT_COMPLETED
 

@@ -61,6 +61,11 @@ class Process:
         self._exit_status = 0
         self._heartbeat: Heartbeat | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's task is to print something: the configuration, or an evaluation."""
+        return self.looks_only or self.leaves_record_alone
+
     def vitals(self) -> Vitals:
         """Returns: where this rank is, for its supervisor. Called from the heartbeat's thread."""
         coordinator, communicator = self.coordinator, self.communicator
@@ -168,6 +173,9 @@ class Process:
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
         try:
             start(self.train)()
+        except SystemExit as end:  # Hydra's, after --help
+            if end.code:
+                raise
         except OmegaConfBaseException:
             raise
         except ValueError as error:  # Hydra does not catch `=3`, or a NUL in the directory's name

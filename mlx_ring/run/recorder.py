@@ -181,6 +181,9 @@ class RunRecorder:
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record an evaluation of the weights after `step`."""
         self._metrics.record("evaluation", {"step": step, **evaluation.row()})
+        if not evaluation.counted:
+            message = "warning: all held-out targets are -1, so none counts and the evaluation has no value"
+            self._event("nothing_evaluated", step, message)
 
     def copies_failed(self, failures: list[CopyFailure]) -> None:
         """Record what other disks could not keep. Rank 0's disk has it, and the run goes on."""

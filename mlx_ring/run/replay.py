@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_ring.checkpoint.manager import parameters_sha256
 from mlx_ring.checkpoint.restore import Found
+from mlx_ring.cluster.rank.environment import refuse_temporary_folder
 from mlx_ring.communication.communicator import Communicator
 from mlx_ring.config.compose import recorded_run
 from mlx_ring.errors import CheckpointError, ConfigError
@@ -54,6 +55,7 @@ def replay(directory: Path, step: int, overrides: list[str]) -> Replay:
         ConfigError: the run did not record the step, the step cannot be reached, or a resumed run would
             refuse these overrides.
     """
+    refuse_temporary_folder()
     figures, world_sizes = _recorded_figures(directory)
     if step not in figures:
         _refuse(directory, step, figures)

@@ -79,6 +79,7 @@ def write(
     Raises: OSError from the disk; CheckpointError if there is too little space.
     """
     if not checkpoints.exists():
+        refuse_dangling(checkpoints)
         checkpoints.mkdir(mode=0o700)
         sync(checkpoints.parent)
     _check_space(checkpoints, files)
@@ -162,16 +163,26 @@ def scan(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def refuse_dangling(checkpoints: Path) -> None:
+    """Raises: CheckpointError if a run's folder of checkpoints is a link and what it leads to is absent."""
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise CheckpointError(
+            f"{checkpoints} is a link to {checkpoints.readlink()}, which does not exist; mount its disk, or "
+            "remove the link"
+        )
+
+
 def named(path: Path) -> list[Path]:
     """List the checkpoints that a path names, newest first: itself, or those of a run or of its checkpoints/.
 
-    Raises: CheckpointError if the path does not exist or is a file.
+    Raises: CheckpointError if the path does not exist or is a file, or its checkpoints/ is a link to nothing.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; give a run's directory or one of its checkpoints/step_…")
     if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
         return [path]
+    refuse_dangling(path / "checkpoints")
     return scan(path / "checkpoints") or scan(path)
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Generator, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ TOKEN = ".disk-"  # begins the names of the files by which ranks find out who sh
 # The run's record: what it leaves beside its checkpoints, its status and its logs.
 RECORD_FILES = ("config.yaml", "metrics.jsonl", "digests.jsonl")
 RECORD_FOLDERS = ("tensorboard", ".hydra")
+# What a run writes into its folders. If one is a link, other files may lie there.
+RUN_FILES = {
+    "checkpoints": ("step_*", ".old-step_*"),
+    "tensorboard": ("events.out.tfevents.*",),
+    ".hydra": ("*.yaml",),
+}
 
 
 def new_run_id() -> str:
@@ -57,6 +64,7 @@ class RunDirectory:
             self._lock = self._locked(time.monotonic() + self._lock_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
+            checkpoint_files.refuse_dangling(self.path / "checkpoints")
             for folder in (self.path, self.path / "checkpoints"):
                 checkpoint_files.sweep(folder)
             unfinished = [path for name in RECORD_FILES for path in self.path.glob(whole_file_pattern(name))]
@@ -98,18 +106,20 @@ class RunDirectory:
         For the rank that owns the directory. `status` is what the earlier run's status.json said: by now that
         file is the new run's. Raises: ConfigError.
         """
-        names = (*RECORD_FILES, *RECORD_FOLDERS, "checkpoints")
+        names = (*RECORD_FILES, *RUN_FILES)
         present = [self.path / name for name in names if (self.path / name).exists()]
         if not present:
             return
-        number = 1
-        while (self.path / f"previous_{number}").exists():
-            number += 1
+        linked = [path for path in present if path.is_symlink() and path.is_dir()]
+        taken = {path.name for folder in (self.path, *linked) for path in folder.glob("previous_*")}
+        aside = self.path / next(name for name in map("previous_{}".format, count(1)) if name not in taken)
         with self._writing():
-            aside = self.path / f"previous_{number}"
             aside.mkdir()
             for path in present:
-                path.rename(aside / path.name)
+                if path in linked:
+                    _set_aside_behind_link(path, aside)
+                else:
+                    path.rename(aside / path.name)
             if status is not None:
                 self.write({f"{aside.name}/status.json": json.dumps(status, indent=2)})
 
@@ -154,7 +164,23 @@ class RunDirectory:
             raise DirectoryInUse(
                 f"run.dir {self.path} is in use by {held.holder}; wait for it, or choose another"
             ) from None
+        except CheckpointError as error:  # before the run began: a mistake in its directory
+            raise ConfigError(str(error)) from None
         except OSError as error:
             raise ConfigError(
                 f"run.dir {self.path} cannot be written: {error.strerror}; choose another"
             ) from None
+
+
+def _set_aside_behind_link(link: Path, aside: Path) -> None:
+    """Move what a run left behind a link on the disk where it is, for the link leads the new run there too.
+
+    It goes to a folder of the name of `aside`, beside the new run's files; `aside` gets a link to it.
+    """
+    target = link.resolve()
+    kept = target / aside.name
+    kept.mkdir(mode=0o700)
+    (aside / link.name).symlink_to(kept)
+    for pattern in RUN_FILES[link.name]:
+        for path in target.glob(pattern):
+            path.rename(kept / path.name)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,12 @@ MOST_TURNS = 32  # micro-batches of each rank between two looks; a rank that is 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over the held-out set, weighted by targets; accuracy for classes, perplexity for tokens."""
+    """Means over the held-out set, weighted by targets; accuracy for classes, perplexity for tokens.
 
+    They are NaN if no target counts.
+    """
+
+    counted: int  # targets that count: that are not -1
     loss: float
     samples: int
     seconds: float
@@ -64,8 +68,8 @@ class Evaluator:
     def evaluate(self, asked_to_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Evaluates the whole held-out set. Collective: every rank must call, with equal weights.
 
-        The sums of single micro-batches are gathered, and added with one exact rounding (`math.fsum`). So
-        their order, and with it the number of ranks, changes nothing.
+        The sums of single micro-batches are gathered, and added with one exact rounding. So their order, and
+        with it the number of ranks, changes nothing.
 
         Args:
             asked_to_stop: tells whether this rank was asked to stop. If one was, all leave within about
@@ -81,22 +85,24 @@ class Evaluator:
         if found is None:
             return None
         losses, counted, correct = found
-        total_loss = math.fsum(self._communicator.gather_floats(losses))
+        losses = self._communicator.gather_floats(losses)
         totals = self._communicator.gather_objects([counted, correct])
         counted, correct = sum(pair[0] for pair in totals), sum(pair[1] for pair in totals)
-        mean = total_loss / max(counted, 1)
-        seconds = time.perf_counter() - start
+        return self._means(losses, counted, correct, time.perf_counter() - start)
+
+    def _means(self, losses: list[float], counted: int, correct: int, seconds: float) -> Evaluation:
+        """Divides the sums of all micro-batches by the number of targets that count."""
+        mean = _sum(losses) / counted if counted else math.nan
+        samples = len(self._dataset.held_out)
+        means = Evaluation(counted=counted, loss=mean, samples=samples, seconds=seconds)
         if self._dataset.spec.kind == "classifier":
-            accuracy = correct / max(counted, 1) if correct >= 0 else None
-            return Evaluation(loss=mean, samples=samples, seconds=seconds, accuracy=accuracy)
+            accuracy = correct / counted if counted else math.nan
+            return replace(means, accuracy=accuracy if correct >= 0 else None)
         width = self._dataset.bytes_per_target
-        return Evaluation(
-            loss=mean,
-            samples=samples,
-            seconds=seconds,
-            perplexity=math.exp(min(mean, 700.0)),  # e^700 is the largest float
-            bits_per_byte=None if width is None else mean / math.log(2) / width,
-        )
+        largest = 700.0  # e^700 is the largest float
+        perplexity = math.exp(min(mean, largest)) if math.isfinite(mean) else math.nan
+        bits_per_byte = None if width is None else mean / math.log(2) / width
+        return replace(means, perplexity=perplexity, bits_per_byte=bits_per_byte)
 
     def _add_up(self, samples: int, asked_to_stop: Callable[[], bool]) -> tuple[list[float], int, int] | None:
         """Evaluates this rank's micro-batches.
@@ -153,3 +159,11 @@ class Evaluator:
         if classes and outputs.ndim == targets.ndim + 1:
             right = ((outputs.argmax(axis=-1) == targets) & (targets >= 0)).sum()
         return loss, count, right
+
+
+def _sum(losses: list[float]) -> float:
+    """Adds with one exact rounding: the order changes nothing. Returns: NaN for infinities of both signs."""
+    try:
+        return math.fsum(losses)
+    except ValueError:
+        return math.nan

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import SMALL, TRAIN, Ranks, rows, start, status, train
+from ranks import SMALL, TRAIN, Ranks, mlx_ring, rows, start, status, train
 from refusals import CHECKPOINT, CONFIGURATION, assert_refused, contents
 from safetensors.numpy import load_file, save_file
 
@@ -297,3 +297,28 @@ def test_too_many_failed_saves_end_the_run(tmp_path: Path) -> None:
     ranks = limited(tmp_path, 8, "trainer.steps=100", "checkpoint.every_steps=1", "checkpoint.max_failures=2")
     assert_refused(ranks, CHECKPOINT, "2 checkpoints in a row could not be written", "File too large")
     assert "2 of 2 in a row" in str(rows(tmp_path, "event")[-1]["message"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_link_to_a_disk_that_is_not_there_is_refused_at_the_start(tmp_path: Path, world_size: int) -> None:
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run/checkpoints"
+    link.symlink_to(tmp_path / "disk")
+    words = ("run/checkpoints", f"a link to {tmp_path / 'disk'}", "does not exist", "mount its disk")
+    for overrides in ((), ("checkpoint.resume=never",)):
+        refused = train(tmp_path, *overrides, world_size=world_size)
+        assert_refused(refused, CONFIGURATION, *words, agreed=True)
+    assert link.is_symlink() and not (tmp_path / "run/metrics.jsonl").exists()
+    assert_refused(train(tmp_path, "evaluation.only=true"), CHECKPOINT, *words)
+    assert_refused(train(tmp_path, "checkpoint.resume=run", run="other"), CHECKPOINT, *words)
+    assert_refused(mlx_ring(tmp_path, "checkpoint", "list", "run"), CHECKPOINT, *words)
+    (tmp_path / "disk").mkdir()
+    train(tmp_path).ok()
+    assert (tmp_path / "disk/step_00000006/manifest.json").exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint.resume", "checkpoint.initialize_from"])
+def test_a_home_folder_that_is_not_known_is_refused(tmp_path: Path, key: str) -> None:
+    refused = train(tmp_path, f"{key}='~no_such_user/run'", world_size=2)
+    words = f"{key}=~no_such_user/run is in a home folder that is not known here"
+    assert_refused(refused, CONFIGURATION, words, agreed=True)

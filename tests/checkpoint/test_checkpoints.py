@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import SMALL, rows, start, status, train
+from ranks import SMALL, mlx_ring, rows, start, status, train
 from safetensors.numpy import load_file
 
 from mlx_ring.run_directory.manifest import sealed
@@ -95,6 +95,32 @@ def test_never_starts_anew_and_loses_nothing(saved: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run/previous_1/metrics.jsonl").read_text() == before
     assert status(tmp_path, "run/previous_1") == verdict
     assert (tmp_path / "run/previous_1/checkpoints/step_00000006/manifest.json").exists()
+
+
+def test_never_keeps_writing_through_links(saved: Path, tmp_path: Path) -> None:
+    """What a link leads to is set aside where it is, on its own disk; files of others stay."""
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    shutil.copytree(saved, run)
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard/events.out.tfevents.0000000001.rank_0").touch()
+    for name in ("checkpoints", "tensorboard"):
+        shutil.move(run / name, disk / name)
+        (run / name).symlink_to(f"../disk/{name}")
+    (disk / "checkpoints/a_file").touch()
+    before = steps(tmp_path)
+    for number in (1, 2):
+        train(tmp_path, *EVERY, "checkpoint.resume=never", "trainer.steps=2").ok()
+        assert steps(tmp_path) == [1, 2] and (run / "checkpoints").is_symlink()
+        aside = f"run/previous_{number}"
+        assert (tmp_path / aside / "checkpoints").resolve() == disk / f"checkpoints/previous_{number}"
+        assert steps(tmp_path, aside) == (before if number == 1 else [1, 2])
+        assert mlx_ring(tmp_path, "checkpoint", "verify", aside).statuses == [0]
+    assert [path.name for path in (run / "previous_1/tensorboard").iterdir()] == [
+        "events.out.tfevents.0000000001.rank_0"
+    ]
+    assert (run / "tensorboard").is_symlink() and (disk / "checkpoints/a_file").exists()
+    train(tmp_path, *EVERY, "trainer.steps=3").ok()
+    assert steps(tmp_path) == [1, 2, 3], "it resumes through the link"
 
 
 def test_a_refused_command_moves_no_record(saved: Path, tmp_path: Path) -> None:

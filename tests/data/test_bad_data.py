@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import start
+from ranks import TRAIN, command, start
 from refusals import CLUSTER, CONFIGURATION, assert_refused, contents
 
 pytestmark = pytest.mark.ranks
@@ -75,6 +77,16 @@ ROWS = {
     ),
     "NUL": ((*TEXT, "data.path=nul.txt"), ["nul.txt, line 2", "NUL"]),
     "cache": ((*TEXT, "data.path=good", "data.cache_dir=nul.txt"), ["kept in nul.txt", "data.cache_dir"]),
+    "home of the cache": (
+        (*TEXT, "data.path=good", "data.cache_dir='~no_such_user/cache'"),
+        ["data.cache_dir=~no_such_user/cache is in a home folder that is not known", "set HOME"],
+    ),
+    "home of text": ((*TEXT, "data.path='~no_such_user'"), ["data.path=~no_such_user is in a home"]),
+    "home of tokens": ((*TOKENS, "data.path='~no_such_user/a.bin'"), ["data.path=~no_such_user/a.bin is in"]),
+    "home of images": (
+        (*SMALL, "data=fashion_mnist", "data.path='~no_such_user'"),
+        ["data.path=~no_such_user is in a home"],
+    ),
     "absent tokens": ((*TOKENS, "data.path=nowhere.bin"), ["data.path=nowhere.bin is not a file", ".json"]),
     "no side-car": ((*TOKENS, "data.path=alone.bin"), ["alone.json is missing", "vocabulary_size"]),
     "no JSON": (
@@ -131,6 +143,28 @@ def test_bad_data_is_refused(files: Path, name: str) -> None:
     after = contents(files)
     assert {path: after.get(path) for path in before} == before
     assert not list(files.glob("run/checkpoints"))
+
+
+def test_a_user_without_a_home_is_told_which_setting_avoids_it(files: Path) -> None:
+    """As in a container: HOME is not set, and the user's number has no entry."""
+    stranger = ["unshare", "--user", "--map-user=54321", "env", "-u", "HOME"]
+    if not shutil.which("unshare") or subprocess.run([*stranger, "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces")
+    text = ["data.path=good", *(item for item in TEXT if not item.startswith("data.cache_dir"))]
+    done = command([*stranger, *TRAIN, *text], files)
+    assert_refused(
+        done, CONFIGURATION, "data.cache_dir=~/.cache/mlx_ring is in a home folder that is not known"
+    )
+    command([*stranger, *TRAIN, *text, "data.cache_dir=cache"], files).ok()
+
+
+def test_a_rank_without_a_home_is_told_by_rank_0(files: Path) -> None:
+    where = [{"CACHE": "cache"}, {"CACHE": "~no_such_user"}]
+    own = ("data.path=good", "data.distribute=true", "data.cache_dir=${oc.env:CACHE}")
+    ranks = start([*TEXT, *own], files, world_size=2, variables=where).wait()
+    assert_refused(
+        ranks, CONFIGURATION, "rank 1 on ", "data.cache_dir=~no_such_user is in a home", agreed=True
+    )
 
 
 def test_all_ranks_share_one_refusal_of_the_data(files: Path) -> None:

@@ -1,11 +1,14 @@
 """A user's own model, data and loss by import path: from the command line, never from a checkpoint."""
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ranks import ROOT, SMALL, SUPPORT, Ranks, rows, start
 from refusals import CONFIGURATION, assert_refused
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.ranks
 OWN = (
@@ -57,6 +60,30 @@ def test_a_model_that_cannot_be_trained(tmp_path: Path, what: str, words: list[s
     assert_refused(run(tmp_path, *own, *odd, world_size=2), CONFIGURATION, *words, agreed=True)
 
 
+def tied(folder: Path, how: str, world_size: int = 1) -> Ranks:
+    model = ("model=custom", "model.import_path=user_parts:Tied", f"model.arguments={{how: {how}}}")
+    data = ("data=custom", "data.import_path=user_parts:half_labelled")
+    return run(folder, *model, *data, "optimizer=sgd", "optimizer.learning_rate=1", world_size=world_size)
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("weight", 1), ("weight", 2), ("transposed", 1)])
+def test_weights_that_are_tied_by_assignment_are_refused(tmp_path: Path, how: str, world_size: int) -> None:
+    """MLX would train them as two."""
+    words = ("first.weight and second.weight are one array", "embedding.as_linear(x)", "mx.array(weight)")
+    assert_refused(tied(tmp_path, how, world_size), CONFIGURATION, *words, agreed=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "stay_one"), [("module", True), ("deepcopy", False), ("frozen", False), ("own", False)]
+)
+def test_weights_that_are_one_module_or_only_begin_alike_are_trained(
+    tmp_path: Path, how: str, stay_one: bool
+) -> None:
+    tied(tmp_path, how).ok()
+    weights = load_file(tmp_path / "run/checkpoints/step_00000006/model.safetensors")
+    assert np.array_equal(weights["first.weight"], weights["second.weight"]) == stay_one
+
+
 def classified(*overrides: str) -> list[str]:
     return [
         "model=custom", "model.import_path=user_parts:Classifier", "data=custom",
@@ -99,3 +126,45 @@ def test_a_checkpoint_names_no_code(tmp_path: Path) -> None:
     refused = run(tmp_path)
     assert refused.statuses == [2] and len(refused.errors) == 1, refused.report()
     assert not (tmp_path / "imported").exists()
+
+
+def evaluated(folder: Path, targets: list[int], *overrides: str, world_size: int = 1) -> Ranks:
+    """Train on sound targets; evaluate with these, four a micro-batch, every three of six steps."""
+    own = ("model=custom", "model.import_path=user_parts:Classifier", "data=custom")
+    data = ("data.import_path=user_parts:held_out", f"data.arguments={{targets: {targets}}}")
+    every = ("evaluation.every_steps=3", "checkpoint.every_steps=3", "metrics.tensorboard=true")
+    return run(folder, *own, *data, *every, *overrides, world_size=world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_in_which_no_target_counts_has_no_value(tmp_path: Path, world_size: int) -> None:
+    evaluated(tmp_path, [-1] * 10, world_size=world_size).ok()
+    for row in rows(tmp_path, "evaluation"):
+        assert (row["loss"], row["accuracy"], row["samples"]) == (None, None, 10)
+    told = [row for row in rows(tmp_path, "event") if row["event"] == "nothing_evaluated"]
+    assert [row["step"] for row in told] == [3, 6] and "all held-out targets are -1" in str(
+        told[0]["message"]
+    )
+    manifest = tmp_path / "run/checkpoints/step_00000006/manifest.json"
+    assert json.loads(manifest.read_text())["evaluation"] is None, "it is not the best checkpoint"
+    again = evaluated(tmp_path, [-1] * 10, "evaluation.only=true").ok()
+    printed = again.members[0].stdout
+    assert "no value, because all held-out targets are -1" in printed and "loss" not in printed
+
+
+def test_an_evaluation_counts_the_targets_that_count(tmp_path: Path) -> None:
+    evaluated(tmp_path, [-1] * 9 + [0]).ok()
+    row = rows(tmp_path, "evaluation")[-1]
+    assert row["loss"] is not None and row["accuracy"] in (0, 1)
+    assert "nothing_evaluated" not in [each["event"] for each in rows(tmp_path, "event")]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_infinite_losses_of_both_signs_are_not_finite(tmp_path: Path, world_size: int) -> None:
+    """As a NaN: the row has no loss, and training goes on."""
+    loss = "trainer.loss=user_parts:infinite"
+    evaluated(tmp_path, [2] * 4 + [3] * 4 + [0] * 4, loss, world_size=world_size).ok()
+    assert [row["loss"] for row in rows(tmp_path, "evaluation")] == [None, None]
+    assert (
+        "loss nan" in evaluated(tmp_path, [2] * 4 + [3] * 4, loss, "evaluation.only=true").members[0].stdout
+    )

@@ -53,6 +53,7 @@ class RankEnvironment:
         Raises: ConfigError for a value that no rank can have; ClusterError for a launcher whose ranks MLX
         cannot join.
         """
+        refuse_temporary_folder(environment)
         job = environment.get(JOB_ID) or environment.get("PMIX_NAMESPACE") or _launcher_job()
         if "OMPI_COMM_WORLD_SIZE" in environment:
             world_size = _world_size(environment, "OMPI_COMM_WORLD_SIZE")
@@ -107,6 +108,20 @@ class RankEnvironment:
                 f"{key}={backend}, but the launcher started {self.world_size} ranks for {self.backend}; "
                 f"launch with --backend {backend}, or leave {key}=auto"
             )
+
+
+def refuse_temporary_folder(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises: ConfigError if MLX could keep no compiled kernel, which would end a run in the middle."""
+    # As C++ chooses it. Python would take another folder instead. On a Mac, MLX keeps no kernels there.
+    names = [name for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in environment]
+    if not names or sys.platform == "darwin":
+        return
+    folder = environment[names[0]]
+    if not (folder and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"{names[0]}={folder} is not a folder that can be written, and MLX keeps the kernels there that "
+            "it compiles; give another, or unset it"
+        )
 
 
 def _started_by_itself(asked: str, backend: str, hostfile: str | None, *, otherwise: str) -> ConfigError:

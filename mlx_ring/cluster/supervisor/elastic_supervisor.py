@@ -42,7 +42,10 @@ class ElasticSupervisor:
         """Supervises to the end. Returns: the exit status. Raises: MlxRingError if no rank can start."""
         tell_loop(self._signalled, self._requests)
         if self._options.leash:
-            asyncio.get_running_loop().add_reader(sys.stdin, self._stdin_ended)
+            try:
+                asyncio.get_running_loop().add_reader(sys.stdin, self._stdin_ended)
+            except OSError:  # a file or the null device, which tells of no end
+                raise ConfigError("--leash needs a pipe as its stdin; leave it out") from None
         scout = asyncio.create_task(self._scout()) if self._options.hostfile is not None else None
         try:
             return await self._attempts()

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_ring.cluster.finding import Check, Status
+from mlx_ring.cluster.rank.environment import refuse_temporary_folder
 from mlx_ring.communication.agreement import checksums, sha256_of
 from mlx_ring.communication.machine import describe_machine
 from mlx_ring.training.exact.operations import Operation, operations
@@ -25,6 +26,7 @@ REPEATS = 8
 
 def exact_checks() -> Iterator[Check]:
     """Yields one check per operation, as soon as it is done, and at the end one check for all of them."""
+    refuse_temporary_folder()
     digests: list[str] = []
     failed = 0
     for operation in operations(gpu=mx.default_device() == mx.gpu):

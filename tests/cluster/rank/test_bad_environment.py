@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from ranks import ROOT, free_ports, start
+from ranks import ROOT, command, free_ports, start
 from refusals import CLUSTER, CONFIGURATION, assert_refused
 
 from mlx_ring.cluster.rank.environment import RankEnvironment
@@ -184,3 +184,37 @@ def test_an_old_mlx_is_refused(tmp_path: Path) -> None:
 
 def test_the_oldest_mlx_is_the_one_that_is_declared() -> None:
     assert f'"mlx>={MINIMUM_MLX},' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "variable", [{"TMPDIR": "a_file"}, {"TMPDIR": "absent"}, {"TMPDIR": ""}, {"TMP": "a_file"}], ids=str
+)
+@pytest.mark.skipif(sys.platform == "darwin", reason="MLX keeps no kernels there")
+def test_a_temporary_folder_that_is_none_is_refused_at_the_start(
+    tmp_path: Path, variable: dict[str, str]
+) -> None:
+    """MLX would end the run with an unexpected error when it compiles its first kernel."""
+    (tmp_path / "a_file").touch()
+    ((name, value),) = variable.items()
+    words = (f"{name}={value} is not a folder that can be written", "unset it")
+    assert_refused(start(SMALLEST, tmp_path, variables=[variable]).wait(), CONFIGURATION, *words)
+    assert not list(tmp_path.glob("run/metrics.jsonl"))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="MLX keeps no kernels there")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py", "-m", *SMALLEST[:1], "hydra.sweep.dir=sweep", "seed=1,2"],
+        ["mlx-ring", "run", "-n", "2", "--", *SMALLEST],
+        ["mlx-ring", "replay", "run", "--step", "1"],
+        ["mlx-ring", "doctor", "--exact"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_every_command_that_computes_refuses_it(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "a_file").touch()
+    done = command(arguments, tmp_path, TMPDIR=str(tmp_path / "a_file"))
+    assert done.statuses == [CONFIGURATION], done.report()
+    told = done.members[0].stderr.splitlines()[-1]
+    assert "a_file is not a folder that can be written" in told and "unset it" in told, done.report()
