@@ -90,10 +90,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     work = folder / "work"
     work.mkdir()
     with Cluster(folder / "cluster", HOSTS, private=[work]) as cluster:
-        lab = Lab(cluster, work)
         for number in range(1, HOSTS + 1):
-            lab.interpreter(number)
-        yield lab
+            Lab(cluster, work).interpreter(number)
+        yield Lab(cluster, work)
 
 
 def with_path(folder: Path) -> str:
@@ -307,8 +306,8 @@ def on_network(lab: Lab, last: int) -> str:
 
 def listener(lab: Lab, number: int, port: int, undo: ExitStack) -> None:
     """Takes a port of a host."""
-    code = f"import socket; s = socket.create_server(({lab.address(number)!r}, {port}))"
-    command = [sys.executable, "-c", f"{code}; print(flush=True); input()"]
+    code = f"import socket; s = socket.create_server(({lab.address(number)!r}, {port})); print(flush=True)"
+    command = [sys.executable, "-c", f"{code}; input()"]
     busy = undo.enter_context(
         subprocess.Popen(
             lab.cluster.inside(number, command), cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE
