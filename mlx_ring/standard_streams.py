@@ -6,6 +6,7 @@ A run goes on without a console. A command whose answer could not be written say
 import errno
 import io
 import os
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -13,6 +14,8 @@ from mlx_ring.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+PATIENCE_SECONDS = 5.0  # a write waits for a slow reader of a non-blocking stream, once
 
 
 class StandardStream(io.FileIO):
@@ -29,7 +32,13 @@ class StandardStream(io.FileIO):
         try:
             if self._was_closed:
                 raise OSError(errno.EBADF, "it is closed")
-            return super().write(data)
+            written = super().write(data)
+            if written is None and self.error is None:  # whoever shares it has made it non-blocking
+                select.select([], [self.fileno()], [], PATIENCE_SECONDS)
+                written = super().write(data)
+            if written is None:
+                raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+            return written
         except OSError as error:
             self.error = self.error or error
             return memoryview(data).nbytes

@@ -53,10 +53,12 @@ def recorded_run(redacted: dict[str, Any], *overrides: str) -> RunConfig:
         if "=" not in item:
             raise ConfigError(f"{item} is not of the form KEY=VALUE; give for example data.path=FOLDER")
     try:
-        changes = OmegaConf.from_dotlist(list(map(as_typed, overrides)))
-        return parse(OmegaConf.merge(OmegaConf.create(with_texts(redacted)), changes))  # pyright: ignore[reportArgumentType]
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
+        changed = OmegaConf.create(with_texts(redacted))
+        for override in OverridesParser.create().parse_overrides(list(map(as_typed, overrides))):
+            OmegaConf.update(changed, override.key_or_group, override.value())
+        return parse(changed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain_composition(error) from error
 
 
 def explain_composition(error: HydraException | OmegaConfBaseException) -> MlxRingError:
@@ -89,6 +91,8 @@ def _unreadable(error: OverrideParseException) -> ConfigError:
         with contextlib.suppress(HydraException):
             parser.parse_override(form)
             return ConfigError(f"{shown} cannot be read; put its value in quotes: {in_shell(form)}")
+    if shown != error.override:  # the reason may quote what is secret
+        return ConfigError(f"{shown} cannot be read; put its value in quotes")
     reason = " ".join(str(error).split()).removeprefix(f"Error parsing override '{error.override}' ")
     return ConfigError(f"{shown} cannot be read: {reason}")
 

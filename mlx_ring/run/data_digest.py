@@ -1,4 +1,4 @@
-"""Prints which data a host has, for `mlx-ring doctor`: `python -m mlx_ring.run.data_digest OVERRIDES`."""
+"""Prints which data a host has, for `mlx-ring doctor`: `python -P -m mlx_ring.run.data_digest OVERRIDES`."""
 
 import json
 import os

@@ -159,9 +159,8 @@ class Process:
         """Do everything from reading the environment to the end of the run. Returns: the exit status."""
         self.environment = RankEnvironment.read()
         self._heartbeat = heartbeat.connect(os.environ, self.environment.rank, self.vitals, self._on_lost)
-        progress.on_begin(
-            self.report
-        )  # code of a user's own may then keep the heartbeat's thread from running
+        # Code of a user's own that begins then may keep the heartbeat's thread from running.
+        progress.on_begin(self.report)
         use_bundled_open_mpi()
         options = hydra_options()
         # Before Hydra reads them: paths and names that look like numbers.

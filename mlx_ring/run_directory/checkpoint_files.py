@@ -163,11 +163,11 @@ def scan(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def refuse_dangling(checkpoints: Path) -> None:
-    """Raises: CheckpointError if a run's folder of checkpoints is a link and what it leads to is absent."""
-    if checkpoints.is_symlink() and not checkpoints.exists():
+def refuse_dangling(folder: Path) -> None:
+    """Raises: CheckpointError if a folder of a run is a link and what it leads to is absent."""
+    if folder.is_symlink() and not folder.exists():
         raise CheckpointError(
-            f"{checkpoints} is a link to {checkpoints.readlink()}, which does not exist; mount its disk, or "
+            f"{folder} is a link to {folder.readlink()}, which does not exist; mount its disk, or "
             "remove the link"
         )
 

@@ -64,7 +64,8 @@ class RunDirectory:
             self._lock = self._locked(time.monotonic() + self._lock_seconds)
             if (self.path / "checkpoints").exists() and not (self.path / "checkpoints").is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "its checkpoints is not a directory")
-            checkpoint_files.refuse_dangling(self.path / "checkpoints")
+            for name in ("checkpoints", "tensorboard", "logs", ".hydra"):
+                checkpoint_files.refuse_dangling(self.path / name)
             for folder in (self.path, self.path / "checkpoints"):
                 checkpoint_files.sweep(folder)
             unfinished = [path for name in RECORD_FILES for path in self.path.glob(whole_file_pattern(name))]

@@ -111,7 +111,7 @@ def long(how: str, rank: int, seconds: float) -> Dataset:
             Path(sys.executable).read_bytes()
             time.sleep(0.5)
         elif how == "reports":
-            report_progress(done, 100, "shards")
+            report_progress(np.int64(done), 100, "shards")  # pyright: ignore
             time.sleep(0.5)
     return build("")
 

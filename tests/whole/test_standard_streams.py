@@ -11,7 +11,10 @@ from ranks import SMALL, TRAIN, Rank, Ranks, environment, rows, status, train
 from refusals import CHECKPOINT, CONFIGURATION, assert_refused
 from sweeps import table
 
-pytestmark = pytest.mark.ranks
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full"),
+]
 MLX_RING = [sys.executable, str(Path(sys.executable).with_name("mlx-ring"))]
 ALL_CLOSED = ">&- 2>&- <&-"
 ALL_FULL = ">/dev/full 2>/dev/full </dev/null"

@@ -74,7 +74,8 @@ def report_progress(done: int, total: int = 0, unit: str = "") -> None:
         unit: what is counted, such as "shards"; "bytes" are printed as kB, MB or GB.
     """
     if work := current():
-        work.done, work.total, work.unit = done, total, unit
+        # As they go on the wire: a count may be an integer of NumPy's.
+        work.done, work.total, work.unit = int(done), int(total), str(unit)
 
 
 def current() -> Work | None:
