@@ -122,10 +122,7 @@ class CheckpointManager:
 
     def poll(self) -> list[Saved]:
         """The save that has ended since the last call, if one has. Never waits."""
-        if self._pending is None or not self._pending.done():
-            return []
-        pending, self._pending = self._pending, None
-        return [pending.result()]
+        return self._take() if self._pending is not None and self._pending.done() else []
 
     def wait(self) -> list[Saved]:
         """Wait for the save that is being written, if one is, and for what is to be amended.
@@ -134,6 +131,9 @@ class CheckpointManager:
         """
         if self._amending is not None:
             self._amending.result()
+        return self._take()
+
+    def _take(self) -> list[Saved]:
         pending, self._pending = self._pending, None
         return [] if pending is None else [pending.result()]
 

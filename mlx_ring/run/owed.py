@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from mlx_ring.run_directory.sinks.jsonl import read_rows
-from mlx_ring.training.evaluator import FIGURES
+from mlx_ring.run_directory.sinks.jsonl import EVALUATION_FIGURES, read_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,6 @@ class Owed:
             return cls()
         for row in read_rows(rows) if rows.exists() else []:
             if row.get("kind") == "evaluation" and row.get("step") == manifest["step"]:
-                figures = {name: row[name] for name in FIGURES if row.get(name) is not None}
+                figures = {name: row[name] for name in EVALUATION_FIGURES if row.get(name) is not None}
                 return cls(figures=figures if math.isfinite(figures.get("loss", math.nan)) else {})
         return cls(evaluation=True)

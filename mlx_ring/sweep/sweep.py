@@ -234,9 +234,7 @@ class Sweep:
         for job, process in self._running.items():
             if not (first and job in self._pruned):  # it has been asked already
                 with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(
-                        JOB_STOP_SIGNALS[min(self._requests.count, len(JOB_STOP_SIGNALS)) - 1]
-                    )
+                    process.send_signal(JOB_STOP_SIGNALS[: self._requests.count][-1])
         if first:
             self._say("asked to stop: the running jobs save their state; ask again to end them at once")
 

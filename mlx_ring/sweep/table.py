@@ -12,13 +12,13 @@ from rich.table import Table
 from mlx_ring.config.redaction import redact_override
 from mlx_ring.config.typed_text import in_shell, quoted
 from mlx_ring.errors import EXIT_STOPPED, ConfigError, JobFailed
-from mlx_ring.run_directory.sinks.jsonl import read_rows
+from mlx_ring.run_directory.sinks.jsonl import EVALUATION_FIGURES, read_rows
 from mlx_ring.run_directory.status import RunStatus
 from mlx_ring.run_directory.whole_file import whole_file
 
 TABLE = "sweep.csv"
 # Columns for the figures of a job's last evaluation.
-FIGURES = ("step", "loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
+FIGURES = ("step", *EVALUATION_FIGURES)
 COLUMNS = ("job", "overrides", "state", "exit_status", *FIGURES, "message", "directory")
 
 

@@ -14,9 +14,9 @@ from mlx_ring.communication.communicator import Communicator
 from mlx_ring.data.sources import Dataset
 from mlx_ring.models.losses import sum_of_losses
 from mlx_ring.models.precision import Forward
+from mlx_ring.run_directory.sinks.jsonl import EVALUATION_FIGURES
 
 Loss = Callable[[mx.array, mx.array], mx.array]
-FIGURES = ("loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
 LOOK_SECONDS = 0.5  # between two looks whether a rank was asked to stop
 MOST_TURNS = 32  # micro-batches of each rank between two looks; a rank that is alone looks after each
 
@@ -38,7 +38,7 @@ class Evaluation:
 
     def row(self) -> dict[str, float]:
         """The figures that apply to this kind of model, by name."""
-        figures = {name: getattr(self, name) for name in FIGURES}
+        figures = {name: getattr(self, name) for name in EVALUATION_FIGURES}
         return {name: value for name, value in figures.items() if value is not None}
 
 

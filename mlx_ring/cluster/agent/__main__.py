@@ -5,6 +5,7 @@ import signal
 import sys
 
 from mlx_ring.cluster.agent.host_agent import HostAgent
+from mlx_ring.cluster.rank.stop_signal import STOP_SIGNALS
 
 ORDER_BYTES = 2**16  # the longest order
 
@@ -16,7 +17,7 @@ async def _main() -> None:
     transport, protocol = await loop.connect_write_pipe(asyncio.streams.FlowControlMixin, sys.stdout.buffer)
     agent = HostAgent(orders, asyncio.StreamWriter(transport, protocol, None, loop))
     # The supervisor, which gets them too, decides what they mean. Its end ends this one.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)
     await agent.run()
 

@@ -11,6 +11,9 @@ from typing import Any
 from mlx_ring.run_directory.sinks import Row, Value, finished_steps
 from mlx_ring.run_directory.whole_file import whole_file
 
+# What a row of an evaluation tells beside its step, as far as it applies.
+EVALUATION_FIGURES = ("loss", "accuracy", "perplexity", "bits_per_byte", "samples", "seconds")
+
 
 class JSONLSink:
     """A file of rows. Each line is one write: a killed run tears the last line at most."""
